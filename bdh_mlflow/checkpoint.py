@@ -1,0 +1,314 @@
+"""Checkpoints: a file is either a whole step or it is not a checkpoint.
+
+A step is written to `checkpoint_500.pt.partial`, synced and renamed; then its manifest `checkpoint_500.json` (bytes, sha256, step) the
+same way. The manifest is the commit: readers list only files it vouches for, so a kill during a save costs that save alone. Files are
+opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdh_mlflow.errors import CheckpointError, SaveError
+
+FORMAT = 1
+CONFIG_NAME = "config.yaml"
+RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
+_FILE = re.compile(r"checkpoint_(\d+)\.pt")
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is known of a checkpoint without opening it."""
+
+    step: int
+    tokens_seen: int
+    bytes: int
+    sha256: str
+    loss: float | None
+    val_loss: float | None
+    run_dir: str
+    mlflow_run_id: str | None
+    artifact_path: str
+    segment: int
+    git_commit: str | None
+    git_dirty: bool
+    config_digest: str
+    data_digest: str
+    versions: dict[str, str]
+    saved_at: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The part of a manifest that is the same for every checkpoint of a process."""
+
+    mlflow_run_id: str | None
+    segment: int
+    git_commit: str | None
+    git_dirty: bool
+    config_digest: str
+    data_digest: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole step on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def manifest_path(self) -> Path:
+        """The file that vouches for it."""
+        return self.path.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Checkpoints of one run directory by step, and files that are not (path, reason)."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    rejected: tuple[tuple[Path, str], ...]
+
+
+class RunDirectory:
+    """The folder of one run, made with its first checkpoint and never before."""
+
+    def __init__(self, path: Path, config_yaml: str, *, existing: bool = False) -> None:
+        self.path = path
+        self._config_yaml = config_yaml
+        self._made = existing
+
+    @classmethod
+    def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
+        """A directory to be, named after the second in which the run started."""
+        return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml)
+
+    def save(self, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
+        """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
+        try:
+            self._make()
+            return _write(self.path, {"format": FORMAT, **state}, provenance, val_loss)
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+            raise SaveError(f"{self.path / file_name(state['step'])}: not saved: {reason}. Earlier checkpoints are untouched") from error
+
+    def _make(self) -> None:
+        """Create the folder; if another run took the name in the same second, the next second's is taken."""
+        if not self._made:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    self.path.mkdir()
+                    break
+                except FileExistsError:
+                    started_at = datetime.strptime(self.path.name, "run_%Y%m%d_%H%M%S") + timedelta(seconds=1)
+                    self.path = self.path.with_name(f"run_{started_at:%Y%m%d_%H%M%S}")
+            self._made = True
+        config = self.path / CONFIG_NAME
+        if not config.is_file() or config.read_text(encoding="utf-8") != self._config_yaml:
+            _replace(config, self._config_yaml.encode())
+
+
+def file_name(step: int) -> str:
+    """Name of the checkpoint after `step` updates."""
+    return f"checkpoint_{step}.pt"
+
+
+def step_of(path: Path) -> int | None:
+    """Step in a checkpoint's file name, None for another kind of file."""
+    match = _FILE.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def unwritable(checkpoint_dir: Path) -> str | None:
+    """Why run directories cannot be created there, None if they can; creates nothing."""
+    place = checkpoint_dir.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write in {place}"
+
+
+def list_run(run_dir: Path) -> Listing:
+    """Checkpoints of a run directory, by manifest and size; contents are not read (see `verify`)."""
+    checkpoints, rejected = [], []
+    for path in run_dir.glob("checkpoint_*.pt*"):
+        if path.suffix == ".partial":
+            rejected.append((path, "the save was interrupted"))
+        elif step_of(path) is not None:
+            try:
+                checkpoints.append(describe(path))
+            except CheckpointError as error:
+                rejected.append((path, str(error).partition(": ")[2]))
+    return Listing(tuple(sorted(checkpoints, key=lambda c: c.manifest.step)), tuple(sorted(rejected)))
+
+
+def list_all(checkpoint_dir: Path) -> list[Path]:
+    """Run directories, oldest first."""
+    return sorted(p for p in checkpoint_dir.glob("run_*") if p.is_dir() and RUN_DIRECTORY.fullmatch(p.name))
+
+
+def describe(path: Path) -> Checkpoint:
+    """A checkpoint by its manifest.   Raises CheckpointError if there is none or the file's size is another."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    manifest_path = path.with_suffix(".json")
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no manifest {manifest_path.name} beside it: the save was interrupted)")
+    try:
+        manifest = Manifest(**json.loads(manifest_path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {error})") from None
+    size = path.stat().st_size
+    if size != manifest.bytes:
+        raise CheckpointError(f"{path}: damaged ({size:,} bytes, its manifest says {manifest.bytes:,})")
+    return Checkpoint(path, manifest)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read the whole file and compare its digest.   Raises CheckpointError if it is another."""
+    digest = file_digest(checkpoint.path)
+    if digest != checkpoint.manifest.sha256:
+        raise CheckpointError(
+            f"{checkpoint.path}: damaged (sha256 {digest[:12]}..., its manifest says {checkpoint.manifest.sha256[:12]}...)"
+        )
+
+
+def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The furthest checkpoint that verifies, and what was passed over for it, in words."""
+    listing = list_run(run_dir)
+    passed_over = [f"{path}: {reason}" for path, reason in listing.rejected]
+    for checkpoint in reversed(listing.checkpoints):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+        else:
+            return checkpoint, passed_over
+    return None, passed_over
+
+
+def best(checkpoints: tuple[Checkpoint, ...]) -> Checkpoint | None:
+    """The checkpoint of lowest validation loss, if any was evaluated."""
+    evaluated = [(c.manifest.val_loss, c.manifest.step, c) for c in checkpoints if c.manifest.val_loss is not None]
+    return min(evaluated)[2] if evaluated else None
+
+
+def superfluous(run_dir: Path, keep: int | None) -> list[Checkpoint]:
+    """Checkpoints that retention gives up: all but the newest `keep` and the best."""
+    checkpoints = list_run(run_dir).checkpoints
+    if keep is None:
+        return []
+    kept = {c.path for c in checkpoints[-keep:]}
+    top = best(checkpoints)
+    return [c for c in checkpoints if c.path not in kept and c != top]
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint, its manifest first, so that it never looks like a whole one without being it."""
+    checkpoint.manifest_path.unlink(missing_ok=True)
+    checkpoint.path.unlink(missing_ok=True)
+
+
+def load(path: Path) -> State:
+    """Tensors and plain values of a file, on the CPU.   Raises CheckpointError for anything that holds code or is no torch file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[: ]+(\S+)", str(error))
+        what = f" ({wanted[1]})" if wanted else ""
+        raise CheckpointError(f"{path}: refused: it holds Python objects{what}, not only tensors and plain values") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0] or "it is empty or cut short"
+        raise CheckpointError(f"{path}: not a checkpoint: {reason}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint: holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def published_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """Model weights in a file of another program: a bare state dict, or one under `model_state_dict` or `model`; None if ours or none."""
+    if "format" in state:
+        return None
+    for weights in (state.get("model_state_dict"), state.get("model"), state):
+        if isinstance(weights, Mapping):
+            bare = {str(key).removeprefix("_orig_mod."): value for key, value in weights.items()}
+            if "encoder" in bare and "lm_head" in bare:
+                return {key: value for key, value in bare.items() if isinstance(value, torch.Tensor)}
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(run_dir: Path, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
+    path = run_dir / file_name(state["step"])
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = Manifest(
+            step=state["step"],
+            tokens_seen=state["tokens_seen"],
+            bytes=partial.stat().st_size,
+            sha256=file_digest(partial),
+            loss=state["loss"],
+            val_loss=val_loss,
+            run_dir=run_dir.name,
+            artifact_path=f"checkpoints/{run_dir.name}/{path.name}",
+            saved_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **dataclasses.asdict(provenance),
+        )
+        checkpoint = Checkpoint(path, manifest)
+        # A file of that name from before a rewind: its manifest must not vouch for the new bytes, nor the other way round.
+        checkpoint.manifest_path.unlink(missing_ok=True)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    _replace(checkpoint.manifest_path, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+    return checkpoint
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, and sync its folder, so that renames before it are on disk too."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,377 @@
+"""The front door: words to calls, exceptions to messages and exit codes. The only home of echo and exit.
+
+Heavy rooms are imported inside the commands that need them, so that `--help` and `config` answer at once.
+"""
+
+import difflib
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from bdh_mlflow import __version__, tokenizer
+from bdh_mlflow.config import BDHConfig, Config, Problem
+from bdh_mlflow.errors import BdhError, ConfigError
+
+if TYPE_CHECKING:
+    from bdh_mlflow.serve import Loaded
+    from bdh_mlflow.start import Outcome
+
+DEFAULT_CONFIG = "configs/config.yaml"
+
+
+class _Commands(click.Group):
+    """Turns the package's errors into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BdhError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Commands)
+@click.version_option(__version__, prog_name="bdh-mlflow")
+def cli() -> None:
+    """Train BDH from a YAML config, tracked by MLflow, resumable bit for bit."""
+    _quiet_libraries()
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m bdh_mlflow`."""
+    cli(prog_name="bdh-mlflow")
+
+
+_config = click.option("--config", "config_path", default=DEFAULT_CONFIG, show_default=True, help="YAML file of the run.")
+_set = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a setting of the file; repeatable.")
+_open_ended = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@cli.command(context_settings=_open_ended)
+@_config
+@_set
+@click.option("--resume", default="none", metavar="TARGET", help="Continue: latest, a path, a run id, runs:/... or an artifact URI.")
+@click.pass_context
+def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Train, from the start or from a checkpoint.
+
+    Settings can also be given as --section.key VALUE, which is how `mlflow run -P section.key=value` passes them on.
+    """
+    given = [*overrides, *_dotted_options(ctx)]
+    if resume not in ("none", ""):
+        given.append(f"training.resume_from_checkpoint={resume}")
+    from bdh_mlflow import console, precision, start
+    from bdh_mlflow.trainer import StopRequest
+
+    config = Config.from_yaml(config_path, given, checks=(precision.problems,))
+    stop = StopRequest()
+    stop.install()
+    try:
+        with console.watching(sys.stdout, config.training.max_iters) as progress:
+            outcome = start.train(config, progress, stop)
+    except KeyboardInterrupt:
+        number = int(stop.received) if stop.received else 2
+        click.echo("Stopped before the first step; nothing was saved.", err=True)
+        ctx.exit(128 + number)
+    click.echo(_farewell(outcome, config_path, given))
+    if outcome.ending.reason != "finished":
+        ctx.exit(128 + signal.Signals[outcome.ending.reason])
+
+
+@cli.command()
+@click.argument("run")
+@_config
+@click.option("--data", "folder", metavar="DIR", help="Folder of parquet files; the one it was trained on if not given.")
+@click.option("--batches", default=32, show_default=True, type=click.IntRange(1), help="Validation batches to take.")
+def evaluate(run: str, config_path: str, folder: str | None, batches: int) -> None:
+    """Loss and bits per byte of RUN on validation text."""
+    import dataclasses
+
+    from bdh_mlflow import serve
+
+    loaded = _load(run, config_path)
+    dataset = loaded.config.dataset
+    if folder is not None:
+        dataset = dataclasses.replace(dataset, parquet_dir=folder)
+    loss = serve.validation_loss(loaded, dataset, batches)
+    click.echo(f"{loaded.path}: step {loaded.step}")
+    click.echo(f"val/loss {loss:.4f} nats per byte, val/bpb {tokenizer.bits_per_byte(loss):.4f} on {dataset.parquet_dir}")
+
+
+@cli.command()
+@click.argument("run")
+@_config
+@click.option("--prompt", default="", help="Text to continue; read from standard input if it is -.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Bytes to write.")
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest byte.")
+@click.option("--top-k", default=50, show_default=True, type=click.IntRange(1), help="Choose among the k likeliest bytes.")
+@click.option("--seed", type=int, help="Repeatable randomness.")
+def generate(run: str, config_path: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int | None) -> None:
+    """Continue a prompt with RUN: latest, a path, a run id or an artifact URI."""
+    from bdh_mlflow import serve
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = _load(run, config_path)
+    click.echo(text, nl=False)
+    for piece in serve.write(loaded, text, max_new_tokens, temperature, top_k, seed):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True)
+@_config
+@click.option("--out", default="compare.html", show_default=True, type=click.Path(dir_okay=False), help="Report to write.")
+def compare(runs: tuple[str, ...], config_path: str, out: str) -> None:
+    """What differs between RUNS (ids or names), and their curves at equal steps and tokens."""
+    from bdh_mlflow import compare as report
+
+    tracking = Config.from_yaml(config_path).tracking
+    comparison = report.read(_split(runs), tracking)
+    _print_table(["", *(run.label for run in comparison.runs)], report.rows(comparison))
+    Path(out).write_text(report.page(comparison), encoding="utf-8")
+    click.echo(f"Report with curves: {Path(out).absolute()}")
+
+
+@cli.group()
+def data() -> None:
+    """Text for training."""
+
+
+@data.command("prepare")
+@click.argument("source")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--column", default="text", show_default=True, help="Field or column of jsonl and parquet sources, and of the result.")
+def data_prepare(source: str, folder: str, column: str) -> None:
+    """Turn SOURCE (python-stdlib; a txt, jsonl or parquet file; a folder of them or of source code) into parquet files in FOLDER."""
+    from bdh_mlflow import data as room
+
+    out = Console(file=sys.stderr)
+    with out.status("reading") as status:
+        done = room.prepare(source, Path(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
+    for name, reason in done.skipped[:10]:
+        click.echo(f"passed over {name}: {reason}")
+    if len(done.skipped) > 10:
+        click.echo(f"... and {len(done.skipped) - 10} more")
+    click.echo(f"{done.folder}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
+    click.echo(f"Next: mlflow run . --env-manager local -P config={DEFAULT_CONFIG} -P dataset.parquet_dir={done.folder}")
+
+
+@data.command("inspect")
+@click.argument("folder", type=click.Path())
+@click.option("--column", default="text", show_default=True, help="Column of the documents.")
+@click.option("--val-fraction", default=0.01, show_default=True, help="Share kept for validation.")
+def data_inspect(folder: str, column: str, val_fraction: float) -> None:
+    """What a FOLDER of parquet files holds, as training will see it."""
+    from bdh_mlflow import data as room
+
+    tree = {"dataset": {"parquet_dir": folder, "text_column": column, "val_fraction": val_fraction}}
+    text = room.ParquetText(Config.from_dict(tree, origin="options").dataset)
+    first = text.row_groups[0]
+    training, validation = text.training_bytes(first), text.validation_bytes(first)
+    rows = [
+        ["files", f"{len(text.files):,} ({text.bytes / 1e6:,.1f} MB)"],
+        ["row groups", f"{len(text.row_groups):,}"],
+        ["documents", f"{text.rows:,}"],
+        ["digest", text.digest],
+        ["first row group", f"{first.rows:,} documents, {len(training):,} training and {len(validation):,} validation bytes"],
+        ["begins", tokenizer.decode(training[:200].tolist())],
+    ]
+    _print_table(["", str(text.root)], rows)
+
+
+@cli.group()
+def checkpoints() -> None:
+    """Checkpoints on disk and in the mirror."""
+
+
+@checkpoints.command("list")
+@click.argument("folder", default="checkpoints", type=click.Path())
+def checkpoints_list(folder: str) -> None:
+    """Checkpoints in FOLDER (a run directory, or the folder of run directories)."""
+    from bdh_mlflow import checkpoint
+
+    rows = []
+    for run_dir in checkpoint.list_all(Path(folder)) or [Path(folder)]:
+        listing = checkpoint.list_run(run_dir)
+        top = checkpoint.best(listing.checkpoints)
+        for c in listing.checkpoints:
+            m = c.manifest
+            val = "" if m.val_loss is None else f"{m.val_loss:.4f}{' best' if c == top else ''}"
+            rows.append([str(c.path), str(m.step), f"{m.tokens_seen:,}", val, f"{m.bytes / 1e6:.1f} MB", m.mlflow_run_id or ""])
+        rows += [[str(path), "", "", "", "", reason] for path, reason in listing.rejected]
+    if not rows:
+        raise ConfigError(f"{folder}: no checkpoints here")
+    _print_table(["checkpoint", "step", "tokens", "val/loss", "size", "MLflow run"], rows)
+
+
+@checkpoints.command("verify")
+@click.argument("folder", default="checkpoints", type=click.Path())
+@click.pass_context
+def checkpoints_verify(ctx: click.Context, folder: str) -> None:
+    """Read every checkpoint in FOLDER and compare its digest; exit code 1 if one is damaged."""
+    from bdh_mlflow import checkpoint
+    from bdh_mlflow.errors import CheckpointError
+
+    good, bad = 0, 0
+    for run_dir in checkpoint.list_all(Path(folder)) or [Path(folder)]:
+        listing = checkpoint.list_run(run_dir)
+        for path, reason in listing.rejected:
+            click.echo(f"{path}: {reason}")
+        bad += len(listing.rejected)
+        for c in listing.checkpoints:
+            try:
+                checkpoint.verify(c)
+            except CheckpointError as error:
+                click.echo(str(error))
+                bad += 1
+            else:
+                click.echo(f"{c.path}: whole")
+                good += 1
+    if not good and not bad:
+        raise ConfigError(f"{folder}: no checkpoints here")
+    click.echo(f"{good} whole, {bad} not")
+    if bad:
+        ctx.exit(1)
+
+
+@checkpoints.command("pull")
+@click.argument("target")
+@_config
+def checkpoints_pull(target: str, config_path: str) -> None:
+    """Bring the checkpoint that TARGET names (a run id, runs:/..., an artifact URI) to this machine."""
+    from bdh_mlflow import resume
+
+    config = Config.from_yaml(config_path)
+    found = resume.find(target, Path(config.training.checkpoint_dir), config.tracking)
+    click.echo(str(found.path))
+
+
+@cli.group("config")
+def config_group() -> None:
+    """Configuration files."""
+
+
+@config_group.command("check", context_settings=_open_ended)
+@_config
+@_set
+@click.pass_context
+def config_check(ctx: click.Context, config_path: str, overrides: tuple[str, ...]) -> None:
+    """Say everything that is wrong with a configuration, or that this machine can run it."""
+    from bdh_mlflow import checkpoint, precision
+
+    def folder(config: Config) -> list[Problem]:
+        reason = checkpoint.unwritable(Path(config.training.checkpoint_dir))
+        return [Problem("training.checkpoint_dir", reason)] if reason else []
+
+    config = Config.from_yaml(config_path, [*overrides, *_dotted_options(ctx)], checks=(precision.problems, folder))
+    tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
+    parameters = _parameters(config.to_bdh_config())
+    click.echo(f"{config_path}: sound. {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step, {config.training.max_iters:,} steps")
+
+
+@config_group.command("show", context_settings=_open_ended)
+@_config
+@_set
+@click.pass_context
+def config_show(ctx: click.Context, config_path: str, overrides: tuple[str, ...]) -> None:
+    """Print the resolved configuration: every setting with its value."""
+    click.echo(Config.from_yaml(config_path, [*overrides, *_dotted_options(ctx)]).resolved().to_yaml(), nl=False)
+
+
+def _dotted_options(ctx: click.Context) -> list[str]:
+    """`--section.key VALUE` pairs as overrides.   Raises a usage error for anything else that was left over."""
+    overrides, words = [], list(ctx.args)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            known = [option for parameter in ctx.command.params for option in parameter.opts]
+            near = difflib.get_close_matches(word, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise click.UsageError(
+                f"No such option: {word}.{hint} Settings are given as --section.key VALUE or --set section.key=VALUE.", ctx
+            )
+        if not equals:
+            if not words:
+                raise click.UsageError(f"Option {word} needs a value.", ctx)
+            value = words.pop(0)
+        overrides.append(f"{name}={value}")
+    return overrides
+
+
+def _load(target: str, config_path: str) -> "Loaded":
+    from bdh_mlflow import serve
+
+    config = Config.from_yaml(config_path)
+    loaded = serve.load(target, Path(config.training.checkpoint_dir), config.tracking)
+    for note in loaded.notes:
+        click.echo(f"passed over {note}", err=True)
+    return loaded
+
+
+def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> str:
+    """Where everything is, and what to type next."""
+    ending, identity = outcome.ending, outcome.identity
+    lines = [""]
+    if ending.sample:
+        lines += ["Sample (what stands in \u27e6 \u27e7 is the model's):", ending.sample]
+    val = f", val/loss {ending.val_loss:.4f}, val/bpb {tokenizer.bits_per_byte(ending.val_loss):.4f}" if ending.val_loss is not None else ""
+    how = "Finished" if ending.reason == "finished" else f"Stopped by {ending.reason}"
+    lines.append(f"{how} at step {ending.step}{val}; peak memory {outcome.peak_gib:.2f} GiB")
+    if outcome.run_dir:
+        lines.append(f"Checkpoints: {outcome.run_dir}")
+    if outcome.undelivered:
+        lines.append(f"{outcome.undelivered} records did not reach the tracking server; the checkpoints here are whole")
+    again = f"mlflow run . --env-manager local --experiment-name {identity.experiment} -P config={config_path} -P resume={identity.run_id}"
+    kept = [o for o in overrides if not o.startswith("training.resume_from_checkpoint=")]
+    again += "".join(f" -P {override}" for override in kept)
+    if ending.reason != "finished":
+        lines.append(f"Go on:   {again}")
+    elif outcome.run_dir:
+        lines.append(f"Try it:  bdh-mlflow generate {outcome.run_dir} --prompt 'def '")
+        lines.append(f"Go on:   {again} -P training.max_iters={2 * ending.step}")
+    if not identity.on_server:
+        lines.append(f"Look:    mlflow ui --backend-store-uri {identity.tracking_uri}")
+        lines.append(f"         then open {identity.page}")
+    else:
+        lines.append(f"Look:    {identity.page}")
+    return "\n".join(lines)
+
+
+def _parameters(shape: BDHConfig) -> int:
+    wide = shape.mlp_internal_dim_multiplier * shape.n_embd
+    return 3 * wide * shape.n_embd + 2 * shape.vocab_size * shape.n_embd
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*(str(h) for h in header))
+    for row in rows:
+        table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def _split(runs: Sequence[str]) -> list[str]:
+    """Runs as separate words, also when `mlflow run` hands them over in one parameter."""
+    return [word for run in runs for word in run.split()]
+
+
+def _quiet_libraries() -> None:
+    """Notes of libraries that a user can do nothing about; warnings and errors stay."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.utils.requirements_utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\..*")

@@ -1,0 +1,111 @@
+"""The BDH layer: one definition, and the forms it is computed in.
+
+The layer is shared by all depths. A token's D-wide vector lights a sparse set of N neurons in each of H heads (`encoder`, ReLU); what
+earlier tokens with the same neurons lit had to say is summed up (linear attention, keys = queries); the answer lights neurons again
+(`encoder_v`, ReLU); the neurons lit by both are read back to D (`decoder`). `reference_layer` computes that as written, for all tokens
+at once; `recurrent_layer` for one token with a state that stands for all tokens before it.
+
+B rows, T tokens, D n_embd, H n_head, N neurons per head. Knows parameters only as tensors it is given.
+Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
+
+
+class LayerWeights(NamedTuple):
+    """The three projections, as the layer is to see them (after any quantisation).
+
+    encoder: (H, D, N).   encoder_v: (H, D, N).   decoder: (H * N, D).
+    """
+
+    encoder: Tensor
+    encoder_v: Tensor
+    decoder: Tensor
+
+
+class RopeTable(NamedTuple):
+    """Rotations of neuron pairs by position.   cos, sin: (T, N / 2), fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_table(start: int, stop: int, neurons: int, device: torch.device) -> RopeTable:
+    """Rotations for positions start <= t < stop of `neurons` neurons a head (even).
+
+    Neurons 2i and 2i + 1 turn together by t * theta^(-2i / N) radians. The published code counts in turns and takes them modulo 1 in
+    fp32 before cos and sin; the same is done here, so the values agree to the bit.
+    """
+    pair = torch.arange(0, neurons, 2, dtype=torch.float32, device=device)
+    turns_per_token = 1.0 / (ROPE_THETA ** (pair / neurons)) / (2 * math.pi)
+    turns = torch.arange(start, stop, dtype=torch.float32, device=device).unsqueeze(1) * turns_per_token
+    angle = (turns % 1) * (2 * math.pi)
+    return RopeTable(torch.cos(angle), torch.sin(angle))
+
+
+def rotate(x: Tensor, table: RopeTable) -> Tensor:
+    """Turn neuron pairs by their position.   x: (..., T, N).   Returns the same shape and dtype; computed in fp32."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without gain or bias, always in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:])
+
+
+def attend(q: Tensor, v: Tensor) -> Tensor:
+    """Strictly causal linear attention with keys equal to queries.
+
+    out[t] = sum over s < t of <q[t], q[s]> v[s]. The diagonal is excluded, so out[0] is exactly zero.
+    q: (B, H, T, N), sparse activations after rotation.   v: (B, 1, T, D), shared by all heads.   Returns (B, H, T, D).
+    Cost: 2 T^2 (N + D) FLOPs per head and T^2 scores, against 4 T N D and an (N, D) state for the recurrent form.
+    """
+    scores = (q @ q.mT).tril(diagonal=-1)
+    return scores @ v
+
+
+def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout: float) -> Tensor:
+    """One layer as the equations are written; the definition every other form is tested against.
+
+    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   Returns (B, 1, T, D), normed.
+    Holds several (B, H, T, N) tensors at a time.
+    """
+    xs = F.relu(x @ weights.encoder)
+    attended = attend(rotate(xs, table), x)
+    return _read_out(x, xs, attended, weights, dropout)
+
+
+def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor) -> Tensor:
+    """One layer for one more token, in time independent of how many came before.
+
+    x: (B, 1, 1, D), normed.   table: this one position.   state: (B, H, N, D), sum over earlier tokens of q[s] v[s]^T; updated in place.
+    Returns (B, 1, 1, D), normed.
+    """
+    xs = F.relu(x @ weights.encoder)
+    q = rotate(xs, table)
+    attended = q.to(state.dtype) @ state
+    state += q.mT * x
+    return _read_out(x, xs, attended, weights, dropout=0.0)
+
+
+def prefill_state(x: Tensor, weights: LayerWeights, table: RopeTable) -> Tensor:
+    """The recurrent state after all T tokens of x.   x: (B, 1, T, D), normed.   Returns (B, H, N, D), fp32."""
+    q = rotate(F.relu(x @ weights.encoder), table)
+    return q.float().mT @ x.float()
+
+
+def _read_out(x: Tensor, xs: Tensor, attended: Tensor, weights: LayerWeights, dropout: float) -> Tensor:
+    """What attention found, gated by the neurons that asked, added to the stream."""
+    ys = F.relu(norm(attended) @ weights.encoder_v)
+    xy = F.dropout(xs * ys, dropout)
+    read = xy.transpose(1, 2).flatten(2).unsqueeze(1) @ weights.decoder
+    return norm(x + norm(read))

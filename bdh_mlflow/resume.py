@@ -1,0 +1,226 @@
+"""One grammar for what to continue, one answer: a verified checkpoint on this disk.
+
+    latest                                 the run directory saved to last, else the newest run with a mirrored checkpoint
+    PATH                                   a checkpoint file, or a run directory (its newest checkpoint that verifies)
+    RUN_ID, runs:/RUN_ID                   of the run's local and mirrored checkpoints the furthest that verifies
+    runs:/RUN_ID/checkpoints/.../FILE.pt   that one
+    any other URI MLflow downloads         mlflow-artifacts:/..., s3://..., models:/NAME/VERSION: that file, or the newest in that folder
+
+What is only mirrored is downloaded into the directory it came from, under `checkpoint_dir`. Damaged files are named and passed over where
+there is a choice. A file of another program with BDH weights in it is a warm start. Nothing is written unless a checkpoint is found.
+"""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from bdh_mlflow import checkpoint, tracking
+from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import CheckpointError, ResumeError
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_RUNS_URI = re.compile(r"runs:/+([^/]+)/?(.*)")
+_URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a target means.   checkpoint: None for a warm start.   state: contents of the file.   notes: what was passed over."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    state: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def find(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Found:
+    """The checkpoint that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""
+    notes: list[str] = []
+    found: Checkpoint | Path
+    if target == "latest":
+        found = _latest(checkpoint_dir, config, notes)
+    elif _RUN_ID.fullmatch(target):
+        found = _of_run(target, checkpoint_dir, config, notes)
+    elif match := _RUNS_URI.fullmatch(target):
+        run_id, path = match.groups()
+        found = _at_run_path(run_id, path, checkpoint_dir, config, notes) if path else _of_run(run_id, checkpoint_dir, config, notes)
+    elif _URI.match(target):
+        found = _at_uri(target, checkpoint_dir, config, notes)
+    else:
+        found = _at_path(Path(target), notes)
+    if isinstance(found, Path):
+        return Found(found, None, checkpoint.load(found), tuple(notes))
+    return Found(found.path, found, checkpoint.load(found.path), tuple(notes))
+
+
+def _latest(checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> Checkpoint:
+    candidates = []
+    for run_dir in checkpoint.list_all(checkpoint_dir):
+        candidates += [(c.manifest.saved_at, run_dir) for c in checkpoint.list_run(run_dir).checkpoints[-1:]]
+    for _, run_dir in sorted(candidates, reverse=True):
+        found, passed_over = checkpoint.newest(run_dir)
+        notes += passed_over
+        if found:
+            return found
+    client = tracking.connect(config)
+    for run in tracking.runs_of(client, config.experiment):
+        return _of_run(run.info.run_id, checkpoint_dir, config, notes)
+    raise ResumeError(
+        f"latest: no checkpoint in {checkpoint_dir.absolute()} and none mirrored in experiment {config.experiment} "
+        f"of {tracking.masked(client.tracking_uri)}"
+    )
+
+
+def _at_path(path: Path, notes: list[str]) -> Checkpoint | Path:
+    if path.is_dir():
+        found, passed_over = checkpoint.newest(path)
+        notes += passed_over
+        if found:
+            return found
+        below = checkpoint.list_all(path)
+        hint = f"; it holds run directories, name one of them ({below[-1]})" if below else ""
+        raise ResumeError("\n  ".join([f"{path}: no checkpoint in this folder that verifies{hint}", *passed_over]))
+    if not path.is_file():
+        raise ResumeError(f"{path}: no such file or folder (looked in {Path.cwd()}); accepted: {GRAMMAR}")
+    if not path.with_suffix(".json").is_file() and checkpoint.published_weights(checkpoint.load(path)) is not None:
+        return path
+    try:
+        found = checkpoint.describe(path)
+        checkpoint.verify(found)
+    except CheckpointError as error:
+        others = [c for c in checkpoint.list_run(path.parent).checkpoints if c.path != path]
+        raise CheckpointError(f"{error}" + (f". Newest complete: {others[-1].path.name}" if others else "")) from None
+    return found
+
+
+def _of_run(run_id: str, checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> Checkpoint:
+    client = tracking.connect(config)
+    run_id, run_dir = _training(client, run_id)
+    local, passed_over = checkpoint.newest(checkpoint_dir / run_dir) if run_dir else (None, [])
+    notes += passed_over
+    if local is not None and local.manifest.mlflow_run_id != run_id:
+        local = None
+    for step, path in _mirrored(client, run_id):
+        if local is not None and step <= local.manifest.step:
+            break
+        try:
+            return _fetch(f"runs:/{run_id}/{path}", checkpoint_dir, config)
+        except CheckpointError as error:
+            notes.append(str(error))
+    if local is None:
+        raise ResumeError("\n  ".join([f"run {run_id}: no checkpoint that verifies, neither in {checkpoint_dir} nor mirrored", *notes]))
+    return local
+
+
+def _at_run_path(run_id: str, path: str, checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> Checkpoint | Path:
+    client = tracking.connect(config)
+    run_id, _ = _training(client, run_id)
+    artifact = PurePosixPath(path)
+    if artifact.suffix != ".pt":
+        return _at_uri(f"runs:/{run_id}/{path}", checkpoint_dir, config, notes)
+    local = checkpoint_dir / artifact.parent.name / artifact.name
+    with contextlib.suppress(CheckpointError):
+        found = checkpoint.describe(local)
+        if found.manifest.mlflow_run_id == run_id:
+            checkpoint.verify(found)
+            return found
+    return _fetch(f"runs:/{run_id}/{path}", checkpoint_dir, config)
+
+
+def _at_uri(uri: str, checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> Checkpoint | Path:
+    tracking.connect(config)
+    if uri.endswith(".pt"):
+        return _fetch(uri, checkpoint_dir, config)
+    with _download_folder(checkpoint_dir) as folder:
+        root = _download(uri, folder)
+        passed_over: list[str] = []
+        candidates = []
+        for run_dir in sorted({p.parent for p in root.rglob("checkpoint_*.pt")}):
+            found, reasons = checkpoint.newest(run_dir)
+            passed_over += reasons
+            candidates += [(found.manifest.step, found)] if found else []
+        if not candidates:
+            raise ResumeError("\n  ".join([f"{uri}: no checkpoint that verifies in it", *passed_over]))
+        notes += passed_over
+        return _settle(max(candidates, key=lambda c: c[0])[1], checkpoint_dir)
+
+
+def _fetch(uri: str, checkpoint_dir: Path, config: TrackingConfig) -> Checkpoint:
+    """Download one checkpoint and its manifest, verify them, and put them where the run left them."""
+    with _download_folder(checkpoint_dir) as folder:
+        path = _download(uri, folder)
+        with contextlib.suppress(ResumeError):
+            _download(uri.removesuffix(".pt") + ".json", folder)
+        found = checkpoint.describe(path)
+        checkpoint.verify(found)
+        return _settle(found, checkpoint_dir)
+
+
+def _settle(found: Checkpoint, checkpoint_dir: Path) -> Checkpoint:
+    run_dir = checkpoint_dir / found.manifest.run_dir
+    for known in checkpoint.list_run(run_dir).checkpoints:
+        if known.manifest.mlflow_run_id != found.manifest.mlflow_run_id:
+            raise ResumeError(
+                f"{run_dir}: holds checkpoints of another run ({known.manifest.mlflow_run_id}); set another training.checkpoint_dir"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / found.path.name
+    path.with_suffix(".json").unlink(missing_ok=True)
+    found.path.replace(path)
+    found.manifest_path.replace(path.with_suffix(".json"))
+    return checkpoint.describe(path)
+
+
+@contextlib.contextmanager
+def _download_folder(checkpoint_dir: Path) -> Iterator[Path]:
+    """A folder on the file system of the checkpoints that is gone afterwards, with whatever was made for it and left empty."""
+    made = [p for p in (checkpoint_dir, *checkpoint_dir.parents) if not p.exists()]
+    try:
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=checkpoint_dir) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ResumeError(f"{checkpoint_dir}: cannot be written: {error.strerror or error}") from None
+    finally:
+        for folder_made in made:
+            with contextlib.suppress(OSError):
+                folder_made.rmdir()
+
+
+def _download(uri: str, folder: Path) -> Path:
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    except Exception as error:  # each artifact store raises its own kinds
+        raise ResumeError(f"{tracking.masked(uri)}: cannot be downloaded: {tracking.masked(str(error).splitlines()[0])}") from None
+
+
+def _training(client: MlflowClient, run_id: str) -> tuple[str, str | None]:
+    """The run that holds the training (the wrapper run of a later segment names it), and its run directory."""
+    with tracking.reported(f"run {run_id} cannot be read"):
+        run = tracking.find_run(client, run_id)
+        if run is not None and "bdh.continues" in run.data.tags:
+            run = tracking.find_run(client, run.data.tags["bdh.continues"])
+    if run is None:
+        raise ResumeError(f"run {run_id}: not found at {tracking.masked(client.tracking_uri)}; accepted: {GRAMMAR}")
+    return run.info.run_id, run.data.tags.get("bdh.run_dir")
+
+
+def _mirrored(client: MlflowClient, run_id: str) -> list[tuple[int, str]]:
+    """Steps and artifact paths of a run's mirrored checkpoints, furthest first."""
+    try:
+        folders = [f.path for f in client.list_artifacts(run_id, "checkpoints") if f.is_dir]
+        files = [PurePosixPath(f.path) for folder in folders for f in client.list_artifacts(run_id, folder)]
+    except MlflowException as error:
+        raise ResumeError(f"run {run_id}: artifacts cannot be listed: {tracking.masked(str(error).splitlines()[0])}") from None
+    steps = [(checkpoint.step_of(Path(file.name)), str(file)) for file in files]
+    return sorted(((step, path) for step, path in steps if step is not None), reverse=True)

@@ -1,0 +1,302 @@
+"""From a configuration to the first step: fresh, resumed or warm-started; every part is built here and handed to the trainer.
+
+The order is that of trust: what can be refused is refused first (configuration, folder, checkpoint, data, one whole batch), and only
+then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
+"""
+
+import itertools
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdh_mlflow import __version__, checkpoint, data, model, optim, precision, resume, tokenizer, tracking
+from bdh_mlflow.checkpoint import Provenance, RunDirectory
+from bdh_mlflow.config import Config, changes_trajectory
+from bdh_mlflow.data import Batch, ParquetText, TrainingBatches
+from bdh_mlflow.errors import ConfigError, ResumeError
+from bdh_mlflow.model import BDH
+from bdh_mlflow.precision import Precision
+from bdh_mlflow.tracking import MlflowTracker, RunIdentity
+from bdh_mlflow.trainer import Ending, Parts, Progress, StopRequest, Trainer, peak_gib
+
+RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for the backward pass
+PROMPT_BYTES = 48  # of validation text that a sample continues
+SAMPLE_BYTES = 256
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training left behind.   run_dir: None if no checkpoint was saved.   undelivered: records the server did not take."""
+
+    ending: Ending
+    identity: RunIdentity
+    run_dir: Path | None
+    peak_gib: float
+    undelivered: int
+
+
+def train(config: Config, progress: Progress, stop: StopRequest) -> Outcome:
+    """Train as configured, to the end or a signal.   Raises a BdhError for whatever else ends it."""
+    device = precision.pick_device()
+    checkpoint_dir = Path(config.training.checkpoint_dir)
+    if reason := checkpoint.unwritable(checkpoint_dir):
+        raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
+    found = _resumed(config, checkpoint_dir, progress)
+    state = found.state if found and found.checkpoint else None
+    config = config.resolved(Config.from_dict(state["config"], origin=str(found.path)) if found and state else None)
+
+    text = _text(config, progress)
+    if found and found.checkpoint and found.checkpoint.manifest.data_digest != text.digest:
+        raise ResumeError(
+            f"cannot resume: the data in {text.root} is not what {found.path} was trained on "
+            f"(digest {text.digest[:12]}, was {found.checkpoint.manifest.data_digest[:12]}). Restore it or start a new run"
+        )
+    batches = _batches(config, text, state, device)
+    validation = text.validation_batches(config.training.test_iters, config.training.batch_size, config.training.block_size)
+
+    torch.manual_seed(config.training.seed)
+    runs = Precision(device, config.low_precision)
+    network, optimizer, facts = _network(config, runs, device)
+    if found and not found.checkpoint:
+        _load_warm(network, found.state, found.path)
+
+    client = tracking.connect(config.tracking)
+    stop.begun = True  # from here on there is a run to end properly
+    manifest = found.checkpoint.manifest if found and found.checkpoint else None
+    identity = tracking.attach(client, config.tracking, manifest.mlflow_run_id if manifest else None)
+    tracker = MlflowTracker(
+        client, identity, mirror=config.tracking.mirror_checkpoints, keep=config.training.keep_checkpoints, note=progress.note
+    )
+    if found and found.checkpoint:
+        run_dir = RunDirectory(found.path.parent, config.to_yaml(), existing=True)
+    else:
+        run_dir = RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
+    commit, dirty, patch = tracking.source_state(Path(__file__).parent)
+    provenance = Provenance(identity.run_id, identity.segment, commit, dirty, config.digest(), text.digest, _versions())
+
+    def save(contents: dict[str, Any], val_loss: float | None) -> None:
+        tracker.checkpoint(run_dir.save({**contents, "config": config.to_dict()}, provenance, val_loss))
+
+    status, ending, undelivered = "FAILED", None, 0
+    closing = {"bdh.stop_reason": "error"}
+    try:
+        _tell(tracker, config, text, facts, provenance, patch, found)
+        progress.note(_headline(network, config, text, facts, identity, found))
+        parts = Parts(
+            model=network,
+            optimizer=optimizer,
+            schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
+            scaler=runs.scaler(),
+            autocast=runs.autocast,
+            device=device,
+            batches=_shown(batches, progress) if config.training.debug else batches,
+            validation=validation,
+            sample=_sampler(network, validation, config.training.seed, device) if validation else None,
+            save=save,
+            tracker=tracker,
+            progress=progress,
+            stop=stop,
+        )
+        trainer = Trainer(parts, config.training)
+        if state is not None:
+            trainer.load_state_dict(state)
+        torch.autograd.set_detect_anomaly(config.training.debug)
+        with tracking.system_metrics(identity.run_id, config.tracking.log_system_metrics):
+            ending = trainer.run()
+        status = "FINISHED" if ending.reason == "finished" else "KILLED"
+        closing = {"bdh.stop_reason": ending.reason, "bdh.stop_step": str(ending.step)}
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        interrupted = stop.received or signal.SIGINT
+        reason = interrupted.name if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        closing = {"bdh.stop_reason": reason, "bdh.stop_message": str(error)[:500] or reason}
+        raise
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+        undelivered = tracker.close(status, closing)
+    return Outcome(ending, identity, run_dir.path if run_dir.path.is_dir() else None, peak_gib(device), undelivered)
+
+
+def _resumed(config: Config, checkpoint_dir: Path, progress: Progress) -> resume.Found | None:
+    """What is to be continued, if anything, and proof that this configuration may continue it."""
+    target = config.training.resume_from_checkpoint
+    if not target or target == "none":
+        return None
+    found = resume.find(target, checkpoint_dir, config.tracking)
+    for note in found.notes:
+        progress.note(f"passed over {note}")
+    if found.checkpoint is None:
+        return found
+    saved = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
+    changes = [d for d in saved.differences(config.resolved(saved)) if changes_trajectory(d, saved)]
+    if changes:
+        lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
+        shapes = " Shapes are fixed for the life of a run." if any(d.key.startswith("model.") for d in changes) else ""
+        raise ResumeError(
+            "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
+            + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or start a new run"
+        )
+    return found
+
+
+def _text(config: Config, progress: Progress) -> ParquetText:
+    """The data, built from its source first if the folder is missing or empty."""
+    folder, source = Path(config.dataset.parquet_dir), config.dataset.source
+    if source is not None and not (folder.is_dir() and any(folder.iterdir())):
+        progress.note(f"{folder} is empty: preparing it from {source}")
+        done = data.prepare(source, folder, config.dataset.text_column)
+        progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text")
+    return ParquetText(config.dataset)
+
+
+def _batches(config: Config, text: ParquetText, state: Mapping[str, Any] | None, device: torch.device) -> Iterator[Batch]:
+    """Training batches from where the run is; the first one is read now, so that what is wrong with the data shows now."""
+    order = TrainingBatches(
+        text,
+        lanes=config.dataset.max_cached_files,
+        batch_size=config.training.batch_size,
+        block_size=config.training.block_size,
+        seed=config.training.seed,
+        position=state["data_position"] if state else None,
+    )
+    batches = data.training_loader(order, config.dataloader, device.type == "cuda")
+    return itertools.chain([next(batches)], batches)
+
+
+def _network(config: Config, runs: Precision, device: torch.device) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
+    """The network on its device, its optimizer, and what was decided about how it is computed, as tags."""
+    shape = config.to_bdh_config()
+    network = BDH(shape).to(device)
+    itemsize = runs.dtype.itemsize
+    kept = model.activation_bytes(shape, config.training.batch_size, config.training.block_size, itemsize)
+    network.recompute = kept > RECOMPUTE_ABOVE_BYTES
+    compiled, why = precision.compiles(config.training, device)
+    if compiled:
+        network.compile_layers()
+    optimizer = optim.build_optimizer(network.parameters(), config.training)
+    return (
+        network,
+        optimizer,
+        {
+            "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "bdh.precision": runs.prepare(network, model.PROJECTIONS, optimizer),
+            "bdh.layer_form": f"reference, activations {'recomputed' if network.recompute else 'kept'} ({kept / 2**30:.1f} GiB if kept)",
+            "bdh.compiled": f"{'yes' if compiled else 'no'} ({why})",
+        },
+    )
+
+
+def _load_warm(network: BDH, state: Mapping[str, Any], path: Path) -> None:
+    weights = checkpoint.published_weights(state)
+    assert weights is not None, "checked when the target was resolved"
+    own = network.state_dict()
+    given = {key: value for key, value in weights.items() if key != "attn.freqs"}
+    wrong = [f"{key}: the file has no such weight" for key in own if key not in given]
+    wrong += [f"{key}: unknown weight" for key in given if key not in own]
+    wrong += [
+        f"{key}: shape {tuple(given[key].shape)}, config says {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    if wrong:
+        raise ResumeError("\n  ".join([f"cannot start from {path}: its weights do not fit the model section", *wrong]))
+    network.load_published(given)
+
+
+def _tell(
+    tracker: MlflowTracker,
+    config: Config,
+    text: ParquetText,
+    facts: Mapping[str, str],
+    provenance: Provenance,
+    patch: str,
+    found: resume.Found | None,
+) -> None:
+    """Everything about the run that is known before its first step."""
+    tags = {
+        **config.tracking.tags,
+        **facts,
+        "bdh.version": __version__,
+        "bdh.host": platform.node(),
+        "bdh.segment": str(provenance.segment),
+        "bdh.git_dirty": str(provenance.git_dirty).lower(),
+        "bdh.command": tracking.masked(" ".join(sys.argv)),
+        "bdh.stop_reason": "",
+    }
+    if provenance.git_commit:
+        tags["mlflow.source.git.commit"] = provenance.git_commit
+    if found and found.checkpoint:
+        tags["bdh.resumed_from"] = found.checkpoint.manifest.artifact_path
+        saved = Config.from_dict(found.state["config"])
+        tags |= {f"drift.{d.key}": f"{d.before} -> {d.after}" for d in saved.differences(config)}
+    elif found:
+        tags["bdh.warm_start"] = str(found.path)
+    tracker.tags(tags)
+    tracker.params(config.flat())
+    tracker.text(config.to_yaml(), checkpoint.CONFIG_NAME)
+    tracker.text(tracking.environment(), "environment.txt")
+    tracker.text(text.describe(), "data/manifest.json")
+    if patch:
+        tracker.text(patch, "code/uncommitted.patch")
+    if not tracker.identity.continued:
+        profile = {"num_rows": text.rows, "files": len(text.files), "bytes": text.bytes, "val_fraction": text.val_fraction}
+        tracker.dataset(text.root.name, text.digest, str(text.root.absolute()), profile, "training")
+        if text.val_fraction:  # under a name of its own: a run lists a dataset of one name and digest once
+            tracker.dataset(f"{text.root.name} (validation)", text.digest, str(text.root.absolute()), profile, "validation")
+
+
+def _headline(
+    network: BDH, config: Config, text: ParquetText, facts: Mapping[str, str], identity: RunIdentity, found: resume.Found | None
+) -> str:
+    parameters = sum(p.numel() for p in network.parameters())
+    tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
+    lines = [
+        f"BDH with {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step; {facts['bdh.precision']}",
+        f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
+        f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}",
+    ]
+    if found and found.checkpoint:
+        lines.append(f"resumed from {found.path}, segment {identity.segment}")
+    elif found:
+        lines.append(f"weights from {found.path} (warm start: new optimizer, new data order)")
+    return "\n".join(lines)
+
+
+def _sampler(network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device) -> Callable[[Callable[[], bool]], str | None]:
+    """Continues the beginning of the validation text, always with the same random numbers, so that samples of a run compare."""
+    prompt = validation[0][:1, 1 : PROMPT_BYTES + 1].long().to(device)
+
+    def sample(stopped: Callable[[], bool]) -> str | None:
+        generator = torch.Generator(device).manual_seed(seed)
+        training = network.training
+        network.eval()
+        written = []
+        for token in network.stream(prompt, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator=generator):
+            if stopped():
+                break
+            written.append(int(token))
+        network.train(training)
+        return None if stopped() else f"{tokenizer.decode(prompt[0].tolist())}\u27e6{tokenizer.decode(written)}\u27e7\n"
+
+    return sample
+
+
+def _shown(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
+    """debug: the first window of the first batch, as text."""
+    first = next(batches)
+    progress.note(f"first window of {tuple(first.tokens.shape)}:\n{tokenizer.decode(first.tokens[0].tolist())}")
+    yield from itertools.chain([first], batches)
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "mlflow", "bitsandbytes", "pyarrow", "numpy")
+    return {"bdh-mlflow": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}

@@ -1,0 +1,375 @@
+"""The loop: accumulate, guard, update, and then whatever it is time for.
+
+Parts are handed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
+the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
+"""
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bdh_mlflow import tokenizer
+from bdh_mlflow.config import TrainingConfig
+from bdh_mlflow.errors import BdhError, InputError, NonFiniteError, StoppedError
+
+State = dict[str, Any]
+SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scaling: the run has diverged
+
+
+class Item(Protocol):
+    """A batch: tokens (B, T + 1), where the next one starts, and how often the data has been passed over."""
+
+    @property
+    def tokens(self) -> Tensor:  # noqa: D102
+        ...
+
+    @property
+    def position(self) -> State:  # noqa: D102
+        ...
+
+    @property
+    def epoch(self) -> float:  # noqa: D102
+        ...
+
+
+class Schedule(Protocol):
+    """Learning rate by step."""
+
+    def at(self, step: int) -> float:
+        """Rate of the update after `step` others."""
+
+    def observe(self, val_loss: float) -> None:
+        """Hear an evaluation."""
+
+    def state_dict(self) -> State:
+        """What `at` cannot compute from the step."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from `state`."""
+
+
+class Tracker(Protocol):
+    """Who is told about the run. Calls return at once and never fail."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Points of several curves."""
+
+    def sample(self, text: str, step: int) -> None:
+        """What the model writes."""
+
+
+class Progress(Protocol):
+    """Who watches."""
+
+    def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """An update was made."""
+
+    def point(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics were logged."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+class NullTracker:
+    """A tracker that tells nobody."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def sample(self, text: str, step: int) -> None:
+        """Nothing."""
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal asked the run to end; the loop looks between batches.
+
+    Until the run has begun there is nothing to save, so the signal ends the program where it is. Later signals change nothing: Ctrl-C
+    under `mlflow run` arrives as SIGINT and then SIGTERM, and the second must not cut off the save.
+    """
+
+    received: signal.Signals | None = None
+    begun: bool = False
+
+    def install(self) -> None:
+        """Handle SIGINT and SIGTERM from now on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first = self.received is None
+        self.received = self.received or signal.Signals(number)
+        if first and not self.begun:
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended without failing: `finished` or the name of the signal that stopped it."""
+
+    reason: str
+    step: int
+    val_loss: float | None
+    sample: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loop works with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
+    batches: Iterator[Item]
+    validation: list[Tensor]
+    sample: Callable[[Callable[[], bool]], str | None] | None
+    save: Callable[[State, float | None], None]
+    tracker: Tracker
+    progress: Progress
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+class Trainer:
+    """Trains until `max_iters` updates are made, a signal asks to stop, or a number is no longer one."""
+
+    def __init__(self, parts: Parts, config: TrainingConfig) -> None:
+        self._parts = parts
+        self._config = config
+        self.step = 0
+        self.tokens_seen = 0
+        self._position: State | None = None
+        self._epoch = 0.0
+        self._loss: float | None = None
+        self._loss_sum = 0.0
+        self._loss_count = 0
+        self._grad_norm = 0.0
+        self._step_s = 0.0
+        self._new_steps = 0
+        self._new_tokens = 0
+        self._saved_step: int | None = None
+        self._val: tuple[int, float] | None = None
+        self._evaluated_step = 0
+        self._sample: str | None = None
+
+    def run(self) -> Ending:
+        """Train to the end. The last update is evaluated and saved. Raises what stopped it, after saving what is good."""
+        config, stop = self._config, self._parts.stop
+        try:
+            if self.step % config.test_freq == 0 and self._evaluated_step != self.step:
+                self._evaluate()  # the interruption came before it; a plateau schedule has yet to hear of it
+            while self.step < config.max_iters and not stop.received:
+                if not self._update():
+                    continue
+                last = self.step == config.max_iters
+                if self.step % config.log_freq == 0 or last:
+                    self._log()
+                if (self.step % config.test_freq == 0 or last) and not stop.received:
+                    self._evaluate()
+                if self.step % config.checkpoint_freq == 0 or last:
+                    self._save()
+        except InputError as error:
+            self._save_once()
+            raise StoppedError(f"stopped after step {self.step}: {error}") from error
+        except BdhError:
+            self._save_once()
+            raise
+        self._save_once()
+        val_loss = self._val[1] if self._val else None
+        return Ending(stop.received.name if stop.received else "finished", self.step, val_loss, self._sample)
+
+    def state_dict(self) -> State:
+        """Everything that the next update depends on."""
+        parts = self._parts
+        rng = {"cpu": torch.get_rng_state()}
+        if parts.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(parts.device)
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "model_state_dict": parts.model.state_dict(),
+            "optimizer_state_dict": parts.optimizer.state_dict(),
+            "scheduler_state_dict": parts.schedule.state_dict(),
+            "scaler_state_dict": parts.scaler.state_dict(),
+            "rng": rng,
+            "data_position": self._position,
+            "loss": self._loss,
+            "accumulators": {"loss_sum": self._loss_sum, "loss_count": self._loss_count, "epoch": self._epoch},
+            "evaluated_step": self._evaluated_step,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from `state`; the batches handed in must start at its `data_position`."""
+        parts = self._parts
+        parts.model.load_state_dict(state["model_state_dict"])
+        parts.optimizer.load_state_dict(state["optimizer_state_dict"])
+        parts.schedule.load_state_dict(state["scheduler_state_dict"])
+        parts.scaler.load_state_dict(state["scaler_state_dict"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if parts.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], parts.device)
+        self.step = self._saved_step = state["step"]
+        self.tokens_seen = state["tokens_seen"]
+        self._evaluated_step = state["evaluated_step"]
+        self._position = state["data_position"]
+        self._loss = state["loss"]
+        accumulators = state["accumulators"]
+        self._loss_sum, self._loss_count, self._epoch = accumulators["loss_sum"], accumulators["loss_count"], accumulators["epoch"]
+
+    def _update(self) -> bool:
+        """One optimizer update; False if float16 gradients overflowed and the update was left out."""
+        parts, config = self._parts, self._config
+        started = time.perf_counter()
+        parts.model.train()
+        loss, tokens = 0.0, 0
+        for _ in range(config.gradient_accumulation_steps):
+            batch = next(parts.batches)
+            idx, targets = self._split(batch.tokens)
+            with parts.autocast():
+                _, batch_loss = parts.model(idx, targets)
+            parts.scaler.scale(batch_loss / config.gradient_accumulation_steps).backward()
+            loss += batch_loss.item() / config.gradient_accumulation_steps
+            tokens += targets.numel()
+        self._position, self._epoch = batch.position, batch.epoch
+        parts.scaler.unscale_(parts.optimizer)
+        limit = config.grad_clip or float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(parts.model.parameters(), limit).item()
+        self._guard(loss, grad_norm)
+        rate = parts.schedule.at(self.step)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = rate
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        self.tokens_seen += tokens
+        elapsed_s = time.perf_counter() - started
+        self._step_s += elapsed_s
+        self._new_steps += 1
+        self._new_tokens += tokens
+        if not _finite(grad_norm):
+            return False
+        self.step += 1
+        self._loss, self._grad_norm = loss, grad_norm
+        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        parts.progress.advance(self.step, loss, tokens / elapsed_s)
+        return True
+
+    def _guard(self, loss: float, grad_norm: float) -> None:
+        """Stop before numbers that are none reach the weights. Under loss scaling an overflow of gradients is let pass: it only skips."""
+        scaler = self._parts.scaler
+        scaled = scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE
+        if _finite(loss) and (_finite(grad_norm) or scaled):
+            return
+        self._parts.optimizer.zero_grad(set_to_none=True)
+        what = f"gradient norm {grad_norm}" if _finite(loss) else f"loss {loss}"
+        raise NonFiniteError(
+            f"update {self.step + 1}: {what}; it was not applied. Weights of step {self.step} are good. "
+            f"Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
+        )
+
+    def _log(self) -> None:
+        parts, step = self._parts, self.step
+        values = {
+            "train/loss": self._loss_sum / max(1, self._loss_count),
+            "optim/lr": parts.optimizer.param_groups[0]["lr"],
+            "optim/grad_norm": self._grad_norm,
+            "perf/tokens_per_s": self._new_tokens / max(self._step_s, 1e-9),
+            "perf/step_ms": 1e3 * self._step_s / max(1, self._new_steps),
+            "mem/peak_gib": peak_gib(parts.device),
+            "progress/tokens_seen": self.tokens_seen,
+            "progress/epoch": self._epoch,
+        }
+        if parts.scaler.is_enabled():
+            values["optim/loss_scale"] = parts.scaler.get_scale()
+        parts.tracker.metrics(values, step)
+        parts.progress.point(values, step)
+        if step % self._config.log_freq == 0:  # the point of an odd last step is extra: means go on as if it had not been asked for
+            self._loss_sum, self._loss_count = 0.0, 0
+            self._step_s, self._new_steps, self._new_tokens = 0.0, 0, 0
+
+    def _evaluate(self) -> None:
+        parts, step = self._parts, self.step
+        if not parts.validation:
+            return
+        val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped)
+        if val_loss is None:
+            return
+        self._val, self._evaluated_step = (step, val_loss), step
+        values = {"val/loss": val_loss, "val/bpb": tokenizer.bits_per_byte(val_loss)}
+        parts.tracker.metrics(values, step)
+        parts.tracker.metrics({"by_tokens/val_loss": val_loss}, self.tokens_seen // 1000)
+        parts.progress.point(values, step)
+        if step % self._config.test_freq == 0:
+            parts.schedule.observe(val_loss)
+        text = parts.sample(self._stopped) if parts.sample is not None else None
+        if text is not None:
+            self._sample = text
+            parts.tracker.sample(text, step)
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self._saved_step = self.step  # before the attempt: an ending must not repeat a save that failed
+        val_loss = self._val[1] if self._val and self._val[0] == self.step else None
+        self._parts.save(self.state_dict(), val_loss)
+        self._parts.tracker.metrics({"ckpt/blocked_ms": 1e3 * (time.perf_counter() - started)}, self.step)
+
+    def _save_once(self) -> None:
+        if self.step and self._saved_step != self.step:
+            self._save()
+
+    def _stopped(self) -> bool:
+        return self._parts.stop.received is not None
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens.to(self._parts.device, non_blocking=True).long()
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: list[Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss over (B, T + 1) windows in nats per token; None if `stopped` said so on the way. Draws no random number."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for batch in batches:
+            if stopped():
+                return None
+            windows = batch.to(device).long()
+            with autocast():
+                _, loss = model(windows[:, :-1], windows[:, 1:])
+            total += loss.item() * windows[:, 1:].numel()
+            tokens += windows[:, 1:].numel()
+    finally:
+        model.train(training)
+    return total / tokens
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory held so far, in GiB: of the device for CUDA, of the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")

@@ -1,0 +1,297 @@
+"""The front door: words in, messages and exit codes out."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from bdh_mlflow import checkpoint, start
+from bdh_mlflow.config import Config
+from tests.conftest import documents, history, only_run, run_cli, tiny_config, train, write_shards
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "mlflow.db" not in p.name)
+
+
+def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    result = train(tiny, "tracking.tags.team=dragons", "tracking.log_system_metrics=true")
+    assert result.exit_code == 0, result.output
+    run = only_run(store)
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    assert re.fullmatch(r"run_\d{8}_\d{6}", directory.name)
+    files = ["checkpoint_3.json", "checkpoint_3.pt", "checkpoint_6.json", "checkpoint_6.pt", "config.yaml"]
+    assert [p.name for p in sorted(directory.iterdir())] == files
+    mirrored = [f.path for f in store.list_artifacts(run.info.run_id, f"checkpoints/{directory.name}")]
+    assert mirrored == [f"checkpoints/{directory.name}/{name}" for name in files]
+    assert {f.path for f in store.list_artifacts(run.info.run_id)} >= {"checkpoints", "config.yaml", "data", "environment.txt", "samples"}
+    assert [f.path for f in store.list_artifacts(run.info.run_id, "samples")] == ["samples/step_3.txt", "samples/step_6.txt"]
+    saved = Config.from_yaml(directory / "config.yaml")
+    assert saved == Config.from_yaml(tiny, ["tracking.tags.team=dragons", "tracking.log_system_metrics=true"]).resolved()
+    assert run.data.params == {k: v if isinstance(v, str) else json.dumps(v) for k, v in saved.flat().items()}
+    for key in ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "mem/peak_gib", "progress/epoch"):
+        assert [step for step, _ in history(store, run.info.run_id, key)] == [1, 2, 3, 4, 5, 6], key
+    for key in ("val/loss", "val/bpb", "ckpt/blocked_ms", "ckpt/upload_s"):
+        assert [step for step, _ in history(store, run.info.run_id, key)] == [3, 6], key
+    tags = run.data.tags
+    assert tags["bdh.run_dir"] == directory.name
+    assert tags["bdh.latest_checkpoint"] == f"checkpoints/{directory.name}/checkpoint_6.pt"
+    assert (tags["bdh.stop_reason"], tags["bdh.stop_step"], tags["team"]) == ("finished", "6", "dragons")
+    assert tags["bdh.precision"] == "float32 matmuls; float32 weights; cpu"
+    assert [i.tags[0].value for i in run.inputs.dataset_inputs] == ["training", "validation"]
+    assert run.info.status == "FINISHED"
+
+
+def test_last_lines_say_where_the_run_is_and_what_to_type(store: MlflowClient, text: Path, tiny: Path) -> None:
+    lines = train(tiny).output.splitlines()
+    run = only_run(store)
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    start_of_end = next(i for i, line in enumerate(lines) if line.startswith("Finished at step 6, val/loss "))
+    end = lines[start_of_end:]
+    assert re.fullmatch(r"Finished at step 6, val/loss \d\.\d{4}, val/bpb \d\.\d{4}; peak memory \d+\.\d\d GiB", end[0])
+    assert end[1] == f"Checkpoints: {directory}"
+    assert end[2] == f"Try it:  bdh-mlflow generate {directory} --prompt 'def '"
+    assert end[3].endswith(f"-P config={tiny} -P resume={run.info.run_id} -P training.max_iters=12")
+    assert end[4] == f"Look:    mlflow ui --backend-store-uri {store.tracking_uri}"
+    assert end[5].endswith(f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/model-metrics?workflowType=machine_learning")
+
+
+def test_saved_state_holds_what_the_design_names(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    state = torch.load(directory / "checkpoint_6.pt", weights_only=True)
+    assert set(state) >= {
+        "format", "step", "tokens_seen", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
+        "scaler_state_dict", "rng", "data_position", "loss", "config",
+    }  # fmt: skip
+    assert set(state["model_state_dict"]) == {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
+    assert (state["step"], state["tokens_seen"]) == (6, 6 * 2 * 8)
+
+
+def test_missing_data_is_prepared_from_the_source_and_said_so(store: MlflowClient, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a line of text\n" * 5000)
+    result = train(tiny, "dataset.source=book.txt")
+    assert result.exit_code == 0, result.output
+    assert "text is empty: preparing it from book.txt" in result.output
+    assert "prepared 64 documents, 0.1 MB of text" in result.output
+
+
+def test_debug_shows_the_first_window_as_text_and_never_waits(store: MlflowClient, text: Path, tiny: Path) -> None:
+    result = train(tiny, "training.debug=true", "training.max_iters=1")
+    assert result.exit_code == 0
+    assert "first window of (2, 9):\n" in result.output
+    assert not torch.is_anomaly_enabled()
+
+
+def test_loop_can_be_fed_by_workers(store: MlflowClient, text: Path, tiny: Path) -> None:
+    plain = train(tiny, "tracking.experiment=a")
+    fed = train(tiny, "tracking.experiment=b", "dataloader.num_workers=1", "dataloader.prefetch_factor=3")
+    assert (plain.exit_code, fed.exit_code) == (0, 0)
+    losses = [history(store, only_run(store, name).info.run_id, "train/loss") for name in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_settings_arrive_as_mlflow_run_passes_them(tiny: Path) -> None:
+    result = run_cli("config", "show", "--config", str(tiny), "--training.max_iters", "9", "--model.dropout=0", "--set", "training.seed=5")
+    assert "  max_iters: 9\n" in result.output
+    assert "  dropout: 0.0\n" in result.output
+    assert "  seed: 5\n" in result.output
+
+
+@pytest.mark.parametrize("word", ["--confg", "stray"])
+def test_word_that_is_no_setting_is_a_usage_error(tiny: Path, word: str) -> None:
+    result = run_cli("train", word, "x")
+    assert result.exit_code == 2
+    assert f"No such option: {word}." in result.output
+    assert ("Did you mean --config?" in result.output) == (word == "--confg")
+
+
+def test_config_check_says_what_would_run(tiny: Path) -> None:
+    result = run_cli("config", "check", "--config", str(tiny))
+    assert result.output == f"{tiny}: sound. 0.01 M parameters, 16 tokens a step, 6 steps\n"
+    assert tiny_config().model.n_embd == 16
+
+
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "unknown key": (("training.learning_rat=1",), "training.learning_rat: unknown key; did you mean `learning_rate`?"),
+    "type": (("training.batch_size=many",), 'training.batch_size: found the text "many"; accepted: whole number >= 1'),
+    "range": (("model.dropout=1.5",), "model.dropout: found 1.5; accepted: number >= 0 and < 1"),
+    "several": (("model.dropout=1.5", "training.seed=x", "low_precision.use_fp8=true"), "3 problems"),
+    "divide": (("model.n_head=3",), "model.mlp_internal_dim_multiplier: 4 * n_embd 16 is not a multiple of 2 * n_head 3"),
+    "fp8": (("low_precision.use_fp8=true",), "low_precision.use_fp8: true (hybrid, amax max of 1024 steps) needs CUDA capability 8.9"),
+    "4-bit optimizer": (("low_precision.use_4bit_optimizer=true",), "AdamW runs with fp32 states. Set it to false."),
+    "no data": (("dataset.parquet_dir=nowhere",), "nowhere: no such folder (dataset.parquet_dir). Set dataset.source"),
+    "empty data": (("dataset.parquet_dir=hollow",), "hollow: no parquet files in it"),
+    "column": (("dataset.text_column=body",), "text/part-0.parquet: no column `body`; it has text. Set dataset.text_column"),
+    "corrupt": (("dataset.parquet_dir=corrupt",), "corrupt/part-1.parquet: not a readable parquet file"),
+    "block_size": (("training.block_size=100000",), "block_size 100000"),
+    "folder": (("training.checkpoint_dir=tiny.yaml/x",), "cannot be created or written:"),
+    "source": (("dataset.parquet_dir=new", "dataset.source=nowhere.txt"), "nowhere.txt: no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_input_gets_one_clear_error_and_nothing_is_written(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, case: str
+) -> None:
+    (tmp_path / "hollow").mkdir()
+    shutil.copytree(text, tmp_path / "corrupt")
+    (tmp_path / "corrupt" / "part-1.parquet").write_bytes(b"PAR1 not really")
+    before = listing(tmp_path)
+    settings, message = BAD[case]
+    result = train(tiny, *settings)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.count("Error: ") == 1
+    assert "Traceback" not in result.output
+    assert listing(tmp_path) == before
+    assert store.get_experiment_by_name("bdh") is None
+
+
+def test_missing_config_file_is_an_input_error() -> None:
+    result = run_cli("train", "--config", "configs/nothing.yaml")
+    assert result.exit_code == 2
+    assert "configs/nothing.yaml: no such file" in result.output
+
+
+def test_yaml_that_does_not_parse_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model:\n  n_layer: [\n")
+    result = run_cli("config", "check", "--config", "bad.yaml")
+    assert result.exit_code == 2
+    assert "bad.yaml, line 3, column 1: not valid YAML" in result.output
+
+
+def test_full_disk_is_a_failure_that_keeps_the_previous_checkpoint(
+    store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.save
+
+    def full(state: dict[str, Any], file: Any) -> None:
+        if state["step"] == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(state, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    result = train(tiny)
+    assert result.exit_code == 1
+    assert "checkpoint_6.pt: not saved: No space left on device" in result.output
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    newest, _ = checkpoint.newest(directory)
+    assert newest is not None
+    assert newest.manifest.step == 3
+    run = only_run(store)
+    assert (run.info.status, run.data.tags["bdh.stop_reason"]) == ("FAILED", "SaveError")
+
+
+def test_unexpected_failure_leaves_a_failed_run(store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(start.Trainer, "_log", broken)
+    with pytest.raises(RuntimeError):
+        train(tiny)
+    run = only_run(store)
+    assert run.info.status == "FAILED"
+    assert (run.data.tags["bdh.stop_reason"], run.data.tags["bdh.stop_message"]) == ("RuntimeError", "out of memory")
+    assert not Path("checkpoints").exists()
+
+
+def test_data_that_breaks_on_the_way_stops_the_run_with_a_checkpoint(store: MlflowClient, tiny: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "text", documents(400), shards=1, row_group_size=100)
+    file = tmp_path / "text" / "part-0.parquet"
+    metadata = pq.ParquetFile(file).metadata
+    raw = bytearray(file.read_bytes())
+    for group in (2, 3):
+        offset = metadata.row_group(group).column(0).data_page_offset
+        raw[offset : offset + 20] = b"\xff" * 20
+    file.write_bytes(raw)
+    result = train(
+        tiny, "dataset.max_cached_files=1", "training.max_iters=100000", "training.checkpoint_freq=100000", "training.test_freq=100000",
+        "training.log_freq=100000", "dataset.val_fraction=0",
+    )  # fmt: skip
+    assert "part-0.parquet: row group" in result.output
+    assert result.exit_code == 1
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    newest, _ = checkpoint.newest(directory)
+    assert newest is not None
+    assert newest.manifest.step > 1
+
+
+def test_checkpoints_are_listed_and_verified(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    output = run_cli("checkpoints", "list").output
+    assert f"{directory}/checkpoint_3.pt" in output
+    assert output.count(" best") == 1
+    result = run_cli("checkpoints", "verify", str(directory))
+    assert result.exit_code == 0
+    assert result.output.endswith("2 whole, 0 not\n")
+    (directory / "checkpoint_6.pt").write_bytes(b"x" * (directory / "checkpoint_6.pt").stat().st_size)
+    result = run_cli("checkpoints", "verify")
+    assert result.exit_code == 1
+    assert "checkpoint_6.pt: damaged (sha256 " in result.output
+    assert result.output.endswith("1 whole, 1 not\n")
+    assert run_cli("checkpoints", "list", "nowhere").exit_code == 2
+
+
+def test_generate_and_evaluate_answer_for_a_run(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    run = only_run(store)
+    options = ("--config", str(tiny))
+    first, second = (
+        run_cli("generate", "latest", "--prompt", "def é", "--max-new-tokens", "20", "--seed", "3", *options).output for _ in range(2)
+    )
+    assert first == second
+    assert first.startswith("def é")
+    assert len(first) > 8
+    output = run_cli("evaluate", run.info.run_id, "--batches", "2", *options).output
+    logged = dict(history(store, run.info.run_id, "val/loss"))[6]
+    assert f"val/loss {logged:.4f} nats per byte" in output
+
+
+def test_prompt_that_is_too_long_is_refused(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny, "training.max_iters=1")
+    result = run_cli("generate", "latest", "--prompt", "x" * 100_000, "--config", str(tiny))
+    assert result.exit_code == 2
+    assert "prompt of 100,000 bytes; at most 65,536 are taken" in result.output
+
+
+def test_compare_shows_what_differs_and_writes_a_report(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    train(tiny, "tracking.run_name=one")
+    train(tiny, "tracking.run_name=two", "training.learning_rate=0.5", "training.max_iters=3")
+    result = run_cli("compare", "one two", "--config", str(tiny), "--out", "report.html")
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    by_name = {row[0]: row[1:] for row in rows}
+    assert by_name["training.learning_rate"] == ["0.001", "0.5"]
+    assert by_name["last progress/tokens_seen"] == ["96", "48"]
+    assert "model.n_embd" not in by_name
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+    unknown = run_cli("compare", "three", "--config", str(tiny))
+    assert unknown.exit_code == 2
+    assert "three: no such run; experiment bdh has " in unknown.output
+
+
+def test_data_is_prepared_and_inspected(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a line of text\n" * 5000)
+    result = run_cli("data", "prepare", "book.txt", "out")
+    assert result.exit_code == 0
+    assert "out: 64 documents, 0.1 MB of text in 1 files" in result.output
+    output = run_cli("data", "inspect", "out").output
+    assert re.search(r"documents\s+│ 64 ", output)
+    assert "a line of text" in output
+
+
+def test_version_and_help_answer_without_heavy_imports() -> None:
+    assert run_cli("--version").output.startswith("bdh-mlflow, version ")
+    assert "verify" in run_cli("checkpoints", "--help").output

@@ -1,0 +1,151 @@
+"""The network against the published implementation, and its forms against each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bdh_mlflow import layer
+from bdh_mlflow.config import TrainingConfig
+from bdh_mlflow.model import BDH, BDHConfig, activation_bytes
+from bdh_mlflow.optim import build_optimizer
+
+PARITY = np.load(Path(__file__).parent / "data" / "bdh_reference_small.npz")
+TOLERANCE = 1e-5  # relative to the largest value: fp32 sums in another order
+
+
+def published(name: str) -> Tensor:
+    return torch.from_numpy(PARITY[name])
+
+
+@pytest.fixture
+def model() -> BDH:
+    """The network whose values are in the parity file."""
+    n_layer, n_embd, n_head, multiplier, vocab_size = (int(v) for v in PARITY["config"])
+    config = BDHConfig(n_layer, n_embd, 0.0, n_head, multiplier, vocab_size)
+    network = BDH(config)
+    network.load_published({key.removeprefix("weight/"): published(key) for key in PARITY.files if key.startswith("weight/")})
+    return network
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logits_loss_and_every_gradient_are_the_published_ones(model: BDH, recompute: bool) -> None:
+    model.recompute = recompute
+    logits, loss = model(published("idx"), published("targets"))
+    loss.backward()
+    errors = {"logits": relative_error(logits.detach(), published("logits")), "loss": relative_error(loss.detach(), published("loss"))}
+    for key in (k for k in PARITY.files if k.startswith("grad/")):
+        errors[key] = relative_error(model.get_parameter(key.removeprefix("grad/")).grad, published(key))
+    assert len(errors) == 7
+    assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
+
+
+def test_twenty_adamw_losses_are_the_published_ones(model: BDH) -> None:
+    optimizer = build_optimizer(model.parameters(), TrainingConfig(learning_rate=1e-3, weight_decay=0.1))
+    losses = []
+    for _ in range(20):
+        _, loss = model(published("idx"), published("targets"))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert np.abs(np.array(losses) - PARITY["adamw_losses"]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("how", [{"top_k": 1}, {"temperature": 0}])
+def test_greedy_tokens_are_the_published_ones(model: BDH, how: dict) -> None:
+    prompt, expected = published("greedy_prompt"), published("greedy_tokens")
+    found = model.generate(prompt, expected.shape[1] - prompt.shape[1], **how)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 2, 7, 30])
+def test_generation_gives_the_tokens_of_the_whole_forward_pass(model: BDH, prompt_length: int) -> None:
+    idx = published("idx")[:, :prompt_length]
+    tokens = model.generate(idx, 12, temperature=0)
+    for stop in range(prompt_length, tokens.shape[1]):
+        logits, _ = model(tokens[:, :stop])
+        assert torch.equal(logits[:, -1].argmax(-1), tokens[:, stop]), stop
+
+
+def test_generation_needs_a_prompt(model: BDH) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+def test_seeded_sampling_repeats_and_leaves_the_global_randomness_alone(model: BDH) -> None:
+    before = torch.get_rng_state()
+    idx = published("greedy_prompt")
+    first, second = (model.generate(idx, 8, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_top_k_never_takes_another_token(model: BDH) -> None:
+    logits, _ = model(published("greedy_prompt"))
+    allowed = set(logits[0, -1].topk(3).indices.tolist())
+    drawn = {int(model.generate(published("greedy_prompt"), 1, temperature=5.0, top_k=3)[0, -1]) for _ in range(50)}
+    assert drawn <= allowed
+    assert len(drawn) > 1
+
+
+def test_first_token_attends_to_nothing() -> None:
+    q, v = torch.rand(2, 3, 5, 4), torch.rand(2, 1, 5, 6)
+    assert torch.equal(layer.attend(q, v)[:, :, 0], torch.zeros(2, 3, 6))
+
+
+def test_attention_is_the_sum_over_earlier_tokens() -> None:
+    q, v = torch.rand(1, 1, 4, 3), torch.rand(1, 1, 4, 2)
+    expected = sum((q[0, 0, 3] @ q[0, 0, s]) * v[0, 0, s] for s in range(3))
+    assert torch.allclose(layer.attend(q, v)[0, 0, 3], expected)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
+    x = torch.rand(16)
+    table = layer.rope_table(0, 50, 16, torch.device("cpu"))
+    turned = layer.rotate(x.expand(50, 16), table)
+    assert torch.allclose(turned.norm(dim=-1), x.norm().expand(50), atol=1e-5)
+    assert torch.allclose(turned[3] @ turned[10], turned[30] @ turned[37], atol=1e-4)
+
+
+def test_a_table_from_the_middle_is_the_middle_of_a_table() -> None:
+    whole, part = (layer.rope_table(start, 40, 8, torch.device("cpu")) for start in (0, 25))
+    assert torch.equal(whole.cos[25:], part.cos)
+    assert torch.equal(whole.sin[25:], part.sin)
+
+
+def test_dropout_changes_training_only_and_recomputation_sees_the_same_mask() -> None:
+    config = BDHConfig(n_layer=2, n_embd=16, dropout=0.5, n_head=2, mlp_internal_dim_multiplier=4)
+    model, idx = BDH(config), torch.randint(0, 256, (2, 9))
+    grads = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(idx, idx)[1].backward()
+        grads.append(model.encoder.grad.clone())
+    assert torch.equal(*grads)
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_published_state_dict_with_its_frequencies_loads(model: BDH) -> None:
+    state = {**model.state_dict(), "attn.freqs": torch.zeros(1)}
+    BDH(model.config).load_published(state)
+    assert set(model.state_dict()) == {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
+
+
+def test_default_model_has_25_million_parameters() -> None:
+    with torch.device("meta"):
+        model = BDH(BDHConfig())
+    assert sum(p.numel() for p in model.parameters()) == 3 * 4 * 256 * 8192 + 2 * 256 * 256
+
+
+def test_default_activations_are_counted_as_too_many_to_keep() -> None:
+    assert activation_bytes(BDHConfig(), batch=8, tokens=512, itemsize=4) == 8 * 6 * 8 * 4 * 512 * 8192 * 4

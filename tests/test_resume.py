@@ -1,0 +1,284 @@
+"""From a target to a run that goes on: every form of the grammar, and exactness through the whole program."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from bdh_mlflow import checkpoint, resume, start
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.model import BDH, BDHConfig
+from tests.conftest import history, only_run, run_cli, train
+from tests.test_checkpoint import Evil
+
+CHECKPOINTS = Path("checkpoints")
+
+
+@pytest.fixture
+def half(store: MlflowClient, text: Path, tiny: Path) -> Any:
+    """A run that was to make six steps and made three; its MLflow run."""
+    result = train(tiny, "training.max_iters=3", "scheduler.decay_steps=6")
+    assert result.exit_code == 0, result.output
+    return only_run(store)
+
+
+def run_dir() -> Path:
+    (found,) = checkpoint.list_all(CHECKPOINTS)
+    return found
+
+
+def loaded(step: int) -> dict[str, Any]:
+    return checkpoint.load(run_dir() / checkpoint.file_name(step))
+
+
+def assert_same_state(a: Any, b: Any, path: str = "") -> None:
+    """Equal to the bit, wherever in the nested state."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_state(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("low_precision.compute_dtype=bfloat16",),
+        ("low_precision.compute_dtype=float16",),
+        ("low_precision.use_4bit=true",),
+        ("training.gradient_accumulation_steps=3",),
+        ("scheduler.type=cosine", "scheduler.warmup_steps=2"),
+        ("scheduler.type=linear",),
+        ("scheduler.type=exponential", "scheduler.gamma=0.9"),
+        ("scheduler.type=plateau", "scheduler.patience=0", "training.learning_rate=0.5", "training.test_freq=1"),
+        ("training.log_freq=4",),
+    ],
+    ids=lambda s: ",".join(s) or "float32",
+)
+def test_resume_is_bit_exact(store: MlflowClient, text: Path, tiny: Path, settings: tuple[str, ...]) -> None:
+    settings = ("scheduler.decay_steps=6", *settings)
+    assert train(tiny, *settings).exit_code == 0
+    straight, straight_run = loaded(6), only_run(store)
+    shutil.move(CHECKPOINTS, "straight")
+    store.delete_experiment(straight_run.info.experiment_id)
+    assert train(tiny, *settings, "training.max_iters=3", "tracking.experiment=again").exit_code == 0
+    result = train(tiny, *settings, "tracking.experiment=again", resume="latest")
+    assert result.exit_code == 0, result.output
+    resumed = loaded(6)
+    for state in (straight, resumed):
+        del state["config"]["tracking"], state["config"]["training"]["resume_from_checkpoint"]
+    assert_same_state(straight, resumed)
+    run = only_run(store, "again")
+    for key in ("train/loss", "val/loss", "optim/lr", "optim/grad_norm", "progress/tokens_seen"):
+        extra = {3} if key == "train/loss" and "training.log_freq=4" in settings else set()  # the shorter run's own last point
+        extra = {3} if "training.log_freq=4" in settings and key != "val/loss" else extra
+        again = [point for point in history(store, run.info.run_id, key) if point[0] not in extra]
+        assert again == history(store, straight_run.info.run_id, key), key
+
+
+@pytest.mark.parametrize("form", ["latest", "file", "directory", "run id", "runs:/", "runs:/ file", "runs:/ folder", "artifact URI"])
+@pytest.mark.parametrize("local", [True, False], ids=["here", "mirrored only"])
+def test_every_form_continues_the_same_run_in_the_same_directory(
+    store: MlflowClient, tiny: Path, half: Any, form: str, local: bool
+) -> None:
+    run_id, directory = half.info.run_id, run_dir()
+    mirror = f"checkpoints/{directory.name}"
+    targets = {
+        "latest": "latest",
+        "file": str(directory / "checkpoint_3.pt"),
+        "directory": str(directory),
+        "run id": run_id,
+        "runs:/": f"runs:/{run_id}",
+        "runs:/ file": f"runs:/{run_id}/{mirror}/checkpoint_3.pt",
+        "runs:/ folder": f"runs:/{run_id}/{mirror}",
+        "artifact URI": f"file://{half.info.artifact_uri}/{mirror}/checkpoint_3.pt",
+    }
+    if not local:
+        if form in ("file", "directory"):
+            pytest.skip("a local path needs the local file")
+        shutil.rmtree(CHECKPOINTS)
+    result = train(tiny, resume=targets[form])
+    assert result.exit_code == 0, result.output
+    run = only_run(store)
+    assert run.info.run_id == run_id
+    assert [step for step, _ in history(store, run_id, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [p.name for p in checkpoint.list_all(CHECKPOINTS)] == [directory.name]
+    assert loaded(6)["step"] == 6
+    assert (run.data.tags["bdh.segment"], run.info.status) == ("2", "FINISHED")
+    assert not list(CHECKPOINTS.glob(".download-*"))
+
+
+def test_extending_a_finished_run_goes_on_where_it_ended(store: MlflowClient, tiny: Path, half: Any) -> None:
+    assert train(tiny, "training.max_iters=4", resume=half.info.run_id).exit_code == 0
+    run = only_run(store)
+    assert [step for step, _ in history(store, run.info.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert run.data.params["training.max_iters"] == "3"
+    assert run.data.tags["drift.training.max_iters"] == "3 -> 4"
+
+
+def test_earlier_checkpoint_of_a_run_replays_without_logging_twice(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny).exit_code == 0
+    run = only_run(store)
+    before = history(store, run.info.run_id, "train/loss")
+    first = run_dir() / "checkpoint_3.pt"
+    assert train(tiny, resume=f"runs:/{run.info.run_id}/checkpoints/{run_dir().name}/{first.name}").exit_code == 0
+    assert history(store, run.info.run_id, "train/loss") == before
+    assert {v for _, v in history(store, run.info.run_id, "resume/replay_max_abs_diff")} == {0.0}
+
+
+def test_furthest_copy_wins_and_a_damaged_one_is_named_and_passed_over(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny).exit_code == 0
+    run_id, last = only_run(store).info.run_id, run_dir() / "checkpoint_6.pt"
+    raw = bytearray(last.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    last.write_bytes(raw)
+    found = resume.find(run_id, CHECKPOINTS, TrackingConfig())
+    assert found.checkpoint is not None
+    assert found.checkpoint.manifest.step == 6  # the mirrored copy, put in the damaged one's place
+    assert len(found.notes) == 1
+    assert "checkpoint_6.pt: damaged" in found.notes[0]
+    last.write_bytes(raw)
+    found = resume.find(str(run_dir()), CHECKPOINTS, TrackingConfig())
+    assert found.checkpoint is not None
+    assert found.checkpoint.manifest.step == 3
+
+
+def refused(result: Any) -> str:
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return str(result.output)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nowhere.pt", "nowhere.pt: no such file or folder"),
+        ("latest", "latest: no checkpoint in"),
+        ("f" * 32, f"run {'f' * 32}: not found at sqlite:///"),
+        (f"runs:/{'f' * 32}/checkpoints/x/checkpoint_1.pt", "not found at sqlite:///"),
+        ("file:///nowhere/checkpoint_1.pt", "file:///nowhere/checkpoint_1.pt: cannot be downloaded"),
+        ("models:/nothing/1", "models:/nothing/1: cannot be downloaded"),
+    ],
+)
+def test_target_that_does_not_exist_is_refused_and_nothing_is_written(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, target: str, message: str
+) -> None:
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert message in refused(train(tiny, resume=target))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert store.get_experiment_by_name("bdh") is None
+
+
+def test_run_without_checkpoints_is_refused(store: MlflowClient, text: Path, tiny: Path) -> None:
+    run_id = store.create_run(store.create_experiment("bdh")).info.run_id
+    assert "no checkpoint that verifies, neither in checkpoints nor mirrored" in refused(train(tiny, resume=run_id))
+
+
+def test_another_architecture_is_refused_with_both_values(tiny: Path, half: Any) -> None:
+    output = refused(train(tiny, "model.n_embd=32", "training.seed=7", resume="latest"))
+    assert "model.n_embd was 16, config says 32" in output
+    assert "training.seed was 1337, config says 7" in output
+    assert "Shapes are fixed for the life of a run" in output
+    assert "checkpoints/run_" in output
+
+
+def test_changed_data_is_refused(text: Path, tiny: Path, half: Any) -> None:
+    shutil.copy(text / "part-0.parquet", text / "part-2.parquet")
+    assert "is not what" in refused(train(tiny, resume="latest"))
+
+
+def test_damaged_file_is_refused_with_the_newest_whole_one(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny).exit_code == 0
+    last = run_dir() / "checkpoint_6.pt"
+    last.write_bytes(last.read_bytes()[:-10])
+    output = refused(train(tiny, resume=str(last)))
+    assert "damaged" in output
+    assert "Newest complete: checkpoint_3.pt" in output
+    (run_dir() / "checkpoint_6.json").unlink()
+    assert "not a checkpoint" in refused(train(tiny, resume=str(last)))
+
+
+def test_pickle_with_code_is_refused_and_not_run(store: MlflowClient, text: Path, tiny: Path) -> None:
+    torch.save({"model_state_dict": Evil()}, "evil.pt")
+    assert "refused: it holds Python objects" in refused(train(tiny, resume="evil.pt"))
+    assert not Path("owned").exists()
+
+
+def foreign(layout: str) -> BDH:
+    torch.manual_seed(5)
+    network = BDH(BDHConfig(n_layer=2, n_embd=16, dropout=0.1, n_head=2, mlp_internal_dim_multiplier=4))
+    weights = {**network.state_dict(), "attn.freqs": torch.zeros(1, 1, 1, 32)}
+    torch.save(weights if layout == "bare" else {"step": 9, "model_state_dict": weights, "optimizer_state_dict": {}}, "foreign.pt")
+    return network
+
+
+@pytest.mark.parametrize("layout", ["bare", "ancestor"])
+def test_weights_of_another_program_are_a_warm_start(store: MlflowClient, text: Path, tiny: Path, layout: str) -> None:
+    network = foreign(layout)
+    result = train(tiny, "training.max_iters=1", "training.learning_rate=1e-9", "training.weight_decay=0", resume="foreign.pt")
+    assert result.exit_code == 0, result.output
+    state = loaded(1)
+    assert state["step"] == 1
+    assert torch.allclose(state["model_state_dict"]["encoder"], network.encoder, atol=1e-6)
+    assert only_run(store).data.tags["bdh.warm_start"] == "foreign.pt"
+
+
+def test_warm_start_of_other_shapes_is_refused_with_both(store: MlflowClient, text: Path, tiny: Path) -> None:
+    foreign("bare")
+    output = refused(train(tiny, "model.n_head=4", resume="foreign.pt"))
+    assert "encoder: shape (2, 16, 32), config says (4, 16, 16)" in output
+    assert store.get_experiment_by_name("bdh") is None
+
+
+def test_directory_of_another_run_is_not_mixed_with_a_download(store: MlflowClient, tiny: Path, half: Any) -> None:
+    directory = run_dir()
+    for manifest in directory.glob("*.json"):
+        manifest.write_text(manifest.read_text().replace(half.info.run_id, "0" * 32))
+    output = refused(train(tiny, resume=half.info.run_id))
+    assert f"holds checkpoints of another run ({'0' * 32})" in output
+
+
+def test_pull_brings_a_mirrored_checkpoint_here(tiny: Path, half: Any) -> None:
+    directory = run_dir()
+    shutil.rmtree(CHECKPOINTS)
+    result = run_cli("checkpoints", "pull", half.info.run_id, "--config", str(tiny))
+    assert result.output.strip() == str(directory / "checkpoint_3.pt")
+    checkpoint.verify(checkpoint.describe(directory / "checkpoint_3.pt"))
+
+
+def test_evaluation_missed_by_an_interruption_is_made_up_for(
+    store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the step that is evaluated: the checkpoint is saved first, the evaluation follows in the next segment."""
+    import signal
+
+    real = start.Trainer._log
+
+    def interrupted(self: Any) -> None:
+        real(self)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(start.Trainer, "_log", interrupted)
+    assert train(tiny).exit_code == 143
+    run = only_run(store)
+    assert run.info.status == "KILLED"
+    assert (run.data.tags["bdh.stop_reason"], run.data.tags["bdh.stop_step"]) == ("SIGTERM", "3")
+    assert history(store, run.info.run_id, "val/loss") == []
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri)
+    monkeypatch.chdir(text.parent)
+    assert train(tiny, resume="latest").exit_code == 0
+    assert [step for step, _ in history(store, run.info.run_id, "val/loss")] == [3, 6]
