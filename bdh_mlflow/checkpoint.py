@@ -31,28 +31,6 @@ _FILE = re.compile(r"checkpoint_(\d+)\.pt")
 State = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What is known of a checkpoint without opening it."""
-
-    step: int
-    tokens_seen: int
-    bytes: int
-    sha256: str
-    loss: float | None
-    val_loss: float | None
-    run_dir: str
-    mlflow_run_id: str | None
-    artifact_path: str
-    segment: int
-    git_commit: str | None
-    git_dirty: bool
-    config_digest: str
-    data_digest: str
-    versions: dict[str, str]
-    saved_at: str
-
-
 @dataclass(frozen=True)
 class Provenance:
     """The part of a manifest that is the same for every checkpoint of a process."""
@@ -64,6 +42,21 @@ class Provenance:
     config_digest: str
     data_digest: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Provenance):
+    """What is known of a checkpoint without opening it."""
+
+    step: int
+    tokens_seen: int
+    bytes: int
+    sha256: str
+    loss: float | None
+    val_loss: float | None
+    run_dir: str
+    artifact_path: str
+    saved_at: str
 
 
 @dataclass(frozen=True)
@@ -102,15 +95,20 @@ class RunDirectory:
 
     def save(self, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
         """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
+        self.make()
         try:
-            self._make()
             return _write(self.path, {"format": FORMAT, **state}, provenance, val_loss)
         except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
-            raise SaveError(f"{self.path / file_name(state['step'])}: not saved: {reason}. Earlier checkpoints are untouched") from error
+            raise _not_saved(self.path / file_name(state["step"]), error) from error
+
+    def make(self) -> None:
+        """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
+        try:
+            self._make()
+        except OSError as error:
+            raise _not_saved(self.path, error) from error
 
     def _make(self) -> None:
-        """Create the folder; if another run took the name in the same second, the next second's is taken."""
         if not self._made:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
@@ -212,11 +210,11 @@ def best(checkpoints: tuple[Checkpoint, ...]) -> Checkpoint | None:
     return min(evaluated)[2] if evaluated else None
 
 
-def superfluous(run_dir: Path, keep: int | None) -> list[Checkpoint]:
-    """Checkpoints that retention gives up: all but the newest `keep` and the best."""
-    checkpoints = list_run(run_dir).checkpoints
+def superfluous(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]:
+    """Checkpoints that retention gives up: of those up to step `up_to`, all but the newest `keep` and the best."""
     if keep is None:
         return []
+    checkpoints = tuple(c for c in list_run(run_dir).checkpoints if c.manifest.step <= up_to)
     kept = {c.path for c in checkpoints[-keep:]}
     top = best(checkpoints)
     return [c for c in checkpoints if c.path not in kept and c != top]
@@ -260,6 +258,11 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_saved(path: Path, error: Exception) -> SaveError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+    return SaveError(f"{path}: not saved: {reason}. Earlier checkpoints are untouched")
 
 
 def _write(run_dir: Path, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +61,16 @@ _open_ended = {"ignore_unknown_options": True, "allow_extra_args": True}
 @_config
 @_set
 @click.option("--resume", default="none", metavar="TARGET", help="Continue: latest, a path, a run id, runs:/... or an artifact URI.")
+@click.option(
+    "--fork",
+    type=click.Choice(["yes", "no"]),
+    is_flag=False,
+    flag_value="yes",
+    default="no",
+    help="With --resume: begin a new run from the checkpoint, in which settings may differ.",
+)
 @click.pass_context
-def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resume: str) -> None:
+def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resume: str, fork: str) -> None:
     """Train, from the start or from a checkpoint.
 
     Settings can also be given as --section.key VALUE, which is how `mlflow run -P section.key=value` passes them on.
@@ -77,7 +86,7 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
     stop.install()
     try:
         with console.watching(sys.stdout, config.training.max_iters) as progress:
-            outcome = start.train(config, progress, stop)
+            outcome = start.train(config, progress, stop, fork=fork == "yes")
     except KeyboardInterrupt:
         number = int(stop.received) if stop.received else 2
         click.echo("Stopped before the first step; nothing was saved.", err=True)
@@ -140,6 +149,29 @@ def compare(runs: tuple[str, ...], config_path: str, out: str) -> None:
     _print_table(["", *(run.label for run in comparison.runs)], report.rows(comparison))
     Path(out).write_text(report.page(comparison), encoding="utf-8")
     click.echo(f"Report with curves: {Path(out).absolute()}")
+
+
+@cli.command("verify-resume", context_settings=_open_ended)
+@_config
+@_set
+@click.option("--steps", default=40, show_default=True, type=click.IntRange(2), help="Optimizer updates to train, twice.")
+@click.option("--interruptions", default=5, show_default=True, type=click.IntRange(1), help="Stops and kills in the second training.")
+@click.pass_context
+def verify_resume(ctx: click.Context, config_path: str, overrides: tuple[str, ...], steps: int, interruptions: int) -> None:
+    """Prove that a configuration resumes exactly; exit code 1 if one bit differs."""
+    from bdh_mlflow import precision, verify
+
+    config = Config.from_yaml(config_path, [*overrides, *_dotted_options(ctx)], checks=(precision.problems,))
+    if interruptions >= steps:
+        raise click.UsageError("--interruptions must be fewer than --steps", ctx)
+    with tempfile.TemporaryDirectory(prefix="verify-resume-") as folder:
+        rows = verify.verify(config, steps, interruptions, Path(folder), lambda text: click.echo(text, err=True))
+    _print_table(["compared after step " + str(steps), ""], [[row.what, row.difference or "equal"] for row in rows])
+    different = [row.what for row in rows if row.difference]
+    if different:
+        click.echo(f"Not exact: {', '.join(different)}")
+        ctx.exit(1)
+    click.echo(f"Exact: {len(rows)} of {len(rows)} rows equal to the bit")
 
 
 @cli.group()

@@ -231,9 +231,9 @@ class TrainingBatches(IterableDataset[Batch]):
         if self._position is not None:
             walk.enter(self._position)
         for turn in itertools.count():
-            windows = [walk.next_window() for _ in range(self._batch_size)]
+            windows = walk.next_windows(self._batch_size)
             if turn % share == number:
-                yield Batch(torch.from_numpy(np.stack(windows)), walk.position(), walk.epoch())
+                yield Batch(torch.from_numpy(windows), walk.position(), walk.epoch())
 
 
 def training_loader(batches: TrainingBatches, loader: DataLoaderConfig, cuda: bool) -> Iterator[Batch]:
@@ -263,37 +263,39 @@ class _Lane:
         self.emitted = 0
         self.carry_length = 1
         self.carry_pieces: list[tuple[int, int]] = [(-1, 1)]
-        self._stream: Bytes = np.array([tokenizer.SEPARATOR], np.uint8)
-        self._own = 1  # tokens of the stream that are this unit's
-        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._rest: Bytes = np.array([tokenizer.SEPARATOR], np.uint8)  # what leads into the next row group
+        self._own = 1  # tokens of this unit
+        self._dealt: Bytes = np.empty((0, walk.block_size + 1), np.uint8)  # its windows in the order they are dealt
 
     @property
     def windows(self) -> int:
-        return (len(self._stream) - 1) // self._walk.block_size
+        return len(self._dealt)
 
-    def window(self) -> Bytes | None:
-        """The next window, or None when this row group has no more."""
-        if self.emitted >= self.windows:
-            return None
-        start = 0 if self.emitted == 0 else (1 + int(self._order[self.emitted - 1])) * self._walk.block_size
-        self.emitted += 1
-        return self._stream[start : start + self._walk.block_size + 1]
+    @property
+    def left(self) -> int:
+        """Windows of this row group still to be dealt."""
+        return self.windows - self.emitted
+
+    def take(self, count: int) -> Bytes:
+        """The next windows, at most as many as are left.   Returns (count, block_size + 1)."""
+        self.emitted += count
+        return self._dealt[self.emitted - count : self.emitted]
 
     def open(self, unit: int) -> None:
         """Go on with another row group, carrying over what did not fill a window."""
-        carry = self._stream[self.windows * self._walk.block_size :].copy()
         if self.windows:
-            self.carry_pieces = [(self.unit, len(carry))]
+            self.carry_pieces = [(self.unit, len(self._rest))]
         elif self.unit >= 0 and self._own:
             self.carry_pieces = [*self.carry_pieces, (self.unit, self._own)]
-        self.carry_length = len(carry)
-        self._stream = carry[:0]  # let go of the old row group before the new one is read
-        self._fill(unit, carry)
+        self.carry_length = len(self._rest)
+        self._dealt = self._dealt[:0].copy()  # let go of the old row group before the new one is read
+        self._fill(unit, self._rest)
         self.emitted = 0
 
     def state(self) -> list[int]:
-        pieces = () if self.emitted else itertools.chain.from_iterable(self.carry_pieces)
-        return [self.unit, self.emitted, self.carry_length, *pieces]
+        if self.emitted:
+            return [self.unit, self.emitted, self.carry_length]
+        return [self.unit, self.emitted, self.carry_length, *itertools.chain.from_iterable(self.carry_pieces)]
 
     def enter(self, state: list[int]) -> None:
         self.unit, self.emitted, self.carry_length, *pieces = state
@@ -309,8 +311,14 @@ class _Lane:
     def _fill(self, unit: int, carry: Bytes) -> None:
         tokens = self._walk.unit_bytes(unit)
         self.unit, self._own = unit, len(tokens)
-        self._stream = np.concatenate((carry, tokens))
-        self._order = _shuffled(max(0, self.windows - 1), self._walk.seed, unit + 1)
+        stream = np.concatenate((carry, tokens))
+        size = self._walk.block_size
+        windows = (len(stream) - 1) // size
+        if windows:
+            later = 1 + _shuffled(windows - 1, self._walk.seed, unit + 1)
+            overlapping = np.lib.stride_tricks.sliding_window_view(stream, size + 1)[::size]
+            self._dealt = overlapping[np.concatenate(([0], later))]
+        self._rest = stream[windows * size :].copy()
 
 
 class _Walk:
@@ -322,13 +330,38 @@ class _Walk:
         self.seed = seed
         self._next_unit = 0
         self._turn = 0
+        self._surely_left = 0  # windows that every lane has, at the least
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._epoch_order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
-    def next_window(self) -> Bytes:
-        lane = self._lanes[self._turn]
+    def next_windows(self, count: int) -> Bytes:
+        """The next windows of the run, lane after lane.   Returns (count, block_size + 1).
+
+        While every lane has enough left its share is taken at once; the result is that of asking lane by lane.
+        """
+        lanes = len(self._lanes)
+        windows = np.empty((count, self.block_size + 1), np.uint8)
+        most = -(-count // lanes)
+        if self._surely_left < most:
+            self._surely_left = min(lane.left for lane in self._lanes)
+        if self._surely_left >= most:
+            self._surely_left -= most
+            for row in range(min(lanes, count)):
+                windows[row::lanes] = self._lanes[(self._turn + row) % lanes].take((count - row + lanes - 1) // lanes)
+            self._turn = (self._turn + count) % lanes
+            return windows
+        self._surely_left = 0
+        for row in range(count):
+            lane = self._lanes[self._turn]
+            self._refill(lane)
+            windows[row] = lane.take(1)
+            self._turn = (self._turn + 1) % lanes
+        return windows
+
+    def _refill(self, lane: _Lane) -> None:
+        """Open row groups until the lane has a window to deal."""
         fruitless = 0
-        while (window := lane.window()) is None:
+        while not lane.left:
             if fruitless == len(self._text.row_groups):
                 raise DataError(
                     f"{self._text.root}: an epoch of training text does not fill one window of block_size {self.block_size}; "
@@ -337,8 +370,6 @@ class _Walk:
             lane.open(self._next_unit)
             self._next_unit += 1
             fruitless += 1
-        self._turn = (self._turn + 1) % len(self._lanes)
-        return window
 
     def unit_bytes(self, unit: int) -> Bytes:
         """Bytes of the `unit`-th row group opened in the run; unit -1 is the separator before all text."""
@@ -354,8 +385,10 @@ class _Walk:
         return {"next_unit": self._next_unit, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
 
     def epoch(self) -> float:
-        unread = sum(1 - lane.emitted / lane.windows for lane in self._lanes if lane.unit >= 0 and lane.windows)
-        return (self._next_unit - unread) / len(self._text.row_groups)
+        dealt = float(self._next_unit - len(self._lanes))
+        for lane in self._lanes:
+            dealt += lane.emitted / lane.windows if lane.windows else 1 if lane.unit < 0 else 0
+        return dealt / len(self._text.row_groups)
 
     def enter(self, position: Position) -> None:
         if len(position["lanes"]) != len(self._lanes):

@@ -4,6 +4,8 @@ The order is that of trust: what can be refused is refused first (configuration,
 then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import platform
 import signal
@@ -13,13 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bdh_mlflow import __version__, checkpoint, data, model, optim, precision, resume, tokenizer, tracking
-from bdh_mlflow.checkpoint import Provenance, RunDirectory
-from bdh_mlflow.config import Config, changes_trajectory
+from bdh_mlflow.checkpoint import Manifest, Provenance, RunDirectory
+from bdh_mlflow.config import Config, ModelConfig, changes_trajectory
 from bdh_mlflow.data import Batch, ParquetText, TrainingBatches
 from bdh_mlflow.errors import ConfigError, ResumeError
 from bdh_mlflow.model import BDH
@@ -31,6 +33,10 @@ RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for th
 PROMPT_BYTES = 48  # of validation text that a sample continues
 SAMPLE_BYTES = 256
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
+SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"}
+"""Settings that weights and optimizer states depend on; even a fork cannot change them."""
+ORDER = frozenset({"training.seed", "training.block_size", "dataset.max_cached_files", "dataset.text_column", "dataset.val_fraction"})
+"""Settings that a position in the data depends on."""
 
 
 @dataclass(frozen=True)
@@ -44,53 +50,72 @@ class Outcome:
     undelivered: int
 
 
-def train(config: Config, progress: Progress, stop: StopRequest) -> Outcome:
-    """Train as configured, to the end or a signal.   Raises a BdhError for whatever else ends it."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a training begins.
+
+    fresh: random weights.   resumed: a checkpoint of ours, whose run goes on.   forked: a checkpoint of ours, in a new run that may differ
+    from the old one.   warm: weights of another program.   saved: the checkpoint's configuration, for resumed and forked.
+    """
+
+    kind: Literal["fresh", "resumed", "forked", "warm"]
+    found: resume.Found | None = None
+    saved: Config | None = None
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """State to continue from; None where training starts at step 0."""
+        return self.found.state if self.found and self.saved else None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is known of the checkpoint."""
+        return self.found.checkpoint.manifest if self.found and self.found.checkpoint else None
+
+
+def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool = False) -> Outcome:
+    """Train as configured, to the end or a signal.   Raises a BdhError for whatever else ends it.
+
+    fork: begin a new run from the checkpoint named by resume_from_checkpoint; settings may then differ from its own.
+    """
     device = precision.pick_device()
     checkpoint_dir = Path(config.training.checkpoint_dir)
     if reason := checkpoint.unwritable(checkpoint_dir):
         raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
-    found = _resumed(config, checkpoint_dir, progress)
-    state = found.state if found and found.checkpoint else None
-    config = config.resolved(Config.from_dict(state["config"], origin=str(found.path)) if found and state else None)
-
+    origin = _origin(config, checkpoint_dir, progress, fork)
+    config = config.resolved(origin.saved)
     text = _text(config, progress)
-    if found and found.checkpoint and found.checkpoint.manifest.data_digest != text.digest:
-        raise ResumeError(
-            f"cannot resume: the data in {text.root} is not what {found.path} was trained on "
-            f"(digest {text.digest[:12]}, was {found.checkpoint.manifest.data_digest[:12]}). Restore it or start a new run"
-        )
-    batches = _batches(config, text, state, device)
+    batches = _batches(config, text, _position(origin, config, text, progress), device)
     validation = text.validation_batches(config.training.test_iters, config.training.batch_size, config.training.block_size)
 
     torch.manual_seed(config.training.seed)
     runs = Precision(device, config.low_precision)
     network, optimizer, facts = _network(config, runs, device)
-    if found and not found.checkpoint:
-        _load_warm(network, found.state, found.path)
+    if origin.kind == "warm":
+        _load_warm(network, origin)
 
     client = tracking.connect(config.tracking)
     stop.begun = True  # from here on there is a run to end properly
-    manifest = found.checkpoint.manifest if found and found.checkpoint else None
-    identity = tracking.attach(client, config.tracking, manifest.mlflow_run_id if manifest else None)
-    tracker = MlflowTracker(
-        client, identity, mirror=config.tracking.mirror_checkpoints, keep=config.training.keep_checkpoints, note=progress.note
+    identity = tracking.attach(
+        client, config.tracking, origin.manifest.mlflow_run_id if origin.kind == "resumed" and origin.manifest else None
     )
-    if found and found.checkpoint:
-        run_dir = RunDirectory(found.path.parent, config.to_yaml(), existing=True)
+    if origin.kind == "resumed" and origin.found:
+        run_dir = RunDirectory(origin.found.path.parent, config.to_yaml(), existing=True)
     else:
         run_dir = RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
+    keep, mirror = config.training.keep_checkpoints, config.tracking.mirror_checkpoints
+    tracker = MlflowTracker(client, identity, mirror=mirror, keep=keep, note=progress.note, run_dir=run_dir.path)
     commit, dirty, patch = tracking.source_state(Path(__file__).parent)
     provenance = Provenance(identity.run_id, identity.segment, commit, dirty, config.digest(), text.digest, _versions())
 
     def save(contents: dict[str, Any], val_loss: float | None) -> None:
+        run_dir.make()
+        tracker.keep_journal_in(run_dir.path)  # before the checkpoint: who resumes from it finds every point up to it
         tracker.checkpoint(run_dir.save({**contents, "config": config.to_dict()}, provenance, val_loss))
 
-    status, ending, undelivered = "FAILED", None, 0
-    closing = {"bdh.stop_reason": "error"}
-    try:
-        _tell(tracker, config, text, facts, provenance, patch, found)
-        progress.note(_headline(network, config, text, facts, identity, found))
+    with _told(tracker, stop) as told:
+        _introduce(tracker, config, text, facts, provenance, patch, origin)
+        progress.note(_headline(network, config, text, facts, identity, origin))
         parts = Parts(
             model=network,
             optimizer=optimizer,
@@ -107,45 +132,87 @@ def train(config: Config, progress: Progress, stop: StopRequest) -> Outcome:
             stop=stop,
         )
         trainer = Trainer(parts, config.training)
-        if state is not None:
-            trainer.load_state_dict(state)
-        torch.autograd.set_detect_anomaly(config.training.debug)
-        with tracking.system_metrics(identity.run_id, config.tracking.log_system_metrics):
-            ending = trainer.run()
-        status = "FINISHED" if ending.reason == "finished" else "KILLED"
-        closing = {"bdh.stop_reason": ending.reason, "bdh.stop_step": str(ending.step)}
+        if origin.state is not None:
+            trainer.load_state_dict(origin.state)
+            for group in optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
+                group["weight_decay"] = config.training.weight_decay
+        with tracking.system_metrics(identity.run_id, config.tracking.log_system_metrics), _anomalies(config.training.debug):
+            told.ending = trainer.run()
+    assert told.ending is not None, "without an ending an error was raised"
+    return Outcome(told.ending, identity, run_dir.path if run_dir.path.is_dir() else None, peak_gib(device), told.undelivered)
+
+
+@dataclass
+class _Told:
+    """What the run was told at its end."""
+
+    ending: Ending | None = None
+    undelivered: int = 0
+
+
+@contextlib.contextmanager
+def _told(tracker: MlflowTracker, stop: StopRequest) -> Iterator[_Told]:
+    """However the body ends, the run is told how."""
+    told = _Told()
+    status, tags = "FAILED", {}
+    try:
+        yield told
+        assert told.ending is not None
+        status = "FINISHED" if told.ending.reason == "finished" else "KILLED"
+        tags = {"bdh.stop_reason": told.ending.reason, "bdh.stop_step": str(told.ending.step)}
     except BaseException as error:
+        killed = stop.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        interrupted = stop.received or signal.SIGINT
-        reason = interrupted.name if isinstance(error, KeyboardInterrupt) else type(error).__name__
-        closing = {"bdh.stop_reason": reason, "bdh.stop_message": str(error)[:500] or reason}
+        reason = killed.name if killed and status == "KILLED" else type(error).__name__
+        tags = {"bdh.stop_reason": reason, "bdh.stop_message": str(error)[:500] or reason}
         raise
     finally:
-        torch.autograd.set_detect_anomaly(False)
-        undelivered = tracker.close(status, closing)
-    return Outcome(ending, identity, run_dir.path if run_dir.path.is_dir() else None, peak_gib(device), undelivered)
+        told.undelivered = tracker.close(status, tags)
 
 
-def _resumed(config: Config, checkpoint_dir: Path, progress: Progress) -> resume.Found | None:
-    """What is to be continued, if anything, and proof that this configuration may continue it."""
+def _origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool) -> Origin:
+    """What training begins from, and proof that this configuration may."""
     target = config.training.resume_from_checkpoint
     if not target or target == "none":
-        return None
+        if fork:
+            raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")
+        return Origin("fresh")
     found = resume.find(target, checkpoint_dir, config.tracking)
     for note in found.notes:
         progress.note(f"passed over {note}")
     if found.checkpoint is None:
-        return found
+        return Origin("warm", found)
     saved = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
     changes = [d for d in saved.differences(config.resolved(saved)) if changes_trajectory(d, saved)]
+    if fork:
+        changes = [d for d in changes if d.key in SHAPES]
     if changes:
         lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
-        shapes = " Shapes are fixed for the life of a run." if any(d.key.startswith("model.") for d in changes) else ""
+        shapes = " Shapes are fixed for the life of a run." if any(d.key in SHAPES for d in changes) else ""
+        ways = "start a new run" if shapes else "begin a new run from this checkpoint with --fork"
         raise ResumeError(
             "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
-            + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or start a new run"
+            + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or {ways}"
         )
-    return found
+    return Origin("forked" if fork else "resumed", found, saved)
+
+
+def _position(origin: Origin, config: Config, text: ParquetText, progress: Progress) -> data.Position | None:
+    """Where in the data to go on: where the checkpoint was, unless a fork reads other data or in another order."""
+    if origin.state is None or origin.saved is None or origin.manifest is None or origin.found is None:
+        return None
+    position: data.Position = origin.state["data_position"]
+    same_data = origin.manifest.data_digest == text.digest
+    if origin.kind == "resumed" and not same_data:
+        raise ResumeError(
+            f"cannot resume: the data in {text.root} is not what {origin.found.path} was trained on "
+            f"(digest {text.digest[:12]}, was {origin.manifest.data_digest[:12]}). "
+            f"Restore it, or begin a new run from the checkpoint with --fork"
+        )
+    if same_data and not any(d.key in ORDER for d in origin.saved.differences(config)):
+        return position
+    progress.note("fork: other data or another order of it, so it is read from its beginning")
+    return None
 
 
 def _text(config: Config, progress: Progress) -> ParquetText:
@@ -158,15 +225,15 @@ def _text(config: Config, progress: Progress) -> ParquetText:
     return ParquetText(config.dataset)
 
 
-def _batches(config: Config, text: ParquetText, state: Mapping[str, Any] | None, device: torch.device) -> Iterator[Batch]:
-    """Training batches from where the run is; the first one is read now, so that what is wrong with the data shows now."""
+def _batches(config: Config, text: ParquetText, position: data.Position | None, device: torch.device) -> Iterator[Batch]:
+    """Training batches from a position on; the first one is read now, so that what is wrong with the data shows now."""
     order = TrainingBatches(
         text,
         lanes=config.dataset.max_cached_files,
         batch_size=config.training.batch_size,
         block_size=config.training.block_size,
         seed=config.training.seed,
-        position=state["data_position"] if state else None,
+        position=position,
     )
     batches = data.training_loader(order, config.dataloader, device.type == "cuda")
     return itertools.chain([next(batches)], batches)
@@ -195,8 +262,9 @@ def _network(config: Config, runs: Precision, device: torch.device) -> tuple[BDH
     )
 
 
-def _load_warm(network: BDH, state: Mapping[str, Any], path: Path) -> None:
-    weights = checkpoint.published_weights(state)
+def _load_warm(network: BDH, origin: Origin) -> None:
+    assert origin.found is not None
+    weights = checkpoint.published_weights(origin.found.state)
     assert weights is not None, "checked when the target was resolved"
     own = network.state_dict()
     given = {key: value for key, value in weights.items() if key != "attn.freqs"}
@@ -208,18 +276,18 @@ def _load_warm(network: BDH, state: Mapping[str, Any], path: Path) -> None:
         if key in given and given[key].shape != value.shape
     ]
     if wrong:
-        raise ResumeError("\n  ".join([f"cannot start from {path}: its weights do not fit the model section", *wrong]))
+        raise ResumeError("\n  ".join([f"cannot start from {origin.found.path}: its weights do not fit the model section", *wrong]))
     network.load_published(given)
 
 
-def _tell(
+def _introduce(
     tracker: MlflowTracker,
     config: Config,
     text: ParquetText,
     facts: Mapping[str, str],
     provenance: Provenance,
     patch: str,
-    found: resume.Found | None,
+    origin: Origin,
 ) -> None:
     """Everything about the run that is known before its first step."""
     tags = {
@@ -234,12 +302,13 @@ def _tell(
     }
     if provenance.git_commit:
         tags["mlflow.source.git.commit"] = provenance.git_commit
-    if found and found.checkpoint:
-        tags["bdh.resumed_from"] = found.checkpoint.manifest.artifact_path
-        saved = Config.from_dict(found.state["config"])
-        tags |= {f"drift.{d.key}": f"{d.before} -> {d.after}" for d in saved.differences(config)}
-    elif found:
-        tags["bdh.warm_start"] = str(found.path)
+    if origin.manifest is not None and origin.saved is not None:
+        relation = {"resumed": "bdh.resumed_from", "forked": "bdh.forked_from"}[origin.kind]
+        tags[relation] = f"runs:/{origin.manifest.mlflow_run_id}/{origin.manifest.artifact_path}"
+        drift = [d for d in origin.saved.differences(config) if d.key != "training.resume_from_checkpoint"]
+        tags |= {f"drift.{d.key}": f"{d.before} -> {d.after}" for d in drift}
+    elif origin.found is not None:
+        tags["bdh.warm_start"] = str(origin.found.path)
     tracker.tags(tags)
     tracker.params(config.flat())
     tracker.text(config.to_yaml(), checkpoint.CONFIG_NAME)
@@ -254,9 +323,7 @@ def _tell(
             tracker.dataset(f"{text.root.name} (validation)", text.digest, str(text.root.absolute()), profile, "validation")
 
 
-def _headline(
-    network: BDH, config: Config, text: ParquetText, facts: Mapping[str, str], identity: RunIdentity, found: resume.Found | None
-) -> str:
+def _headline(network: BDH, config: Config, text: ParquetText, facts: Mapping[str, str], identity: RunIdentity, origin: Origin) -> str:
     parameters = sum(p.numel() for p in network.parameters())
     tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
     lines = [
@@ -264,10 +331,13 @@ def _headline(
         f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}",
     ]
-    if found and found.checkpoint:
-        lines.append(f"resumed from {found.path}, segment {identity.segment}")
-    elif found:
-        lines.append(f"weights from {found.path} (warm start: new optimizer, new data order)")
+    if origin.found is not None:
+        how = {
+            "resumed": f"segment {identity.segment}",
+            "forked": "a new run from its state",
+            "warm": "warm start: its weights, a new optimizer",
+        }
+        lines.append(f"{origin.kind} from {origin.found.path} ({how[origin.kind]})")
     return "\n".join(lines)
 
 
@@ -300,3 +370,9 @@ def _shown(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
 def _versions() -> dict[str, str]:
     names = ("torch", "mlflow", "bitsandbytes", "pyarrow", "numpy")
     return {"bdh-mlflow": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+@contextlib.contextmanager
+def _anomalies(wanted: bool) -> Iterator[None]:
+    with torch.autograd.set_detect_anomaly(True) if wanted else contextlib.nullcontext():
+        yield

@@ -25,7 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from bdh_mlflow import checkpoint
+from bdh_mlflow import checkpoint, journal
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import TrackingError
@@ -142,11 +142,20 @@ def attach(client: MlflowClient, tracking: TrackingConfig, continues: str | None
 class MlflowTracker:
     """Tells an MLflow run everything, behind the loop.
 
-    resumed_at: step that a continued run goes on from; later points on the server are compared, not repeated.
     note: called with a line when delivery fails, works again, or a replayed step differs.
+    run_dir: of a continued run; what its journal holds and the server lacks is delivered first.
     """
 
-    def __init__(self, client: MlflowClient, identity: RunIdentity, *, mirror: bool, keep: int | None, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        identity: RunIdentity,
+        *,
+        mirror: bool,
+        keep: int | None,
+        note: Callable[[str], None],
+        run_dir: Path | None = None,
+    ) -> None:
         self._client = client
         self.identity = identity
         self._mirror_files = mirror
@@ -157,7 +166,10 @@ class MlflowTracker:
         self._failing_since: float | None = None
         self._undelivered = 0
         self._logged = _logged_points(client, identity) if identity.continued else {}
+        self._journal = journal.Journal()
         self._replay_diff = 0.0
+        if identity.continued and run_dir is not None:
+            self._catch_up(run_dir)
         self._sender = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._sender.start()
 
@@ -172,8 +184,10 @@ class MlflowTracker:
                 self._compare(key, step, before, value)
         if len(new) < len(values) and ("resume/replay_max_abs_diff", step) not in self._logged:
             new["resume/replay_max_abs_diff"] = self._replay_diff
-        now = int(time.time() * 1000)
-        self._queue.put(_Points(tuple(Metric(key, float(value), now, step) for key, value in new.items())))
+        if new:
+            record = journal.Record({key: float(value) for key, value in new.items()}, step, int(time.time() * 1000))
+            self._journal.append(*record)
+            self._queue.put(_points(record))
 
     def sample(self, text: str, step: int) -> None:
         """What the model writes, as artifact `samples/step_N.txt`."""
@@ -197,6 +211,10 @@ class MlflowTracker:
         data = Dataset(name=name, digest=digest, source_type="local", source=source, profile=json.dumps(profile))
         self._queue.put(_Input(DatasetInput(data, [InputTag("mlflow.data.context", context)])))
 
+    def keep_journal_in(self, run_dir: Path) -> None:
+        """Points told so far, and those to come, are on disk in the run directory from now on.   Raises OSError."""
+        self._journal.keep_in(run_dir)
+
     def checkpoint(self, saved: Checkpoint) -> None:
         """A checkpoint that is safe on disk: mirrored, verified, and only then named the latest; then old ones go, here and there."""
         self._queue.put(_Mirror(saved))
@@ -207,7 +225,16 @@ class MlflowTracker:
         self._queue.put(_End(status))
         self._closing.set()
         self._sender.join()
+        self._journal.close()
         return self._undelivered
+
+    def _catch_up(self, run_dir: Path) -> None:
+        """Deliver points that an earlier process measured and did not live to send."""
+        for record in journal.read(run_dir):
+            missing = {key: value for key, value in record.values.items() if (key, record.step) not in self._logged}
+            if missing:
+                self._queue.put(_points(record._replace(values=missing)))
+                self._logged |= {(key, record.step): value for key, value in missing.items()}
 
     def _compare(self, key: str, step: int, before: float, now: float) -> None:
         diff = abs(before - now)
@@ -301,7 +328,7 @@ class MlflowTracker:
                 took_s = time.perf_counter() - started
                 points = [Metric("ckpt/upload_s", took_s, int(time.time() * 1000), saved.manifest.step)]
         client.log_batch(run_id, metrics=points, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
-        for old in checkpoint.superfluous(folder, self._keep):
+        for old in checkpoint.superfluous(folder, self._keep, saved.manifest.step):
             if self._mirror_files:
                 repository = get_artifact_repository(self.identity.artifact_uri)
                 for name in (old.manifest_path.name, old.path.name):
@@ -418,6 +445,10 @@ class _End(_Op):
         return f"status {self.status}"
 
 
+def _points(record: journal.Record) -> _Points:
+    return _Points(tuple(Metric(key, value, record.at_ms, record.step) for key, value in record.values.items()))
+
+
 def _merged(ops: Sequence[_Op]) -> list[_Op]:
     """The same in fewer requests: neighbouring points together, nothing out of order."""
     merged: list[_Op] = []
@@ -425,7 +456,7 @@ def _merged(ops: Sequence[_Op]) -> list[_Op]:
         last = merged[-1] if merged else None
         if isinstance(op, _Points) and isinstance(last, _Points):
             merged[-1] = _Points(last.points + op.points)
-        elif not (isinstance(op, _Points) and not op.points):
+        else:
             merged.append(op)
     return merged
 

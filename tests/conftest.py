@@ -110,9 +110,9 @@ def run_cli(*words: str) -> Result:
     return result
 
 
-def train(tiny: Path, *settings: str, resume: str = "none") -> Result:
+def train(tiny: Path, *settings: str, resume: str = "none", fork: bool = False) -> Result:
     words = [word for setting in settings for word in ("--set", setting)]
-    return run_cli("train", "--config", str(tiny), "--resume", resume, *words)
+    return run_cli("train", "--config", str(tiny), "--resume", resume, *words, *["--fork"] * fork)
 
 
 def only_run(store: MlflowClient, experiment: str = "bdh") -> Any:

@@ -164,9 +164,10 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     run = new(tmp_path)
     for step, val_loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
         run.save(state(step), PROVENANCE, val_loss)
-    gone = checkpoint.superfluous(run.path, keep=2)
+    assert [c.manifest.step for c in checkpoint.superfluous(run.path, keep=1, up_to=3)] == [1]  # 4 and 5 are not mirrored yet
+    gone = checkpoint.superfluous(run.path, keep=2, up_to=5)
     assert [c.manifest.step for c in gone] == [1, 3]
-    assert checkpoint.superfluous(run.path, keep=None) == []
+    assert checkpoint.superfluous(run.path, keep=None, up_to=5) == []
     for c in gone:
         checkpoint.remove(c)
     assert [c.manifest.step for c in checkpoint.list_run(run.path).checkpoints] == [2, 4, 5]

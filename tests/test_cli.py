@@ -29,7 +29,7 @@ def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Pat
     (directory,) = checkpoint.list_all(Path("checkpoints"))
     assert re.fullmatch(r"run_\d{8}_\d{6}", directory.name)
     files = ["checkpoint_3.json", "checkpoint_3.pt", "checkpoint_6.json", "checkpoint_6.pt", "config.yaml"]
-    assert [p.name for p in sorted(directory.iterdir())] == files
+    assert [p.name for p in sorted(directory.iterdir())] == [*files, "journal.jsonl"]
     mirrored = [f.path for f in store.list_artifacts(run.info.run_id, f"checkpoints/{directory.name}")]
     assert mirrored == [f"checkpoints/{directory.name}/{name}" for name in files]
     assert {f.path for f in store.list_artifacts(run.info.run_id)} >= {"checkpoints", "config.yaml", "data", "environment.txt", "samples"}

@@ -128,15 +128,25 @@ def test_shuffle_is_written_in_stone() -> None:
     assert data._shuffled(8, 1337, -1).tolist() == [7, 0, 3, 5, 2, 1, 4, 6]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
+def test_windows_come_in_one_order_whatever_the_batch_size(tmp_path: Path, batch_size: int) -> None:
+    write_shards(tmp_path, documents(60), row_group_size=16)
+    text = opened(tmp_path)
+    one_by_one = torch.cat([b.tokens for b in batches(text, 400, batch_size=1)])
+    at_once = torch.cat([b.tokens for b in batches(text, 400 // batch_size, batch_size=batch_size)])
+    assert torch.equal(one_by_one[: len(at_once)], at_once)
+
+
 def test_no_more_row_groups_are_open_than_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, documents(100), row_group_size=4)
     walk = data._Walk(opened(tmp_path), 3, 8, 7)
     for _ in range(500):
-        walk.next_window()
+        walk.next_windows(1)
         assert sum(lane.unit >= 0 for lane in walk._lanes) <= 3
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_order_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     write_shards(tmp_path, documents(60))
     text = opened(tmp_path)

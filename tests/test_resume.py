@@ -34,60 +34,6 @@ def loaded(step: int) -> dict[str, Any]:
     return checkpoint.load(run_dir() / checkpoint.file_name(step))
 
 
-def assert_same_state(a: Any, b: Any, path: str = "") -> None:
-    """Equal to the bit, wherever in the nested state."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same_state(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{path}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (),
-        ("low_precision.compute_dtype=bfloat16",),
-        ("low_precision.compute_dtype=float16",),
-        ("low_precision.use_4bit=true",),
-        ("training.gradient_accumulation_steps=3",),
-        ("scheduler.type=cosine", "scheduler.warmup_steps=2"),
-        ("scheduler.type=linear",),
-        ("scheduler.type=exponential", "scheduler.gamma=0.9"),
-        ("scheduler.type=plateau", "scheduler.patience=0", "training.learning_rate=0.5", "training.test_freq=1"),
-        ("training.log_freq=4",),
-    ],
-    ids=lambda s: ",".join(s) or "float32",
-)
-def test_resume_is_bit_exact(store: MlflowClient, text: Path, tiny: Path, settings: tuple[str, ...]) -> None:
-    settings = ("scheduler.decay_steps=6", *settings)
-    assert train(tiny, *settings).exit_code == 0
-    straight, straight_run = loaded(6), only_run(store)
-    shutil.move(CHECKPOINTS, "straight")
-    store.delete_experiment(straight_run.info.experiment_id)
-    assert train(tiny, *settings, "training.max_iters=3", "tracking.experiment=again").exit_code == 0
-    result = train(tiny, *settings, "tracking.experiment=again", resume="latest")
-    assert result.exit_code == 0, result.output
-    resumed = loaded(6)
-    for state in (straight, resumed):
-        del state["config"]["tracking"], state["config"]["training"]["resume_from_checkpoint"]
-    assert_same_state(straight, resumed)
-    run = only_run(store, "again")
-    for key in ("train/loss", "val/loss", "optim/lr", "optim/grad_norm", "progress/tokens_seen"):
-        extra = {3} if key == "train/loss" and "training.log_freq=4" in settings else set()  # the shorter run's own last point
-        extra = {3} if "training.log_freq=4" in settings and key != "val/loss" else extra
-        again = [point for point in history(store, run.info.run_id, key) if point[0] not in extra]
-        assert again == history(store, straight_run.info.run_id, key), key
-
-
 @pytest.mark.parametrize("form", ["latest", "file", "directory", "run id", "runs:/", "runs:/ file", "runs:/ folder", "artifact URI"])
 @pytest.mark.parametrize("local", [True, False], ids=["here", "mirrored only"])
 def test_every_form_continues_the_same_run_in_the_same_directory(
@@ -248,6 +194,39 @@ def test_directory_of_another_run_is_not_mixed_with_a_download(store: MlflowClie
         manifest.write_text(manifest.read_text().replace(half.info.run_id, "0" * 32))
     output = refused(train(tiny, resume=half.info.run_id))
     assert f"holds checkpoints of another run ({'0' * 32})" in output
+
+
+def test_fork_is_a_new_run_from_the_checkpoint_in_which_settings_differ(store: MlflowClient, tiny: Path, half: Any) -> None:
+    before = sorted(p.name for p in run_dir().iterdir())
+    changed = ("training.learning_rate=0.1", "training.weight_decay=0", "training.batch_size=3", "model.n_layer=3")
+    assert "begin a new run from this checkpoint with --fork" in refused(train(tiny, *changed[:3], resume="latest"))
+    result = train(tiny, *changed, "tracking.experiment=forks", resume="latest", fork=True)
+    assert result.exit_code == 0, result.output
+    fork = only_run(store, "forks")
+    assert [step for step, _ in history(store, fork.info.run_id, "train/loss")] == [4, 5, 6]
+    assert [value for _, value in history(store, fork.info.run_id, "progress/tokens_seen")] == [72, 96, 120]
+    origin = f"runs:/{half.info.run_id}/checkpoints/{checkpoint.list_all(CHECKPOINTS)[0].name}/checkpoint_3.pt"
+    assert fork.data.tags["bdh.forked_from"] == origin
+    assert fork.data.tags["drift.training.learning_rate"] == "0.001 -> 0.1"
+    old, new = checkpoint.list_all(CHECKPOINTS)
+    assert sorted(p.name for p in old.iterdir()) == before
+    state = checkpoint.load(new / "checkpoint_6.pt")
+    assert state["optimizer_state_dict"]["param_groups"][0]["weight_decay"] == 0
+    assert only_run(store).info.run_id == half.info.run_id
+
+
+def test_fork_may_read_other_data_from_its_beginning(store: MlflowClient, text: Path, tiny: Path, half: Any) -> None:
+    shutil.copy(text / "part-0.parquet", text / "part-2.parquet")
+    result = train(tiny, "tracking.experiment=forks", resume="latest", fork=True)
+    assert result.exit_code == 0, result.output
+    assert "fork: other data or another order of it, so it is read from its beginning" in result.output
+
+
+def test_fork_cannot_change_shapes_and_needs_a_checkpoint(store: MlflowClient, tiny: Path, half: Any) -> None:
+    output = refused(train(tiny, "model.n_embd=32", "training.seed=7", resume="latest", fork=True))
+    assert "model.n_embd was 16, config says 32" in output
+    assert "training.seed" not in output
+    assert "--fork needs a checkpoint to fork from: --resume TARGET" in refused(train(tiny, fork=True))
 
 
 def test_pull_brings_a_mirrored_checkpoint_here(tiny: Path, half: Any) -> None:

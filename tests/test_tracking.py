@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from bdh_mlflow import tracking
+from bdh_mlflow import journal, tracking
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import TrackingError
@@ -120,6 +120,31 @@ def test_replayed_points_are_compared_and_not_logged_twice(store: MlflowClient) 
     assert notes == ["step 3: train/loss was 3.0 before the interruption and is 3.5 now"]
 
 
+def test_points_that_a_killed_process_did_not_send_are_delivered_by_the_next(store: MlflowClient, tmp_path: Path) -> None:
+    tracker, _ = started(store)
+    run_id = tracker.identity.run_id
+    for step in (1, 2):
+        tracker.metrics({"train/loss": float(step)}, step)
+    tracker.close("RUNNING", {})
+    journalled = journal.Journal()
+    for step in (1, 2, 3, 4):
+        journalled.append({"train/loss": float(step), "optim/lr": 0.1}, step, 1_000 + step)
+    journalled.keep_in(tmp_path)
+    journalled.close()
+    with (tmp_path / journal.FILE_NAME).open("a") as file:
+        file.write('{"at_ms": 5, "step": 5, "val')  # killed in the middle of a line
+    again, notes = started(store, continues=run_id, run_dir=tmp_path)
+    again.keep_journal_in(tmp_path)
+    again.metrics({"train/loss": 4.0}, 4)
+    again.metrics({"train/loss": 5.0}, 5)
+    again.close("FINISHED", {})
+    assert history(store, run_id, "train/loss") == [(s, float(s)) for s in (1, 2, 3, 4, 5)]
+    assert history(store, run_id, "optim/lr") == [(s, 0.1) for s in (1, 2, 3, 4)]
+    assert [m.timestamp for m in store.get_metric_history(run_id, "train/loss") if m.step == 3] == [1_003]
+    assert [r.step for r in journal.read(tmp_path) if "train/loss" in r.values] == [1, 2, 3, 4, 5]
+    assert notes == []
+
+
 def test_mirrored_checkpoint_is_verified_before_it_is_called_the_latest(store: MlflowClient, tmp_path: Path) -> None:
     tracker, _ = started(store)
     run_id = tracker.identity.run_id
@@ -139,7 +164,7 @@ def test_mirrored_checkpoint_is_verified_before_it_is_called_the_latest(store: M
 
 
 def test_retention_prunes_both_sides_by_one_rule(store: MlflowClient, tmp_path: Path) -> None:
-    tracker, _ = started(store, keep=1)
+    tracker, notes = started(store, keep=1)
     run_id = tracker.identity.run_id
     provenance = Provenance(run_id, 1, None, False, "c", "d", {})
     directory = RunDirectory.new(tmp_path / "checkpoints", "", AT)
@@ -148,6 +173,7 @@ def test_retention_prunes_both_sides_by_one_rule(store: MlflowClient, tmp_path: 
     tracker.close("FINISHED", {})
     left = sorted(p.name for p in directory.path.iterdir())
     mirrored = sorted(Path(f.path).name for f in store.list_artifacts(run_id, f"checkpoints/{directory.path.name}"))
+    assert notes == []
     assert left == mirrored == ["checkpoint_2.json", "checkpoint_2.pt", "checkpoint_4.json", "checkpoint_4.pt", "config.yaml"]
 
 

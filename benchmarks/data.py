@@ -1,0 +1,146 @@
+"""What the data pipeline costs, as ratios in one process: `python benchmarks/data.py [--files 1000] [--megabytes 10]`.
+
+1. Bytes a second of training batches against pyarrow reading the same column, and against a loader that reads the row group for every
+   sample, which is the usual simple way.
+2. Resident memory over a walk through many files, with the bytes of the open row groups as the yardstick.
+3. Time to the first batch at position 0 and in the middle of an epoch.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bdh_mlflow.config import DatasetConfig
+from bdh_mlflow.data import Batch, ParquetText, Position, TrainingBatches
+
+BLOCK_SIZE, BATCH_SIZE, LANES, SEED = 512, 8, 5, 1
+DOCUMENT_BYTES = 3000  # about FineWeb's mean
+ROW_GROUP_ROWS = 1000  # FineWeb's
+ROUNDS = 3
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--files", type=int, default=1000)
+    options.add_argument("--megabytes", type=float, default=10.0, help="text in one file")
+    options.add_argument("--dir", help="where the data is made; a temporary folder if not given")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.dir) as folder:
+        one = Path(folder) / "one"
+        write(one / "0.parquet", int(given.megabytes * 1e6) * 8)  # large enough to time
+        throughput(opened(one))
+        many = Path(folder) / "many"
+        write(many / "0000.parquet", int(given.megabytes * 1e6))
+        for i in range(1, given.files):  # the same bytes under many names: memory and seeking do not care
+            os.link(many / "0000.parquet", many / f"{i:04d}.parquet")
+        started = time.perf_counter()
+        text = opened(many)
+        digest = text.digest
+        print(f"index and digest of {given.files} files: {time.perf_counter() - started:.2f} s ({digest[:8]}...)")
+        first_batch(text)
+        memory(text)
+
+
+def throughput(text: ParquetText) -> None:
+    def pyarrow_alone() -> int:
+        size = 0
+        for file in text.files:
+            with pq.ParquetFile(file) as opened_file:
+                for i in range(opened_file.num_row_groups):
+                    size += opened_file.read_row_group(i, columns=["text"]).nbytes
+        return size
+
+    def ours() -> int:
+        return sum(b.tokens.numel() for b in itertools.takewhile(lambda b: b.epoch < 0.95, batches(text)))
+
+    def row_group_per_sample() -> int:
+        with pq.ParquetFile(text.files[0]) as opened_file:
+            draw, size = np.random.default_rng(0), 0
+            for _ in range(20):
+                column = opened_file.read_row_group(int(draw.integers(opened_file.num_row_groups)), columns=["text"]).column("text")
+                sample = column[int(draw.integers(len(column)))].as_py().encode()[: BLOCK_SIZE + 1]
+                size += np.frombuffer(sample.ljust(BLOCK_SIZE + 1, b"\0"), np.uint8).size
+            return size
+
+    rates: dict[str, list[float]] = {f.__name__: [] for f in (pyarrow_alone, ours, row_group_per_sample)}
+    for _ in range(ROUNDS):
+        for work in (pyarrow_alone, ours, row_group_per_sample):
+            rates[work.__name__].append(rate(work))
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    for name, value in middle.items():
+        print(f"{name}: {value / 1e6:,.2f} MB/s (median of {ROUNDS})")
+    print(f"ours / pyarrow alone: {middle['ours'] / middle['pyarrow_alone']:.2f} (wanted: at least 0.25)")
+    print(f"ours / row group per sample: {middle['ours'] / middle['row_group_per_sample']:,.0f} (wanted: at least 100)")
+
+
+def first_batch(text: ParquetText) -> None:
+    middle = next(b.position for b in batches(text) if b.epoch > 0.02)
+    middle["next_unit"] += len(text.row_groups) // 2
+    for lane in middle["lanes"]:
+        lane[0] += len(text.row_groups) // 2
+        lane[1] = 1  # in the middle of a row group, as nearly every position is
+        del lane[3:]
+    times: dict[str, list[float]] = {"position 0": [], "the middle": []}
+    for _ in range(7):
+        for name, position in (("position 0", None), ("the middle", middle)):
+            started = time.perf_counter()
+            next(batches(text, position))
+            times[name].append(time.perf_counter() - started)
+    start, half = (statistics.median(times[name]) for name in ("position 0", "the middle"))
+    print(f"first batch at position 0: {1e3 * start:.1f} ms, in the middle of the epoch: {1e3 * half:.1f} ms, ratio {half / start:.2f}")
+
+
+def memory(text: ParquetText) -> None:
+    process = psutil.Process()
+    largest = max(len(text.training_bytes(g)) for g in text.row_groups[:20])
+    before = process.memory_info().rss
+    marks = iter(range(1, 11))
+    mark = next(marks)
+    seen = []
+    for batch in batches(text):
+        if batch.epoch * 10 >= mark:
+            seen.append((process.memory_info().rss - before) / 2**20)
+            mark = next(marks, 0)
+            if not mark:
+                break
+    print(f"open row groups: {LANES} of {largest / 2**20:.1f} MiB; resident memory above the start, at each tenth of the epoch, MiB:")
+    print("  " + " ".join(f"{value:.0f}" for value in seen))
+
+
+def batches(text: ParquetText, position: Position | None = None) -> Iterator[Batch]:
+    order = TrainingBatches(text, lanes=LANES, batch_size=BATCH_SIZE, block_size=BLOCK_SIZE, seed=SEED, position=position)
+    return iter(order)
+
+
+def rate(work: Callable[[], int]) -> float:
+    started = time.perf_counter()
+    return work() / (time.perf_counter() - started)
+
+
+def opened(folder: Path) -> ParquetText:
+    return ParquetText(DatasetConfig(parquet_dir=str(folder), val_fraction=0.01))
+
+
+def write(path: Path, size: int) -> None:
+    """Made-up text that compresses about as text does."""
+    path.parent.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    words = np.array(["".join(chr(97 + c) for c in draw.integers(0, 26, draw.integers(2, 9))) for _ in range(5000)])
+    documents = []
+    for _ in range(max(1, size // DOCUMENT_BYTES)):
+        documents.append(" ".join(words[draw.zipf(1.3, DOCUMENT_BYTES // 6) % len(words)]))
+    pq.write_table(pa.table({"id": range(len(documents)), "text": documents}), path, row_group_size=ROW_GROUP_ROWS)
+
+
+if __name__ == "__main__":
+    main()
