@@ -54,6 +54,38 @@ def test_any_kind_of_text_column_is_read(tmp_path: Path, kind: pa.DataType) -> N
     assert all_bytes(opened(tmp_path)).decode() == "ünï\0b\0ünï\0"
 
 
+def by_pyarrow(texts: list[str | None], path: Path, codec: str) -> None:
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, compression=codec)
+
+
+def by_pandas(texts: list[str | None], path: Path, codec: str) -> None:
+    import pandas as pd
+
+    pd.DataFrame({"id": range(len(texts)), "text": texts}).to_parquet(path, compression=codec)
+
+
+def by_polars(texts: list[str | None], path: Path, codec: str) -> None:
+    import polars as pl
+
+    pl.DataFrame({"id": range(len(texts)), "text": texts}).write_parquet(path, compression=codec)
+
+
+def by_duckdb(texts: list[str | None], path: Path, codec: str) -> None:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        connection.execute("create table t (id integer, text varchar)")
+        connection.executemany("insert into t values (?, ?)", list(enumerate(texts)))
+        connection.execute(f"copy t to '{path}' (format parquet, codec '{codec}')")
+
+
+@pytest.mark.parametrize("write", [by_pyarrow, by_pandas, by_polars, by_duckdb])
+@pytest.mark.parametrize("codec", ["snappy", "zstd", "gzip"])
+def test_files_of_any_writer_and_codec_are_read(tmp_path: Path, write: Any, codec: str) -> None:
+    write(["ünï", None, "", "b" * 5000, "ünï"], tmp_path / "a.parquet", codec)
+    assert all_bytes(opened(tmp_path)).decode() == "ünï\0" + "b" * 5000 + "\0ünï\0"
+
+
 @pytest.mark.parametrize("row_group_size", [1, 7, 1000])
 def test_row_groups_of_any_size_in_nested_folders_are_read_whole(tmp_path: Path, row_group_size: int) -> None:
     texts = documents(50)
