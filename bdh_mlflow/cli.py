@@ -6,6 +6,7 @@ Heavy rooms are imported inside the commands that need them, so that `--help` an
 import difflib
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -365,13 +366,16 @@ def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) ->
     if outcome.undelivered:
         lines.append(f"{outcome.undelivered} records did not reach the tracking server; the checkpoints here are whole")
     again = f"mlflow run . --env-manager local --experiment-name {identity.experiment} -P config={config_path} -P resume={identity.run_id}"
-    kept = [o for o in overrides if not o.startswith("training.resume_from_checkpoint=")]
-    again += "".join(f" -P {override}" for override in kept)
+    settings = dict(override.split("=", 1) for override in overrides)  # `mlflow run` refuses a parameter given twice
+    settings.pop("training.resume_from_checkpoint", None)
+    if ending.reason == "finished":
+        settings["training.max_iters"] = str(2 * ending.step)
+    again += "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in settings.items())
     if ending.reason != "finished":
         lines.append(f"Go on:   {again}")
     elif outcome.run_dir:
         lines.append(f"Try it:  bdh-mlflow generate {outcome.run_dir} --prompt 'def '")
-        lines.append(f"Go on:   {again} -P training.max_iters={2 * ending.step}")
+        lines.append(f"Go on:   {again}")
     if not identity.on_server:
         lines.append(f"Look:    mlflow ui --backend-store-uri {identity.tracking_uri}")
         lines.append(f"         then open {identity.page}")

@@ -51,7 +51,7 @@ def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Pat
 
 
 def test_last_lines_say_where_the_run_is_and_what_to_type(store: MlflowClient, text: Path, tiny: Path) -> None:
-    lines = train(tiny).output.splitlines()
+    lines = train(tiny, "training.max_iters=5", "training.max_iters=6", "tracking.tags.a=b c").output.splitlines()
     run = only_run(store)
     (directory,) = checkpoint.list_all(Path("checkpoints"))
     start_of_end = next(i for i, line in enumerate(lines) if line.startswith("Finished at step 6, val/loss "))
@@ -59,7 +59,7 @@ def test_last_lines_say_where_the_run_is_and_what_to_type(store: MlflowClient, t
     assert re.fullmatch(r"Finished at step 6, val/loss \d\.\d{4}, val/bpb \d\.\d{4}; peak memory \d+\.\d\d GiB", end[0])
     assert end[1] == f"Checkpoints: {directory}"
     assert end[2] == f"Try it:  bdh-mlflow generate {directory} --prompt 'def '"
-    assert end[3].endswith(f"-P config={tiny} -P resume={run.info.run_id} -P training.max_iters=12")
+    assert end[3].endswith(f"-P config={tiny} -P resume={run.info.run_id} -P training.max_iters=12 -P 'tracking.tags.a=b c'")
     assert end[4] == f"Look:    mlflow ui --backend-store-uri {store.tracking_uri}"
     assert end[5].endswith(f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/model-metrics?workflowType=machine_learning")
 
