@@ -114,6 +114,8 @@ def attach(client: MlflowClient, tracking: TrackingConfig, continues: str | None
             run = client.get_run(wrapper) if wrapper else _create(client, tracking)
         segment = int(run.data.tags.get("bdh.segment", 0)) + 1
         run_id = run.info.run_id
+        if continued:
+            _end_killed_segments(client, run, wrapper)
         if wrapper and wrapper != run_id:
             _make_child(client, wrapper, run_id, segment)
         if tracking.run_name and not continued:
@@ -476,6 +478,14 @@ def _create(client: MlflowClient, tracking: TrackingConfig) -> Run:
     return client.create_run(
         experiment_id, run_name=tracking.run_name, tags={"mlflow.user": user, "mlflow.source.name": "bdh-mlflow train"}
     )
+
+
+def _end_killed_segments(client: MlflowClient, run: Run, wrapper: str | None) -> None:
+    """Children of earlier segments that a hard kill left RUNNING: there is one process at a time, so theirs is gone."""
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    for child in children:
+        if child.info.status == "RUNNING" and child.info.run_id != wrapper and "bdh.continues" in child.data.tags:
+            client.set_terminated(child.info.run_id, "KILLED")
 
 
 def _make_child(client: MlflowClient, wrapper: str, parent: str, segment: int) -> None:

@@ -60,6 +60,10 @@ def test_resumed_run_goes_on_and_the_wrapper_becomes_its_child(store: MlflowClie
     child = store.get_run(wrapper)
     assert (child.info.run_name, child.data.tags["mlflow.parentRunId"]) == ("segment 2", original)
     assert store.get_run(original).info.status == "RUNNING"
+    third = store.create_run(tracker.identity.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", third)
+    tracking.attach(tracking.connect(CONFIG), CONFIG, original)
+    assert [store.get_run(r).info.status for r in (wrapper, third)] == ["KILLED", "RUNNING"]  # the second was killed hard
 
 
 def test_run_of_another_server_begins_a_new_one(store: MlflowClient) -> None:
