@@ -32,10 +32,10 @@ def main(server: str, run_id: str) -> None:
         open_page(page, f"{experiment}{machine_learning}", f"text={run.info.run_name}")
         picture(page, "runs")
         open_page(page, f"{experiment}/{run_id}/model-metrics{machine_learning}", ".js-plotly-plot .scatterlayer")
-        for section in ("optim", "perf", "progress", "train", "val"):  # charts are drawn when they come into view
-            page.locator(f"text=/^{section} /").first.scroll_into_view_if_needed()
-            page.wait_for_timeout(700)
-        page.locator("text=/^train /").first.evaluate("node => node.scrollIntoView({block: 'start'})")
+        page.mouse.move(700, 500)
+        for _ in range(14):  # charts are drawn when they come into view; train and val are the last sections
+            page.mouse.wheel(0, 500)
+            page.wait_for_timeout(500)
         picture(page, "metrics")
         open_page(page, f"{experiment}/{run_id}/artifacts{machine_learning}", "text=checkpoints")
         page.click("text=checkpoints")
