@@ -36,6 +36,7 @@ def main(server: str, run_id: str) -> None:
         for _ in range(14):  # charts are drawn when they come into view; train and val are the last sections
             page.mouse.wheel(0, 500)
             page.wait_for_timeout(500)
+        page.mouse.wheel(0, -780)
         picture(page, "metrics")
         open_page(page, f"{experiment}/{run_id}/artifacts{machine_learning}", "text=checkpoints")
         page.click("text=checkpoints")

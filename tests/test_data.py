@@ -94,6 +94,14 @@ def test_row_groups_of_any_size_in_nested_folders_are_read_whole(tmp_path: Path,
     assert Counter(read) == Counter(texts)
 
 
+def test_hundreds_of_files_and_a_row_group_of_100_000_rows_are_read(tmp_path: Path) -> None:
+    write_shards(tmp_path / "many", [f"<{i}>" for i in range(600)], shards=300)
+    write_shards(tmp_path / "one", [f"<{i}>" for i in range(100_000)], shards=1, row_group_size=100_000)
+    for folder, files, rows in (("many", 300, 600), ("one", 1, 100_000)):
+        text = opened(tmp_path / folder)
+        assert (len(text.files), all_bytes(text).count(b"\0")) == (files, rows)
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 5])
 @pytest.mark.parametrize("block_size", [1, 8, 300])
 def test_each_token_is_predicted_once_per_epoch(tmp_path: Path, lanes: int, block_size: int) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, once and twice, in every phase of a run: real signals, raised from inside the phase."""
+"""SIGINT and SIGTERM, once, twice and as `mlflow run` sends them, in every phase of a run: real signals, raised from inside the phase."""
 
 import signal
 from collections.abc import Callable
@@ -14,23 +14,28 @@ from bdh_mlflow.tracking import MlflowTracker
 from tests.conftest import only_run, train
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-pytestmark = [
-    pytest.mark.parametrize("number", CODES, ids=lambda n: n.name),
-    pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"]),
-]
+INT, TERM = CODES
+pytestmark = pytest.mark.parametrize(
+    "signals", [(INT,), (TERM,), (INT, INT), (TERM, TERM), (INT, TERM)], ids=lambda s: "+".join(n.name for n in s)
+)
 
 Raise = Callable[[], None]
 
 
 @pytest.fixture
-def raising(number: signal.Signals, times: int) -> Raise:
-    """Raises the signal when first called, as often as asked."""
-    left = [times]
+def number(signals: tuple[signal.Signals, ...]) -> signal.Signals:
+    """The signal that counts: the first."""
+    return signals[0]
+
+
+@pytest.fixture
+def raising(signals: tuple[signal.Signals, ...]) -> Raise:
+    """Raises the signals, one after the other, when first called."""
+    left = list(signals)
 
     def now() -> None:
-        while left[0]:
-            left[0] -= 1
-            signal.raise_signal(number)
+        while left:
+            signal.raise_signal(left.pop(0))
 
     return now
 
