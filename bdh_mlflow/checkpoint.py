@@ -7,6 +7,7 @@ opened with `weights_only=True`: tensors and plain values, never code. Knows not
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bdh_mlflow.errors import CheckpointError, SaveError
+from bdh_mlflow.errors import CheckpointError, ResumeError, SaveError
 
 FORMAT = 1
 CONFIG_NAME = "config.yaml"
@@ -87,6 +88,9 @@ class RunDirectory:
         self.path = path
         self._config_yaml = config_yaml
         self._made = existing
+        self._lock: int | None = None
+        if existing and path.is_dir():
+            self._claim()
 
     @classmethod
     def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
@@ -100,6 +104,23 @@ class RunDirectory:
             return _write(self.path, {"format": FORMAT, **state}, provenance, val_loss)
         except (OSError, RuntimeError) as error:
             raise _not_saved(self.path / file_name(state["step"]), error) from error
+
+    def close(self) -> None:
+        """Let another process train here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _claim(self) -> None:
+        """One process trains in a directory at a time; a kill lets go of it.   Raises ResumeError."""
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ResumeError(f"{self.path}: another process is training this run; stop it first") from None
+        except OSError:  # a file system without locks
+            self.close()
 
     def make(self) -> None:
         """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
@@ -119,6 +140,7 @@ class RunDirectory:
                     started_at = datetime.strptime(self.path.name, "run_%Y%m%d_%H%M%S") + timedelta(seconds=1)
                     self.path = self.path.with_name(f"run_{started_at:%Y%m%d_%H%M%S}")
             self._made = True
+            self._claim()
         config = self.path / CONFIG_NAME
         if not config.is_file() or config.read_text(encoding="utf-8") != self._config_yaml:
             _replace(config, self._config_yaml.encode())
@@ -215,6 +237,8 @@ def superfluous(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]
     if keep is None:
         return []
     checkpoints = tuple(c for c in list_run(run_dir).checkpoints if c.manifest.step <= up_to)
+    if len({c.manifest.mlflow_run_id for c in checkpoints}) > 1:
+        return []  # somebody put other runs' files here; they are not ours to delete
     kept = {c.path for c in checkpoints[-keep:]}
     top = best(checkpoints)
     return [c for c in checkpoints if c.path not in kept and c != top]

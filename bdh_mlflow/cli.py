@@ -371,7 +371,7 @@ def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) ->
     if ending.reason == "finished":
         settings["training.max_iters"] = str(2 * ending.step)
     again += "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in settings.items())
-    if ending.reason != "finished":
+    if ending.reason != "finished" and outcome.run_dir:
         lines.append(f"Go on:   {again}")
     elif outcome.run_dir:
         lines.append(f"Try it:  bdh-mlflow generate {outcome.run_dir} --prompt 'def '")

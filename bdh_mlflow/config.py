@@ -369,6 +369,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A date is text here: `run_name: 2025-11-08`.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -415,6 +422,9 @@ def _with_overrides(tree: Mapping[str, Any], overrides: Sequence[str], problems:
                 value = yaml.load(text, _Loader)
             except yaml.YAMLError:
                 value = text
+            field = SECTIONS[name].__pydantic_fields__.get(key)
+            if field is not None and value is not None and _accepted(SECTIONS[name], key).startswith("text"):
+                value = text  # 2024_01 and 007 are not numbers where text is meant
             section = merged.setdefault(name, {})
             mapping, dot, entry = key.partition(".")
             if dot and isinstance(section.get(mapping, {}), Mapping):

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -497,7 +498,8 @@ def _documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Iter
 def _from_files(files: Iterable[Path], root: Path, column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
     for file in files:
         folders = file.relative_to(root).parts
-        if not any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in folders):
+        unfinished = file.suffix == ".parquet" and file.name.startswith("_")
+        if not unfinished and not any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in folders):
             yield from _from_file(file, column, skipped, cut=False)
 
 
@@ -514,8 +516,8 @@ def _from_file(file: Path, column: str, skipped: list[tuple[str, str]], *, cut: 
                 return
             text = _decoded(raw)
             yield from _cut(text) if cut else [text] * bool(text)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError, UnicodeError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decoded(raw: bytes) -> str:
@@ -555,7 +557,7 @@ def _from_jsonl(file: Path, column: str) -> Iterator[str]:
             if column not in record:
                 raise DataError(f"{file}, line {number}: no field `{column}`; it has {', '.join(record)}. Set dataset.text_column")
             if record[column]:
-                yield record[column]
+                yield record[column].encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, UTF-8 cannot
 
 
 def _from_parquet(file: Path, column: str) -> Iterator[str]:
@@ -608,5 +610,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer decides when its workers end."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process of the group; the trainer decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

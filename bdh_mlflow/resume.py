@@ -115,7 +115,7 @@ def _of_run(run_id: str, checkpoint_dir: Path, config: TrackingConfig, notes: li
             break
         try:
             return _fetch(f"runs:/{run_id}/{path}", checkpoint_dir, config)
-        except CheckpointError as error:
+        except (CheckpointError, ResumeError) as error:
             notes.append(str(error))
     if local is None:
         raise ResumeError("\n  ".join([f"run {run_id}: no checkpoint that verifies, neither in {checkpoint_dir} nor mirrored", *notes]))

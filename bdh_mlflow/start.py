@@ -23,7 +23,7 @@ from bdh_mlflow import __version__, checkpoint, data, model, optim, precision, r
 from bdh_mlflow.checkpoint import Manifest, Provenance, RunDirectory
 from bdh_mlflow.config import Config, ModelConfig, changes_trajectory
 from bdh_mlflow.data import Batch, ParquetText, TrainingBatches
-from bdh_mlflow.errors import ConfigError, ResumeError
+from bdh_mlflow.errors import ConfigError, ResumeError, SaveError
 from bdh_mlflow.model import BDH
 from bdh_mlflow.precision import Precision
 from bdh_mlflow.tracking import MlflowTracker, RunIdentity
@@ -83,7 +83,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     if reason := checkpoint.unwritable(checkpoint_dir):
         raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
     origin = _origin(config, checkpoint_dir, progress, fork)
-    config = config.resolved(origin.saved)
+    config = config.resolved(origin.saved if origin.kind == "resumed" else None)
     text = _text(config, progress)
     batches = _batches(config, text, _position(origin, config, text, progress), device)
     validation = text.validation_batches(config.training.test_iters, config.training.batch_size, config.training.block_size)
@@ -94,26 +94,32 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     if origin.kind == "warm":
         _load_warm(network, origin)
 
+    commit, dirty, patch = tracking.source_state(Path(__file__).parent)
+    if origin.kind == "resumed" and origin.found and origin.manifest:
+        folder = origin.found.path.absolute().parent
+        if folder.name != origin.manifest.run_dir:  # a copy that lies elsewhere; its neighbours are none of this run's business
+            folder = checkpoint_dir / origin.manifest.run_dir
+        run_dir = RunDirectory(folder, config.to_yaml(), existing=folder.is_dir())
+    else:
+        run_dir = RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
     client = tracking.connect(config.tracking)
     stop.begun = True  # from here on there is a run to end properly
     identity = tracking.attach(
         client, config.tracking, origin.manifest.mlflow_run_id if origin.kind == "resumed" and origin.manifest else None
     )
-    if origin.kind == "resumed" and origin.found:
-        run_dir = RunDirectory(origin.found.path.parent, config.to_yaml(), existing=True)
-    else:
-        run_dir = RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
     keep, mirror = config.training.keep_checkpoints, config.tracking.mirror_checkpoints
     tracker = MlflowTracker(client, identity, mirror=mirror, keep=keep, note=progress.note, run_dir=run_dir.path)
-    commit, dirty, patch = tracking.source_state(Path(__file__).parent)
     provenance = Provenance(identity.run_id, identity.segment, commit, dirty, config.digest(), text.digest, _versions())
 
     def save(contents: dict[str, Any], val_loss: float | None) -> None:
         run_dir.make()
-        tracker.keep_journal_in(run_dir.path)  # before the checkpoint: who resumes from it finds every point up to it
+        try:
+            tracker.keep_journal_in(run_dir.path)  # before the checkpoint: who resumes from it finds every point up to it
+        except OSError as error:
+            raise SaveError(f"{run_dir.path}: the journal cannot be written: {error.strerror}") from error
         tracker.checkpoint(run_dir.save({**contents, "config": config.to_dict()}, provenance, val_loss))
 
-    with _told(tracker, stop) as told:
+    with contextlib.closing(run_dir), _told(tracker, stop) as told:
         _introduce(tracker, config, text, facts, provenance, patch, origin)
         progress.note(_headline(network, config, text, facts, identity, origin))
         parts = Parts(
@@ -183,7 +189,7 @@ def _origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool
     if found.checkpoint is None:
         return Origin("warm", found)
     saved = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
-    changes = [d for d in saved.differences(config.resolved(saved)) if changes_trajectory(d, saved)]
+    changes = [d for d in saved.differences(config.resolved(None if fork else saved)) if changes_trajectory(d, saved)]
     if fork:
         changes = [d for d in changes if d.key in SHAPES]
     if changes:

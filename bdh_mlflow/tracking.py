@@ -112,6 +112,7 @@ def attach(client: MlflowClient, tracking: TrackingConfig, continues: str | None
         continued = run is not None
         if run is None:
             run = client.get_run(wrapper) if wrapper else _create(client, tracking)
+        _check_artifacts(client, run.info.artifact_uri, client.get_experiment(run.info.experiment_id).name)
         segment = int(run.data.tags.get("bdh.segment", 0)) + 1
         run_id = run.info.run_id
         if continued:
@@ -123,7 +124,7 @@ def attach(client: MlflowClient, tracking: TrackingConfig, continues: str | None
         client.update_run(run_id, status="RUNNING")
         run = client.get_run(run_id)
         experiment = client.get_experiment(run.info.experiment_id)
-    identity = RunIdentity(
+    return RunIdentity(
         run_id=run_id,
         name=run.info.run_name or run_id,
         experiment_id=experiment.experiment_id,
@@ -133,12 +134,6 @@ def attach(client: MlflowClient, tracking: TrackingConfig, continues: str | None
         segment=segment,
         continued=continued,
     )
-    if identity.artifact_uri.startswith("mlflow-artifacts:") and not identity.on_server:
-        raise TrackingError(
-            f"experiment {experiment.name} was made by an MLflow server, which alone can store its artifacts; the tracking URI is "
-            f"{masked(client.tracking_uri)}. Set MLFLOW_TRACKING_URI to the server, or name another experiment (--experiment-name bdh)"
-        )
-    return identity
 
 
 class MlflowTracker:
@@ -165,6 +160,7 @@ class MlflowTracker:
         self._note = note
         self._queue: queue.SimpleQueue[_Op] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._closing_at = 0.0
         self._failing_since: float | None = None
         self._undelivered = 0
         self._logged = _logged_points(client, identity) if identity.continued else {}
@@ -184,11 +180,13 @@ class MlflowTracker:
                 new[key] = value
             elif key in REPLAYED:
                 self._compare(key, step, before, value)
-        if len(new) < len(values) and ("resume/replay_max_abs_diff", step) not in self._logged:
+        replayed = len(new) < len(values) and not any(key.startswith("by_tokens/") for key in values)
+        if replayed and ("resume/replay_max_abs_diff", step) not in self._logged:
             new["resume/replay_max_abs_diff"] = self._replay_diff
         if new:
             record = journal.Record({key: float(value) for key, value in new.items()}, step, int(time.time() * 1000))
-            self._journal.append(*record)
+            with self._forgiving("the journal cannot be written"):
+                self._journal.append(*record)
             self._queue.put(_points(record))
 
     def sample(self, text: str, step: int) -> None:
@@ -225,9 +223,11 @@ class MlflowTracker:
         """Deliver what is left and set the run's status (FINISHED, FAILED, KILLED).   Returns how many records could not be delivered."""
         self.tags(tags)
         self._queue.put(_End(status))
+        self._closing_at = time.monotonic()
         self._closing.set()
         self._sender.join()
-        self._journal.close()
+        with contextlib.suppress(OSError):
+            self._journal.close()
         return self._undelivered
 
     def _catch_up(self, run_dir: Path) -> None:
@@ -237,6 +237,16 @@ class MlflowTracker:
             if missing:
                 self._queue.put(_points(record._replace(values=missing)))
                 self._logged |= {(key, record.step): value for key, value in missing.items()}
+
+    @contextlib.contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        """Pruning is a convenience: where the store does not allow it, it is said and the rest goes on."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # each artifact store raises its own kinds
+            self._note(f"tracking: {what}: {_line(error)}")
 
     def _compare(self, key: str, step: int, before: float, now: float) -> None:
         diff = abs(before - now)
@@ -272,7 +282,11 @@ class MlflowTracker:
                     self._note(
                         f"tracking: {masked(self.identity.tracking_uri)} does not answer ({_line(error)}); training goes on, trying again"
                     )
-                if self._closing.is_set() and now - self._failing_since > PATIENCE_AT_EXIT_S:
+                if isinstance(error, FileNotFoundError):
+                    self._failing_since = None
+                    self._give_up(op, _line(error))
+                    return
+                if self._closing.is_set() and now - self._closing_at > PATIENCE_AT_EXIT_S:
                     self._give_up(op, _line(error))
                     return
                 time.sleep(pause_s)
@@ -334,7 +348,7 @@ class MlflowTracker:
             if self._mirror_files:
                 repository = get_artifact_repository(self.identity.artifact_uri)
                 for name in (old.manifest_path.name, old.path.name):
-                    with contextlib.suppress(FileNotFoundError):
+                    with self._forgiving(f"{name} stays in the mirror"):
                         repository.delete_artifacts(f"checkpoints/{folder.name}/{name}")  # type: ignore[no-untyped-call]
             checkpoint.remove(old)
 
@@ -474,10 +488,19 @@ def _create(client: MlflowClient, tracking: TrackingConfig) -> Run:
         )
     else:
         experiment_id = experiment.experiment_id
+        _check_artifacts(client, experiment.artifact_location, experiment.name)
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown"
     return client.create_run(
         experiment_id, run_name=tracking.run_name, tags={"mlflow.user": user, "mlflow.source.name": "bdh-mlflow train"}
     )
+
+
+def _check_artifacts(client: MlflowClient, artifact_uri: str, experiment: str) -> None:
+    if artifact_uri.startswith("mlflow-artifacts:") and not client.tracking_uri.startswith(("http://", "https://")):
+        raise TrackingError(
+            f"experiment {experiment} was made by an MLflow server, which alone can store its artifacts; the tracking URI is "
+            f"{masked(client.tracking_uri)}. Set MLFLOW_TRACKING_URI to the server, or name another experiment (--experiment-name bdh)"
+        )
 
 
 def _end_killed_segments(client: MlflowClient, run: Run, wrapper: str | None) -> None:
@@ -503,10 +526,15 @@ def _logged_points(client: MlflowClient, identity: RunIdentity) -> dict[tuple[st
 
 def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
     """Trainings in an experiment that have a mirrored checkpoint, newest first."""
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    wrapper = os.environ.get("MLFLOW_RUN_ID")
+    if wrapper:  # under `mlflow run` its experiment is the one that is meant
+        ids = [client.get_run(wrapper).info.experiment_id]
+    else:
+        found = client.get_experiment_by_name(experiment)
+        ids = [found.experiment_id] if found else []
+    if not ids:
         return []
-    runs = client.search_runs([found.experiment_id], run_view_type=ViewType.ACTIVE_ONLY, order_by=["attributes.start_time DESC"])
+    runs = client.search_runs(ids, run_view_type=ViewType.ACTIVE_ONLY, order_by=["attributes.start_time DESC"])
     return [run for run in runs if "bdh.latest_checkpoint" in run.data.tags]
 
 
@@ -516,7 +544,7 @@ def _as_text(value: object) -> str:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

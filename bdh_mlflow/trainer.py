@@ -193,9 +193,6 @@ class Trainer:
     def state_dict(self) -> State:
         """Everything that the next update depends on."""
         parts = self._parts
-        rng = {"cpu": torch.get_rng_state()}
-        if parts.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(parts.device)
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -203,7 +200,7 @@ class Trainer:
             "optimizer_state_dict": parts.optimizer.state_dict(),
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
-            "rng": rng,
+            "rng": self._rng(),
             "data_position": self._position,
             "loss": self._loss,
             "accumulators": {"loss_sum": self._loss_sum, "loss_count": self._loss_count, "epoch": self._epoch},
@@ -216,10 +213,9 @@ class Trainer:
         parts.model.load_state_dict(state["model_state_dict"])
         parts.optimizer.load_state_dict(state["optimizer_state_dict"])
         parts.schedule.load_state_dict(state["scheduler_state_dict"])
-        parts.scaler.load_state_dict(state["scaler_state_dict"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if parts.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], parts.device)
+        if state["scaler_state_dict"]:  # empty where losses were not scaled, as before a fork to float16
+            parts.scaler.load_state_dict(state["scaler_state_dict"])
+        self._set_rng(state["rng"])
         self.step = self._saved_step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self._evaluated_step = state["evaluated_step"]
@@ -228,8 +224,27 @@ class Trainer:
         accumulators = state["accumulators"]
         self._loss_sum, self._loss_count, self._epoch = accumulators["loss_sum"], accumulators["loss_count"], accumulators["epoch"]
 
+    def _rng(self) -> State:
+        rng = {"cpu": torch.get_rng_state()}
+        if self._parts.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self._parts.device)
+        return rng
+
+    def _set_rng(self, rng: State) -> None:
+        torch.set_rng_state(rng["cpu"])
+        if self._parts.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self._parts.device)
+
     def _update(self) -> bool:
         """One optimizer update; False if float16 gradients overflowed and the update was left out."""
+        rng = self._rng()
+        try:
+            return self._try_update()
+        except BdhError:
+            self._set_rng(rng)  # what is saved now is the state before this update, whole
+            raise
+
+    def _try_update(self) -> bool:
         parts, config = self._parts, self._config
         started = time.perf_counter()
         parts.model.train()
@@ -242,11 +257,11 @@ class Trainer:
             parts.scaler.scale(batch_loss / config.gradient_accumulation_steps).backward()
             loss += batch_loss.item() / config.gradient_accumulation_steps
             tokens += targets.numel()
-        self._position, self._epoch = batch.position, batch.epoch
         parts.scaler.unscale_(parts.optimizer)
         limit = config.grad_clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(parts.model.parameters(), limit).item()
         self._guard(loss, grad_norm)
+        self._position, self._epoch = batch.position, batch.epoch
         rate = parts.schedule.at(self.step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate

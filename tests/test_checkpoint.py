@@ -1,5 +1,6 @@
 """Whole files or none."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
-from bdh_mlflow.errors import CheckpointError, SaveError
+from bdh_mlflow.errors import CheckpointError, ResumeError, SaveError
 
 AT = datetime(2025, 11, 8, 14, 30, 22)
 PROVENANCE = Provenance("a" * 32, 1, "c0ffee", True, "c" * 16, "d" * 32, {"torch": "2"})
@@ -45,6 +46,22 @@ def test_two_runs_of_one_second_have_two_directories(tmp_path: Path) -> None:
     for run in runs:
         run.save(state(1), PROVENANCE, None)
     assert [r.path.name for r in runs] == ["run_20251108_143022", "run_20251108_143023", "run_20251108_143024"]
+
+
+def test_directory_that_another_process_trains_in_is_refused(tmp_path: Path) -> None:
+    first = new(tmp_path)
+    first.save(state(1), PROVENANCE, None)
+    with pytest.raises(ResumeError, match="another process is training this run"):
+        RunDirectory(first.path, "", existing=True)
+    first.close()
+    RunDirectory(first.path, "", existing=True).close()
+
+
+def test_retention_leaves_files_of_other_runs_alone(tmp_path: Path) -> None:
+    run = new(tmp_path)
+    for step, provenance in ((1, PROVENANCE), (2, dataclasses.replace(PROVENANCE, mlflow_run_id="b" * 32))):
+        run.save(state(step), provenance, None)
+    assert checkpoint.superfluous(run.path, keep=1, up_to=2) == []
 
 
 def test_checkpoint_opens_with_weights_only_and_holds_what_was_given(tmp_path: Path) -> None:

@@ -125,6 +125,13 @@ def test_overrides_reach_into_tags() -> None:
     assert config.tracking.tags == {"a": "1", "b": "2.0"}
 
 
+def test_text_stays_text_also_where_it_looks_like_a_number_or_a_date(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("tracking: {run_name: 2025-11-08}\n")
+    config = Config.from_yaml(tmp_path / "a.yaml", ["tracking.experiment=2024_01", "dataset.parquet_dir=007", "dataset.source=null"])
+    assert (config.tracking.run_name, config.tracking.experiment) == ("2025-11-08", "2024_01")
+    assert (config.dataset.parquet_dir, config.dataset.source) == ("007", None)
+
+
 def test_unknown_key_names_the_nearest() -> None:
     assert problems({"training": {"learning_rat": 1e-3}}) == ["training.learning_rat: unknown key; did you mean `learning_rate`?"]
 

@@ -342,6 +342,18 @@ def test_bad_jsonl_names_the_line_and_leaves_nothing(tmp_path: Path, line: str, 
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_half_a_surrogate_pair_is_replaced_and_a_cut_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    data.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", "text")
+    assert prepared_texts(tmp_path / "out") == ["a?b"]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 99)[:-20])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read"):
+        data.prepare(str(tmp_path / "b.jsonl.gz"), tmp_path / "cut", "text")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"c\.jsonl: cannot be read"):
+        data.prepare(str(tmp_path / "c.jsonl"), tmp_path / "latin", "text")
+
+
 def test_source_tree_gives_a_document_a_file_and_names_what_it_passes_over(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for name, content in {

@@ -229,6 +229,30 @@ def test_fork_cannot_change_shapes_and_needs_a_checkpoint(store: MlflowClient, t
     assert "--fork needs a checkpoint to fork from: --resume TARGET" in refused(train(tiny, fork=True))
 
 
+def test_copy_of_a_checkpoint_elsewhere_continues_in_the_runs_own_directory(store: MlflowClient, tiny: Path, half: Any) -> None:
+    directory = run_dir()
+    elsewhere = Path("best")
+    elsewhere.mkdir()
+    (elsewhere / "config.yaml").write_text("mine: true\n")
+    for suffix in ("pt", "json"):
+        shutil.copy(directory / f"checkpoint_3.{suffix}", elsewhere)
+    before = sorted(p.name for p in elsewhere.iterdir())
+    assert train(tiny, resume="best/checkpoint_3.pt").exit_code == 0
+    assert (elsewhere / "config.yaml").read_text() == "mine: true\n"
+    assert sorted(p.name for p in elsewhere.iterdir()) == before
+    assert loaded(6)["step"] == 6
+    assert only_run(store).data.tags["bdh.latest_checkpoint"] == f"checkpoints/{directory.name}/checkpoint_6.pt"
+
+
+def test_fork_may_change_number_format_and_schedule(store: MlflowClient, tiny: Path, half: Any) -> None:
+    changed = ("low_precision.compute_dtype=float16", "scheduler.type=cosine", "scheduler.warmup_steps=6", "training.max_iters=12")
+    result = train(tiny, *changed, "tracking.experiment=forks", resume="latest", fork=True)
+    assert result.exit_code == 0, result.output
+    rates = [value for _, value in history(store, only_run(store, "forks").info.run_id, "optim/lr")]
+    assert rates[:3] == pytest.approx([4e-3 / 6, 5e-3 / 6, 1e-3])  # its own warm-up and decay, not the origin's
+    assert all(0 < rate <= 1e-3 for rate in rates)
+
+
 def test_pull_brings_a_mirrored_checkpoint_here(tiny: Path, half: Any) -> None:
     directory = run_dir()
     shutil.rmtree(CHECKPOINTS)

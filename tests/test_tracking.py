@@ -204,6 +204,19 @@ def test_outage_delays_points_and_loses_none(store: MlflowClient, monkeypatch: p
     assert "secret" not in "".join(notes)
 
 
+def test_file_that_is_gone_is_named_and_does_not_hold_up_the_rest(store: MlflowClient, tmp_path: Path) -> None:
+    tracker, notes = started(store)
+    directory = RunDirectory.new(tmp_path / "checkpoints", "", AT)
+    saved = directory.save(state(1), Provenance(tracker.identity.run_id, 1, None, False, "c", "d", {}), None)
+    saved.path.unlink()
+    tracker.checkpoint(saved)
+    tracker.metrics({"train/loss": 1.0}, 1)
+    assert tracker.close("FINISHED", {}) == 1
+    assert history(store, tracker.identity.run_id, "train/loss") == [(1, 1.0)]
+    assert [n for n in notes if f"not delivered: {saved.manifest.artifact_path}" in n]
+    directory.close()
+
+
 def test_what_a_dead_server_did_not_take_is_counted_and_named(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "PATIENCE_AT_EXIT_S", 0.05)
     tracker, notes = started(store)

@@ -261,7 +261,7 @@ class Breaking(Toy):
         logits, loss = super().forward(idx, targets)
         if self.training:
             self.batches += 1
-        if self.training and self.batches == 6 and loss is not None:
+        if self.what != "nothing" and self.training and self.batches == 6 and loss is not None:
             loss = loss * float("nan") if self.what == "loss" else loss + (self.table.sum() * 0 + 0).sqrt()
         return logits, loss
 
@@ -272,6 +272,10 @@ def test_update_that_is_no_number_is_not_applied_and_the_good_weights_are_saved(
     with pytest.raises(NonFiniteError, match=rf"update 6: {what} (nan|inf); it was not applied. Weights of step 5 are good"):
         b.trainer.run()
     assert b.saved_steps == [5]
+    assert b.saved[0][0]["data_position"] == {"next": 5}  # the batch that broke it comes again
+    good = bench(model=Breaking("nothing"), max_iters=5)
+    good.trainer.run()
+    assert torch.equal(b.saved[0][0]["rng"]["cpu"], good.saved[-1][0]["rng"]["cpu"])
     assert bool(b.model.table.isfinite().all())
 
 
