@@ -138,7 +138,8 @@ def write(path: Path, size: int) -> None:
     draw = np.random.default_rng(0)
     words = np.array(["".join(chr(97 + c) for c in draw.integers(0, 26, draw.integers(2, 9))) for _ in range(5000)])
     documents = []
-    for _ in range(max(1, size // DOCUMENT_BYTES)):
+    whole_groups = max(1, size // DOCUMENT_BYTES // ROW_GROUP_ROWS)  # equal ones, or a position's cost is that of the sizes it meets
+    for _ in range(whole_groups * ROW_GROUP_ROWS):
         documents.append(" ".join(words[draw.zipf(1.3, DOCUMENT_BYTES // 6) % len(words)]))
     pq.write_table(pa.table({"id": range(len(documents)), "text": documents}), path, row_group_size=ROW_GROUP_ROWS)
 
