@@ -7,25 +7,32 @@ opened with `weights_only=True`: tensors and plain values, never code. Knows not
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bdh_mlflow.errors import CheckpointError, ResumeError, SaveError
 
+if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
+    import torch
+
 FORMAT = 1
 CONFIG_NAME = "config.yaml"
+PENDING = ".pending"
+LOCK_ATTEMPTS = 10
 RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
 _FILE = re.compile(r"checkpoint_(\d+)\.pt")
 
@@ -82,20 +89,41 @@ class Listing:
 
 
 class RunDirectory:
-    """The folder of one run, made with its first checkpoint and never before."""
+    """The folder of one run, made with its first checkpoint and never before.
 
-    def __init__(self, path: Path, config_yaml: str, *, existing: bool = False) -> None:
+    Until then what must be on disk already (the journal) is in a folder under `.pending/`, which becomes the run directory. Either is
+    locked while this process lives: one process trains a run at a time, and a kill lets go of it.
+    """
+
+    def __init__(self, path: Path, config_yaml: str, *, new: bool = False) -> None:
+        """The run directory `path`, or one to be there.   new: a directory that has the name is another run's.
+
+        Raises ResumeError if another process trains there, SaveError.
+        """
         self.path = path
         self._config_yaml = config_yaml
-        self._made = existing
         self._lock: int | None = None
-        if existing and path.is_dir():
+        try:
+            if path.is_dir() and not new:
+                self.folder = path
+            else:
+                pending = path.parent / PENDING
+                pending.mkdir(parents=True, exist_ok=True)
+                self.folder = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=pending))
+                self.folder.chmod(0o777 & ~_umask())
             self._claim()
+        except OSError as error:
+            raise _not_saved(path, error) from error
 
     @classmethod
     def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
         """A directory to be, named after the second in which the run started."""
-        return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml)
+        return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml, new=True)
+
+    @property
+    def made(self) -> bool:
+        """Whether the run directory exists."""
+        return self.folder.parent.name != PENDING
 
     def save(self, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
         """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
@@ -105,6 +133,35 @@ class RunDirectory:
         except (OSError, RuntimeError) as error:
             raise _not_saved(self.path / file_name(state["step"]), error) from error
 
+    def make(self) -> None:
+        """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
+        try:
+            while not self.made:
+                try:
+                    self.folder.rename(self.path)  # fails where a folder with anything in it has the name
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    started_at = datetime.strptime(self.path.name, "run_%Y%m%d_%H%M%S") + timedelta(seconds=1)
+                    self.path = self.path.with_name(f"run_{started_at:%Y%m%d_%H%M%S}")
+                else:
+                    self.folder = self.path
+                    with contextlib.suppress(OSError):
+                        (self.path.parent / PENDING).rmdir()
+            config = self.path / CONFIG_NAME
+            if not config.is_file() or config.read_text(encoding="utf-8") != self._config_yaml:
+                _replace(config, self._config_yaml.encode())
+        except OSError as error:
+            raise _not_saved(self.path, error) from error
+
+    def discard(self) -> None:
+        """Nothing was saved and nothing is left to tell: leave no trace."""
+        if not self.made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (self.folder.parent, self.path.parent):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
     def close(self) -> None:
         """Let another process train here."""
         if self._lock is not None:
@@ -112,38 +169,58 @@ class RunDirectory:
             self._lock = None
 
     def _claim(self) -> None:
-        """One process trains in a directory at a time; a kill lets go of it.   Raises ResumeError."""
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ResumeError(f"{self.path}: another process is training this run; stop it first") from None
-        except OSError:  # a file system without locks
-            self.close()
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if attempt < LOCK_ATTEMPTS - 1:  # a sender that asks whether we are alive holds it for a moment
+                    time.sleep(0.05)
+                    continue
+                self.close()
+                raise ResumeError(f"{self.path}: another process is training this run; stop it first") from None
+            except OSError:  # a file system without locks
+                self.close()
+            return
 
-    def make(self) -> None:
-        """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
-        try:
-            self._make()
-        except OSError as error:
-            raise _not_saved(self.path, error) from error
 
-    def _make(self) -> None:
-        if not self._made:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                try:
-                    self.path.mkdir()
-                    break
-                except FileExistsError:
-                    started_at = datetime.strptime(self.path.name, "run_%Y%m%d_%H%M%S") + timedelta(seconds=1)
-                    self.path = self.path.with_name(f"run_{started_at:%Y%m%d_%H%M%S}")
-            self._made = True
-            self._claim()
-        config = self.path / CONFIG_NAME
-        if not config.is_file() or config.read_text(encoding="utf-8") != self._config_yaml:
-            _replace(config, self._config_yaml.encode())
+class BackgroundWriter:
+    """Writes states behind the caller, one at a time.
+
+    write: what is done with a state; its errors are raised by the next call here.   `save` waits for the one before it and then only for a
+    copy, so there are never more than two states in memory, the living one and its copy.
+    """
+
+    def __init__(self, write: Callable[[State, float | None], None]) -> None:
+        self._write = write
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, state: State, val_loss: float | None) -> None:
+        """Copy `state` and return.   Raises the SaveError of the write before, if that failed."""
+        self.finish()
+        copy = _copied(state)
+        self._thread = threading.Thread(target=self._run, args=(copy, val_loss), name="checkpoint")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises the error of a write that failed, once."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def finish(self) -> None:
+        """Wait until everything is written.   Raises the error of a write that failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _run(self, state: State, val_loss: float | None) -> None:
+        try:
+            self._write(state, val_loss)
+        except Exception as error:  # whatever it is, it is raised where somebody listens
+            self._error = error
 
 
 def file_name(step: int) -> str:
@@ -237,8 +314,8 @@ def superfluous(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]
     if keep is None:
         return []
     checkpoints = tuple(c for c in list_run(run_dir).checkpoints if c.manifest.step <= up_to)
-    if len({c.manifest.mlflow_run_id for c in checkpoints}) > 1:
-        return []  # somebody put other runs' files here; they are not ours to delete
+    own = {None, *(c.manifest.mlflow_run_id for c in checkpoints[-1:])}
+    checkpoints = tuple(c for c in checkpoints if c.manifest.mlflow_run_id in own)  # files of other runs are not ours to delete
     kept = {c.path for c in checkpoints[-keep:]}
     top = best(checkpoints)
     return [c for c in checkpoints if c.path not in kept and c != top]
@@ -252,6 +329,8 @@ def remove(checkpoint: Checkpoint) -> None:
 
 def load(path: Path) -> State:
     """Tensors and plain values of a file, on the CPU.   Raises CheckpointError for anything that holds code or is no torch file."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -266,8 +345,10 @@ def load(path: Path) -> State:
     return state
 
 
-def published_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+def published_weights(state: Mapping[str, Any]) -> "dict[str, torch.Tensor] | None":
     """Model weights in a file of another program: a bare state dict, or one under `model_state_dict` or `model`; None if ours or none."""
+    import torch
+
     if "format" in state:
         return None
     for weights in (state.get("model_state_dict"), state.get("model"), state):
@@ -278,10 +359,34 @@ def published_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor] | Non
     return None
 
 
+def pending(checkpoint_dir: Path) -> list[Path]:
+    """Folders of runs that have not saved a checkpoint: they train, or were killed and have something left to tell."""
+    return sorted(p for p in (checkpoint_dir / PENDING).glob("run_*") if p.is_dir())
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copied(state: Any) -> Any:
+    """The same nested state in memory of its own, on the CPU."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone() if state.device.type == "cpu" else state.detach().to("cpu")
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _not_saved(path: Path, error: Exception) -> SaveError:
@@ -290,6 +395,8 @@ def _not_saved(path: Path, error: Exception) -> SaveError:
 
 
 def _write(run_dir: Path, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
+    import torch
+
     path = run_dir / file_name(state["step"])
     partial = path.with_name(path.name + ".partial")
     try:

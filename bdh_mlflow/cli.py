@@ -4,6 +4,7 @@ Heavy rooms are imported inside the commands that need them, so that `--help` an
 """
 
 import difflib
+import functools
 import logging
 import os
 import shlex
@@ -11,7 +12,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from bdh_mlflow import __version__, tokenizer
 from bdh_mlflow.config import BDHConfig, Config, Problem
-from bdh_mlflow.errors import BdhError, ConfigError
+from bdh_mlflow.errors import BdhError, InputError, ResumeError, TrackingError
 
 if TYPE_CHECKING:
     from bdh_mlflow.serve import Loaded
@@ -222,56 +223,147 @@ def data_inspect(folder: str, column: str, val_fraction: float) -> None:
     _print_table(["", str(text.root)], rows)
 
 
+@cli.command()
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False))
+@_config
+@click.option("--tracking-uri", help="Where to deliver to; where the training meant to if not given.")
+@click.pass_context
+def sync(ctx: click.Context, folder: str | None, config_path: str, tracking_uri: str | None) -> None:
+    """Deliver to MLflow what an ended training could not: that of FOLDER, or of every run under the checkpoint directory.
+
+    What has arrived before is not sent again. Exit code 1 if something is still left.
+    """
+    from bdh_mlflow import checkpoint, delivery, journal
+
+    if folder is not None:
+        folders = [Path(folder)]
+        if not (folders[0] / journal.FILE_NAME).is_file():
+            raise InputError(f"{folder}: no {journal.FILE_NAME} in this folder; name a run directory")
+    else:
+        directory = Path(Config.from_yaml(config_path).training.checkpoint_dir)
+        folders = [f for f in (*checkpoint.pending(directory), *checkpoint.list_all(directory)) if (f / journal.FILE_NAME).is_file()]
+    left = 0
+    for place in folders:
+        try:
+            done = delivery.sync(place, tracking_uri, lambda said: click.echo(said["note"], err=True) if "note" in said else None)
+        except TrackingError as error:  # the others may be better off
+            click.echo(f"{place}: {error}", err=True)
+            left += 1
+        else:
+            click.echo(f"{place}: {done.words}")
+            left += done.left
+    click.echo(f"{len(folders)} journals, {left} records left" + (f"; try again: {ctx.command_path}" if left else ""))
+    if left:
+        ctx.exit(1)
+
+
+@cli.command()
+@_config
+@click.pass_context
+def doctor(ctx: click.Context, config_path: str) -> None:
+    """Say where runs go, whether they arrive and show, what this machine can do, and what to type; exit code 1 if something is wrong."""
+    from bdh_mlflow import doctor as room
+
+    config = Config.from_yaml(config_path)
+    findings = room.examine(config)
+    _print_table(["", "found", "do"], [[f.what, f"{f.found}{'' if f.good else '  <- '}", f.do] for f in findings])
+    wrong = [f.what for f in findings if not f.good]
+    click.echo(
+        f"Not in order: {', '.join(wrong)}" if wrong else f"All in order. Next: mlflow run . --env-manager local -P config={config_path}"
+    )
+    if wrong:
+        ctx.exit(1)
+
+
 @cli.group()
 def checkpoints() -> None:
     """Checkpoints on disk and in the mirror."""
 
 
 @checkpoints.command("list")
-@click.argument("folder", default="checkpoints", type=click.Path())
-def checkpoints_list(folder: str) -> None:
-    """Checkpoints in FOLDER (a run directory, or the folder of run directories)."""
+@click.argument("target", default="checkpoints")
+@_config
+@click.option("--best", is_flag=True, help="Only the one of lowest validation loss.")
+@click.option("--all-runs", is_flag=True, help="Of every run in the experiment, best first (needs MLflow).")
+def checkpoints_list(target: str, config_path: str, best: bool, all_runs: bool) -> None:
+    """Checkpoints of TARGET: a run directory, the folder of run directories, or an MLflow run (its mirror)."""
     from bdh_mlflow import checkpoint
 
+    if all_runs or not Path(target).exists():
+        _list_mirrored(None if all_runs else target, config_path, best)
+        return
     rows = []
-    for run_dir in checkpoint.list_all(Path(folder)) or [Path(folder)]:
+    found = []
+    for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
         listing = checkpoint.list_run(run_dir)
         top = checkpoint.best(listing.checkpoints)
-        for c in listing.checkpoints:
-            m = c.manifest
-            val = "" if m.val_loss is None else f"{m.val_loss:.4f}{' best' if c == top else ''}"
-            rows.append([str(c.path), str(m.step), f"{m.tokens_seen:,}", val, f"{m.bytes / 1e6:.1f} MB", m.mlflow_run_id or ""])
-        rows += [[str(path), "", "", "", "", reason] for path, reason in listing.rejected]
+        found += [(c, c == top) for c in listing.checkpoints]
+        rows += [[str(path), "", "", "", "", reason] for path, reason in listing.rejected if not best]
+    if best:
+        top = checkpoint.best(tuple(c for c, _ in found))
+        found = [(c, True) for c, _ in found if c == top]
+    for c, is_best in found:
+        m = c.manifest
+        val = "" if m.val_loss is None else f"{m.val_loss:.4f}{' best' if is_best else ''}"
+        rows.append([str(c.path), str(m.step), f"{m.tokens_seen:,}", val, f"{m.bytes / 1e6:.1f} MB", m.mlflow_run_id or ""])
     if not rows:
-        raise ConfigError(f"{folder}: no checkpoints here")
+        raise InputError(f"{target}: no checkpoints here{' with a validation loss' if best else ''}")
     _print_table(["checkpoint", "step", "tokens", "val/loss", "size", "MLflow run"], rows)
 
 
+def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
+    from bdh_mlflow import mirror, resume
+
+    tracking = Config.from_yaml(config_path).tracking
+    found = mirror.search(tracking, resume.mirrored(target, tracking)[0] if target else None, best)
+    rows = [[m.checkpoint, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
+    if not rows:
+        raise InputError(
+            f"{target or 'experiment ' + tracking.experiment}: no mirrored checkpoints{' with a validation loss' if best else ''}"
+        )
+    _print_table(["checkpoint", "step", "val/loss", "run"], rows)
+
+
 @checkpoints.command("verify")
-@click.argument("folder", default="checkpoints", type=click.Path())
+@click.argument("target", default="checkpoints")
+@_config
 @click.pass_context
-def checkpoints_verify(ctx: click.Context, folder: str) -> None:
-    """Read every checkpoint in FOLDER and compare its digest; exit code 1 if one is damaged."""
+def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> None:
+    """Read every checkpoint of TARGET (a folder, or an MLflow run: its mirror) and compare digests; exit code 1 if one is damaged."""
     from bdh_mlflow import checkpoint
     from bdh_mlflow.errors import CheckpointError
 
     good, bad = 0, 0
-    for run_dir in checkpoint.list_all(Path(folder)) or [Path(folder)]:
-        listing = checkpoint.list_run(run_dir)
-        for path, reason in listing.rejected:
-            click.echo(f"{path}: {reason}")
-        bad += len(listing.rejected)
-        for c in listing.checkpoints:
-            try:
-                checkpoint.verify(c)
-            except CheckpointError as error:
-                click.echo(str(error))
-                bad += 1
-            else:
-                click.echo(f"{c.path}: whole")
-                good += 1
+
+    def check(name: str, verify: Callable[[], object]) -> None:
+        nonlocal good, bad
+        try:
+            verify()
+        except (CheckpointError, ResumeError) as error:
+            click.echo(f"{name}: {error}")
+            bad += 1
+        else:
+            click.echo(f"{name}: whole")
+            good += 1
+
+    if Path(target).exists():
+        for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
+            listing = checkpoint.list_run(run_dir)
+            for path, reason in listing.rejected:
+                click.echo(f"{path}: {reason}")
+            bad += len(listing.rejected)
+            for c in listing.checkpoints:
+                check(str(c.path), functools.partial(checkpoint.verify, c))
+    else:
+        from bdh_mlflow import resume
+
+        tracking = Config.from_yaml(config_path).tracking
+        run_id, paths = resume.mirrored(target, tracking)
+        for _, file in paths:
+            with tempfile.TemporaryDirectory(prefix="verify-") as folder:  # one at a time: a mirror can be larger than a disk
+                check(f"runs:/{run_id}/{file}", functools.partial(resume.fetch, run_id, file, Path(folder), tracking))
     if not good and not bad:
-        raise ConfigError(f"{folder}: no checkpoints here")
+        raise InputError(f"{target}: no checkpoints here")
     click.echo(f"{good} whole, {bad} not")
     if bad:
         ctx.exit(1)
@@ -363,9 +455,9 @@ def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) ->
     lines.append(f"{how} at step {ending.step}{val}; peak memory {outcome.peak_gib:.2f} GiB")
     if outcome.run_dir:
         lines.append(f"Checkpoints: {outcome.run_dir}")
-    if outcome.undelivered:
-        lines.append(f"{outcome.undelivered} records did not reach the tracking server; the checkpoints here are whole")
-    again = f"mlflow run . --env-manager local --experiment-name {identity.experiment} -P config={config_path} -P resume={identity.run_id}"
+    name = identity.experiment if identity else outcome.experiment
+    target = identity.run_id if identity and not outcome.undelivered else str(outcome.run_dir)
+    again = f"mlflow run . --env-manager local --experiment-name {name} -P config={config_path} -P resume={target}"
     settings = dict(override.split("=", 1) for override in overrides)  # `mlflow run` refuses a parameter given twice
     settings.pop("training.resume_from_checkpoint", None)
     if ending.reason == "finished":
@@ -376,10 +468,13 @@ def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) ->
     elif outcome.run_dir:
         lines.append(f"Try it:  bdh-mlflow generate {outcome.run_dir} --prompt 'def '")
         lines.append(f"Go on:   {again}")
-    if not identity.on_server:
+    if outcome.undelivered:
+        lines.append(f"{outcome.undelivered} records wait for the tracking server; they are kept, and the checkpoints here are whole")
+        lines.append(f"Deliver: bdh-mlflow sync {outcome.journal}")
+    elif identity and not identity.on_server:
         lines.append(f"Look:    mlflow ui --backend-store-uri {identity.tracking_uri}")
         lines.append(f"         then open {identity.page}")
-    else:
+    elif identity:
         lines.append(f"Look:    {identity.page}")
     return "\n".join(lines)
 

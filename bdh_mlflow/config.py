@@ -15,7 +15,6 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from bdh_mlflow import tokenizer
 from bdh_mlflow.errors import ConfigError
+from bdh_mlflow.journal import masked
 
 
 def _not_bool(value: object) -> object:
@@ -472,10 +472,10 @@ def _consistency(config: Config) -> Iterable[Problem]:
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
     uri = config.tracking.tracking_uri
-    if uri and urlsplit(uri).password is not None:
+    if uri and masked(uri) != uri:
         yield Problem(
             "tracking.tracking_uri",
-            "holds a password, which would be copied to the run; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            "holds a password or token, which would be copied to the run; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
 
 

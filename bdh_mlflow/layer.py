@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
+ACTIVITY_STRIDE = 16
 
 
 class LayerWeights(NamedTuple):
@@ -28,6 +29,16 @@ class LayerWeights(NamedTuple):
     encoder: Tensor
     encoder_v: Tensor
     decoder: Tensor
+
+
+class Activity(NamedTuple):
+    """How often each neuron was active in a layer: x of itself, xy after its gate.   Both (H, N), counts of tokens, fp32.
+
+    Every `ACTIVITY_STRIDE`-th token is looked at, which keeps the cost well under 1 % of a forward pass.
+    """
+
+    x: Tensor
+    xy: Tensor
 
 
 class RopeTable(NamedTuple):
@@ -73,15 +84,15 @@ def attend(q: Tensor, v: Tensor) -> Tensor:
     return scores @ v
 
 
-def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout: float) -> Tensor:
+def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout: float, activity: Activity | None = None) -> Tensor:
     """One layer as the equations are written; the definition every other form is tested against.
 
-    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   Returns (B, 1, T, D), normed.
-    Holds several (B, H, T, N) tensors at a time.
+    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   activity: added to, if given.
+    Returns (B, 1, T, D), normed.   Holds several (B, H, T, N) tensors at a time.
     """
     xs = F.relu(x @ weights.encoder)
     attended = attend(rotate(xs, table), x)
-    return _read_out(x, xs, attended, weights, dropout)
+    return _read_out(x, xs, attended, weights, dropout, activity)
 
 
 def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor) -> Tensor:
@@ -103,9 +114,13 @@ def prefill_state(x: Tensor, weights: LayerWeights, table: RopeTable) -> Tensor:
     return q.float().mT @ x.float()
 
 
-def _read_out(x: Tensor, xs: Tensor, attended: Tensor, weights: LayerWeights, dropout: float) -> Tensor:
+def _read_out(x: Tensor, xs: Tensor, attended: Tensor, weights: LayerWeights, dropout: float, activity: Activity | None = None) -> Tensor:
     """What attention found, gated by the neurons that asked, added to the stream."""
     ys = F.relu(norm(attended) @ weights.encoder_v)
-    xy = F.dropout(xs * ys, dropout)
+    gated = xs * ys
+    if activity is not None:
+        for total, neurons in ((activity.x, xs), (activity.xy, gated)):
+            total += (neurons[:, :, ::ACTIVITY_STRIDE] > 0).sum(dim=(0, 2))
+    xy = F.dropout(gated, dropout)
     read = xy.transpose(1, 2).flatten(2).unsqueeze(1) @ weights.decoder
     return norm(x + norm(read))

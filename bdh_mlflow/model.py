@@ -7,6 +7,7 @@ number format the matmuls run, or that there is a training loop.
 B rows, T tokens, V vocabulary, D n_embd, H n_head, N neurons per head, L n_layer.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -50,6 +51,7 @@ class BDH(nn.Module):
         self.recompute = False
         """Compute activations again in the backward pass instead of keeping L layers of (B, H, T, N) tensors; the values are the same."""
         self._layer = layer.reference_layer
+        self._activity: list[layer.Activity] | None = None
         self._tables: dict[tuple[int, int, torch.device], layer.RopeTable] = {}
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -61,11 +63,11 @@ class BDH(nn.Module):
         table = self._rope(0, idx.shape[1])
         dropout = self.config.dropout if self.training else 0.0
         x = self._embedded(idx)
-        for _ in range(self.config.n_layer):
+        for depth in range(self.config.n_layer):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self._layer, x, weights, table, dropout, use_reentrant=False)
             else:
-                x = self._layer(x, weights, table, dropout)
+                x = self._layer(x, weights, table, dropout, self._activity[depth] if self._activity else None)
         logits = x.squeeze(1) @ self.lm_head
         if targets is None:
             return logits, None
@@ -116,6 +118,32 @@ class BDH(nn.Module):
             for state in states:
                 x = layer.recurrent_layer(x, weights, table, state)
 
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[dict[str, float]]:
+        """Look at the neurons of every forward pass in the body; the dict is filled at its end.
+
+        Per layer i: `bdh/active_x_l{i}` and `bdh/active_xy_l{i}`, mean share of neurons that are not zero for a token, before and after
+        their gate; `bdh/dead_x_l{i}` and `bdh/dead_xy_l{i}`, share of neurons that were so for none of the tokens looked at.
+        """
+        facts: dict[str, float] = {}
+        shape = (self.config.n_head, self.neurons)
+        device = self.embed.weight.device
+        self._looked_at = 0
+        self._activity = [
+            layer.Activity(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(self.config.n_layer)
+        ]
+        handle = self.register_forward_pre_hook(self._count)
+        try:
+            yield facts
+        finally:
+            handle.remove()
+            counted, self._activity = self._activity, None
+            for depth, activity in enumerate(counted):
+                for name, counts in zip(activity._fields, activity, strict=True):
+                    if self._looked_at:
+                        facts[f"bdh/active_{name}_l{depth}"] = counts.mean().item() / self._looked_at
+                        facts[f"bdh/dead_{name}_l{depth}"] = (counts == 0).float().mean().item()
+
     def compile_layers(self) -> None:
         """Let torch.compile fuse the layer. Quantisation stays outside: bitsandbytes' kernels are not traced rightly (0.50.2)."""
         self._layer = torch.compile(layer.reference_layer)
@@ -123,6 +151,10 @@ class BDH(nn.Module):
     def load_published(self, state: dict[str, Tensor]) -> None:
         """Load a published state dict; its `attn.freqs` is a constant that this model computes."""
         self.load_state_dict({k: v for k, v in state.items() if k != "attn.freqs"})
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows, tokens = inputs[0].shape
+        self._looked_at += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
 
     def _embedded(self, idx: Tensor) -> Tensor:
         return layer.norm(self.embed(idx).unsqueeze(1))

@@ -22,10 +22,11 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from bdh_mlflow import checkpoint, tracking
+from bdh_mlflow import checkpoint, journal, tracking
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import CheckpointError, ResumeError
+from bdh_mlflow.journal import masked
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUNS_URI = re.compile(r"runs:/+([^/]+)/?(.*)")
@@ -35,32 +36,63 @@ GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.
 
 @dataclass(frozen=True)
 class Found:
-    """What a target means.   checkpoint: None for a warm start.   state: contents of the file.   notes: what was passed over."""
+    """What a target means.
+
+    checkpoint: None for a warm start.   state: contents of the file.   notes: what was passed over.   run_id: the MLflow run that the
+    target names, None if it names none.
+    """
 
     path: Path
     checkpoint: Checkpoint | None
     state: dict[str, Any]
     notes: tuple[str, ...]
+    run_id: str | None = None
 
 
 def find(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Found:
     """The checkpoint that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""
     notes: list[str] = []
     found: Checkpoint | Path
+    run_id = None
     if target == "latest":
         found = _latest(checkpoint_dir, config, notes)
     elif _RUN_ID.fullmatch(target):
-        found = _of_run(target, checkpoint_dir, config, notes)
+        run_id, found = _training(tracking.connect(config), target)[0], _of_run(target, checkpoint_dir, config, notes)
     elif match := _RUNS_URI.fullmatch(target):
-        run_id, path = match.groups()
-        found = _at_run_path(run_id, path, checkpoint_dir, config, notes) if path else _of_run(run_id, checkpoint_dir, config, notes)
+        named, path = match.groups()
+        run_id = _training(tracking.connect(config), named)[0]
+        found = _at_run_path(named, path, checkpoint_dir, config, notes) if path else _of_run(named, checkpoint_dir, config, notes)
     elif _URI.match(target):
         found = _at_uri(target, checkpoint_dir, config, notes)
     else:
         found = _at_path(Path(target), notes)
     if isinstance(found, Path):
         return Found(found, None, checkpoint.load(found), tuple(notes))
-    return Found(found.path, found, checkpoint.load(found.path), tuple(notes))
+    return Found(found.path, found, checkpoint.load(found.path), tuple(notes), run_id)
+
+
+def run_of(found: Checkpoint) -> str | None:
+    """The MLflow run of a checkpoint: the one it was saved under, else the one its journal has got since."""
+    delivered = journal.delivered(found.path.parent)
+    return found.manifest.mlflow_run_id or (delivered.run_id if delivered else None)
+
+
+def mirrored(run_id: str, config: TrackingConfig) -> tuple[str, list[tuple[int, str]]]:
+    """Id of the run that holds the training, and steps and artifact paths of its mirrored checkpoints, oldest first."""
+    client = tracking.connect(config)
+    match = _RUNS_URI.fullmatch(run_id)
+    run_id, _ = _training(client, match[1] if match else run_id)
+    return run_id, _mirrored(client, run_id)[::-1]
+
+
+def fetch(run_id: str, path: str, folder: Path, config: TrackingConfig) -> Checkpoint:
+    """Download a mirrored checkpoint with its manifest into `folder` and verify it.   Raises ResumeError or CheckpointError."""
+    tracking.connect(config)
+    file = _download(f"runs:/{run_id}/{path}", folder)
+    _download(f"runs:/{run_id}/{path.removesuffix('.pt')}.json", folder)
+    found = checkpoint.describe(file)
+    checkpoint.verify(found)
+    return found
 
 
 def _latest(checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> Checkpoint:
@@ -77,7 +109,7 @@ def _latest(checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> C
         return _of_run(run.info.run_id, checkpoint_dir, config, notes)
     raise ResumeError(
         f"latest: no checkpoint in {checkpoint_dir.absolute()} and none mirrored in experiment {config.experiment} "
-        f"of {tracking.masked(client.tracking_uri)}"
+        f"of {masked(client.tracking_uri)}"
     )
 
 
@@ -108,7 +140,7 @@ def _of_run(run_id: str, checkpoint_dir: Path, config: TrackingConfig, notes: li
     run_id, run_dir = _training(client, run_id)
     local, passed_over = checkpoint.newest(checkpoint_dir / run_dir) if run_dir else (None, [])
     notes += passed_over
-    if local is not None and local.manifest.mlflow_run_id != run_id:
+    if local is not None and run_of(local) != run_id:
         local = None
     for step, path in _mirrored(client, run_id):
         if local is not None and step <= local.manifest.step:
@@ -131,7 +163,7 @@ def _at_run_path(run_id: str, path: str, checkpoint_dir: Path, config: TrackingC
     local = checkpoint_dir / artifact.parent.name / artifact.name
     with contextlib.suppress(CheckpointError):
         found = checkpoint.describe(local)
-        if found.manifest.mlflow_run_id == run_id:
+        if run_of(found) == run_id:
             checkpoint.verify(found)
             return found
     return _fetch(f"runs:/{run_id}/{path}", checkpoint_dir, config)
@@ -169,10 +201,9 @@ def _fetch(uri: str, checkpoint_dir: Path, config: TrackingConfig) -> Checkpoint
 def _settle(found: Checkpoint, checkpoint_dir: Path) -> Checkpoint:
     run_dir = checkpoint_dir / found.manifest.run_dir
     for known in checkpoint.list_run(run_dir).checkpoints:
-        if known.manifest.mlflow_run_id != found.manifest.mlflow_run_id:
-            raise ResumeError(
-                f"{run_dir}: holds checkpoints of another run ({known.manifest.mlflow_run_id}); set another training.checkpoint_dir"
-            )
+        other = run_of(known)
+        if None not in (other, found.manifest.mlflow_run_id) and other != found.manifest.mlflow_run_id:
+            raise ResumeError(f"{run_dir}: holds checkpoints of another run ({other}); set another training.checkpoint_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / found.path.name
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -201,7 +232,7 @@ def _download(uri: str, folder: Path) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except Exception as error:  # each artifact store raises its own kinds
-        raise ResumeError(f"{tracking.masked(uri)}: cannot be downloaded: {tracking.masked(str(error).splitlines()[0])}") from None
+        raise ResumeError(f"{masked(uri)}: cannot be downloaded: {masked(str(error).splitlines()[0])}") from None
 
 
 def _training(client: MlflowClient, run_id: str) -> tuple[str, str | None]:
@@ -211,7 +242,7 @@ def _training(client: MlflowClient, run_id: str) -> tuple[str, str | None]:
         if run is not None and "bdh.continues" in run.data.tags:
             run = tracking.find_run(client, run.data.tags["bdh.continues"])
     if run is None:
-        raise ResumeError(f"run {run_id}: not found at {tracking.masked(client.tracking_uri)}; accepted: {GRAMMAR}")
+        raise ResumeError(f"run {run_id}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
     return run.info.run_id, run.data.tags.get("bdh.run_dir")
 
 
@@ -221,6 +252,6 @@ def _mirrored(client: MlflowClient, run_id: str) -> list[tuple[int, str]]:
         folders = [f.path for f in client.list_artifacts(run_id, "checkpoints") if f.is_dir]
         files = [PurePosixPath(f.path) for folder in folders for f in client.list_artifacts(run_id, folder)]
     except MlflowException as error:
-        raise ResumeError(f"run {run_id}: artifacts cannot be listed: {tracking.masked(str(error).splitlines()[0])}") from None
+        raise ResumeError(f"run {run_id}: artifacts cannot be listed: {masked(str(error).splitlines()[0])}") from None
     steps = [(checkpoint.step_of(Path(file.name)), str(file)) for file in files]
     return sorted(((step, path) for step, path in steps if step is not None), reverse=True)

@@ -7,9 +7,13 @@ then is an MLflow run begun. Afterwards the run is told how it ended, whatever h
 import contextlib
 import dataclasses
 import itertools
+import os
 import platform
+import shlex
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,14 +23,14 @@ from typing import Any, Literal
 
 import torch
 
-from bdh_mlflow import __version__, checkpoint, data, model, optim, precision, resume, tokenizer, tracking
-from bdh_mlflow.checkpoint import Manifest, Provenance, RunDirectory
+from bdh_mlflow import __version__, checkpoint, data, host, journal, model, optim, precision, resume, tokenizer, tracking
+from bdh_mlflow.checkpoint import BackgroundWriter, Manifest, Provenance, RunDirectory
 from bdh_mlflow.config import Config, ModelConfig, changes_trajectory
 from bdh_mlflow.data import Batch, ParquetText, TrainingBatches
-from bdh_mlflow.errors import ConfigError, ResumeError, SaveError
+from bdh_mlflow.errors import ConfigError, ResumeError, SaveError, TrackingError
 from bdh_mlflow.model import BDH
 from bdh_mlflow.precision import Precision
-from bdh_mlflow.tracking import MlflowTracker, RunIdentity
+from bdh_mlflow.tracking import RunIdentity, Tracker
 from bdh_mlflow.trainer import Ending, Parts, Progress, StopRequest, Trainer, peak_gib
 
 RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for the backward pass
@@ -41,13 +45,19 @@ ORDER = frozenset({"training.seed", "training.block_size", "dataset.max_cached_f
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training left behind.   run_dir: None if no checkpoint was saved.   undelivered: records the server did not take."""
+    """What a training left behind.
+
+    identity: None if the store has not answered yet.   run_dir: None if no checkpoint was saved.   undelivered: records that wait for the
+    store, in the journal of the folder `journal`.
+    """
 
     ending: Ending
-    identity: RunIdentity
+    identity: RunIdentity | None
     run_dir: Path | None
     peak_gib: float
     undelivered: int
+    journal: Path | None
+    experiment: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,13 @@ class Origin:
     def state(self) -> dict[str, Any] | None:
         """State to continue from; None where training starts at step 0."""
         return self.found.state if self.found and self.saved else None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run of the checkpoint, if it had one or its journal has got one since."""
+        if self.found is None or self.found.checkpoint is None:
+            return None
+        return self.found.run_id or resume.run_of(self.found.checkpoint)
 
     @property
     def manifest(self) -> Manifest | None:
@@ -94,58 +111,58 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     if origin.kind == "warm":
         _load_warm(network, origin)
 
-    commit, dirty, patch = tracking.source_state(Path(__file__).parent)
-    if origin.kind == "resumed" and origin.found and origin.manifest:
-        folder = origin.found.path.absolute().parent
-        if folder.name != origin.manifest.run_dir:  # a copy that lies elsewhere; its neighbours are none of this run's business
-            folder = checkpoint_dir / origin.manifest.run_dir
-        run_dir = RunDirectory(folder, config.to_yaml(), existing=folder.is_dir())
-    else:
-        run_dir = RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
-    client = tracking.connect(config.tracking)
+    door = tracking.knock(config.tracking, origin.run_id if origin.kind == "resumed" else None)
     stop.begun = True  # from here on there is a run to end properly
-    identity = tracking.attach(
-        client, config.tracking, origin.manifest.mlflow_run_id if origin.kind == "resumed" and origin.manifest else None
-    )
-    keep, mirror = config.training.keep_checkpoints, config.tracking.mirror_checkpoints
-    tracker = MlflowTracker(client, identity, mirror=mirror, keep=keep, note=progress.note, run_dir=run_dir.path)
-    provenance = Provenance(identity.run_id, identity.segment, commit, dirty, config.digest(), text.digest, _versions())
-
-    def save(contents: dict[str, Any], val_loss: float | None) -> None:
-        run_dir.make()
-        try:
-            tracker.keep_journal_in(run_dir.path)  # before the checkpoint: who resumes from it finds every point up to it
-        except OSError as error:
-            raise SaveError(f"{run_dir.path}: the journal cannot be written: {error.strerror}") from error
-        tracker.checkpoint(run_dir.save({**contents, "config": config.to_dict()}, provenance, val_loss))
-
-    with contextlib.closing(run_dir), _told(tracker, stop) as told:
-        _introduce(tracker, config, text, facts, provenance, patch, origin)
-        progress.note(_headline(network, config, text, facts, identity, origin))
-        parts = Parts(
-            model=network,
-            optimizer=optimizer,
-            schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
-            scaler=runs.scaler(),
-            autocast=runs.autocast,
-            device=device,
-            batches=_shown(batches, progress) if config.training.debug else batches,
-            validation=validation,
-            sample=_sampler(network, validation, config.training.seed, device) if validation else None,
-            save=save,
-            tracker=tracker,
-            progress=progress,
-            stop=stop,
-        )
-        trainer = Trainer(parts, config.training)
-        if origin.state is not None:
-            trainer.load_state_dict(origin.state)
-            for group in optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
-                group["weight_decay"] = config.training.weight_decay
-        with tracking.system_metrics(identity.run_id, config.tracking.log_system_metrics), _anomalies(config.training.debug):
-            told.ending = trainer.run()
-    assert told.ending is not None, "without an ending an error was raised"
-    return Outcome(told.ending, identity, run_dir.path if run_dir.path.is_dir() else None, peak_gib(device), told.undelivered)
+    run_dir = _run_directory(origin, checkpoint_dir, config)
+    with contextlib.closing(run_dir):
+        commit, dirty, patch = host.source_state(Path(__file__).parent)
+        segment = _segment(config, origin, door, run_dir.folder, facts["bdh.device"])
+        tracker = Tracker(lambda: run_dir.folder, door.tracking_uri, segment, progress.note)
+        provenance = Provenance(None, segment["number"], commit, dirty, config.digest(), text.digest, _versions())
+        with _told(tracker, stop, run_dir) as told:
+            try:
+                tracker.wait(tracking.ATTACH_S if door.reachable else 0)
+            except TrackingError:
+                told.refused = True
+                raise
+            _introduce(tracker, config, text, facts, provenance, patch, origin)
+            progress.note(_headline(network, config, text, facts, tracker, door, origin, segment["number"]))
+            writer = BackgroundWriter(
+                _save_into(run_dir, tracker, provenance, config, segment["continues"] or segment["wrapper"], progress.note)
+            )
+            parts = Parts(
+                model=network,
+                optimizer=optimizer,
+                schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
+                scaler=runs.scaler(),
+                autocast=runs.autocast,
+                device=device,
+                batches=_shown(batches, progress) if config.training.debug else batches,
+                validation=validation,
+                sample=_sampler(network, validation, config.training.seed, device) if validation else None,
+                observed=network.observed,
+                saver=writer,
+                tracker=tracker,
+                progress=progress,
+                stop=stop,
+            )
+            trainer = Trainer(parts, config.training)
+            told.step = lambda: trainer.step
+            if origin.state is not None:
+                trainer.load_state_dict(origin.state)
+                for group in optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
+                    group["weight_decay"] = config.training.weight_decay
+            with (
+                _system_metrics(config, tracker, run_dir.folder, door, progress.note),
+                _anomalies(config.training.debug),
+                _finished(writer, progress),
+            ):
+                told.ending = trainer.run()
+        assert told.ending is not None, "without an ending an error was raised"
+        identity = tracker.identity
+        made = run_dir.path if run_dir.made else None
+        left = run_dir.folder if told.undelivered else None
+    return Outcome(told.ending, identity, made, peak_gib(device), told.undelivered, left, config.tracking.experiment)
 
 
 @dataclass
@@ -154,11 +171,13 @@ class _Told:
 
     ending: Ending | None = None
     undelivered: int = 0
+    refused: bool = False
+    step: Callable[[], int] | None = None
 
 
 @contextlib.contextmanager
-def _told(tracker: MlflowTracker, stop: StopRequest) -> Iterator[_Told]:
-    """However the body ends, the run is told how."""
+def _told(tracker: Tracker, stop: StopRequest, run_dir: RunDirectory) -> Iterator[_Told]:
+    """However the body ends, the run is told how. What then has nothing to tell any more leaves no trace."""
     told = _Told()
     status, tags = "FAILED", {}
     try:
@@ -173,7 +192,110 @@ def _told(tracker: MlflowTracker, stop: StopRequest) -> Iterator[_Told]:
         tags = {"bdh.stop_reason": reason, "bdh.stop_message": str(error)[:500] or reason}
         raise
     finally:
-        told.undelivered = tracker.close(status, tags)
+        told.undelivered = tracker.close(status, tags, told.step() if told.step else None)
+        if not told.undelivered or told.refused:
+            run_dir.discard()
+
+
+@contextlib.contextmanager
+def _finished(writer: BackgroundWriter, progress: Progress) -> Iterator[None]:
+    """Whatever ends the body, no write is cut off, and none fails unheard."""
+    try:
+        yield
+    except BaseException:
+        try:
+            writer.finish()
+        except SaveError as error:
+            progress.note(str(error))
+        raise
+    writer.finish()
+
+
+def _run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
+    """The directory of the run that goes on, or a new one."""
+    if origin.kind != "resumed" or origin.found is None or origin.manifest is None:
+        return RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
+    folder = origin.found.path.absolute().parent
+    if folder.name != origin.manifest.run_dir:  # a copy that lies elsewhere: its neighbours are none of this run's business
+        folder = checkpoint_dir / origin.manifest.run_dir
+    return RunDirectory(folder, config.to_yaml())
+
+
+def _segment(config: Config, origin: Origin, door: tracking.Door, folder: Path, device: str) -> dict[str, Any]:
+    """What the sender must know of this process to find or make its run, and what `segments.json` says of it."""
+    earlier = [r.fields for r in journal.read(folder) if r.kind == "segment"]
+    tags = door.run.data.tags if door.run else {}
+    saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
+    number = 1 + max(saved, int(tags.get("bdh.segment", 0)), earlier[-1]["number"] if earlier else 0)
+    training = earlier[0]["training"] if earlier else tags.get("bdh.training", uuid.uuid4().hex)
+    audit = list(tracking.REPLAYED)
+    if origin.saved:  # a mean over other spans is another number
+        for key, metric in (("log_freq", "train/loss"), ("test_iters", "val/loss")):
+            if getattr(origin.saved.training, key) != getattr(config.training, key):
+                audit.remove(metric)
+    return {
+        "number": number,
+        "training": training,
+        "continues": origin.run_id if origin.kind == "resumed" else None,
+        "wrapper": os.environ.get("MLFLOW_RUN_ID"),
+        "experiment": config.tracking.experiment,
+        "run_name": config.tracking.run_name,
+        "user": os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        "tracking_uri": journal.masked(door.tracking_uri),
+        "mirror": config.tracking.mirror_checkpoints,
+        "keep": config.training.keep_checkpoints,
+        "audit": audit,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "device": device,
+        "versions": _versions(),
+        "started_at_ms": int(time.time() * 1000),
+        "first_step": origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
+    }
+
+
+def _save_into(
+    run_dir: RunDirectory, tracker: Tracker, provenance: Provenance, config: Config, likely_run: str | None, note: Callable[[str], None]
+) -> Callable[[dict[str, Any], float | None], None]:
+    """How a state becomes a checkpoint: journal first, so that who resumes from it finds every point up to it."""
+
+    def save(contents: dict[str, Any], val_loss: float | None) -> None:
+        started = time.perf_counter()
+        run_dir.make()
+        try:
+            tracker.sync()
+        except OSError as error:
+            raise SaveError(f"{run_dir.path}: the journal cannot be written: {error}") from error
+        run_id = tracker.identity.run_id if tracker.identity else likely_run
+        saved = run_dir.save({**contents, "config": config.to_dict()}, dataclasses.replace(provenance, mlflow_run_id=run_id), val_loss)
+        tracker.metrics({"ckpt/save_s": time.perf_counter() - started}, saved.manifest.step)
+        tracker.checkpoint(saved.path, saved.manifest.step)
+        try:
+            for old in checkpoint.superfluous(run_dir.path, config.training.keep_checkpoints, saved.manifest.step):
+                checkpoint.remove(old)
+        except OSError as error:  # pruning is a convenience
+            note(f"{run_dir.path}: old checkpoints cannot be removed: {error}")
+
+    return save
+
+
+@contextlib.contextmanager
+def _system_metrics(config: Config, tracker: Tracker, folder: Path, door: tracking.Door, note: Callable[[str], None]) -> Iterator[None]:
+    if not config.tracking.log_system_metrics:
+        yield
+        return
+    if missing := host.system_metrics_missing():
+        note(f"no system metrics: {missing}")
+        yield
+        return
+    first = next((r.fields["started_at_ms"] for r in journal.read(folder) if r.kind == "segment"), None)
+    if door.run is not None:
+        first = min(first or door.run.info.start_time, door.run.info.start_time)
+    samples = host.SystemMetrics(tracker.metrics, (first or 1000 * time.time()) / 1000)
+    try:
+        yield
+    finally:
+        samples.close()
 
 
 def _origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool) -> Origin:
@@ -287,7 +409,7 @@ def _load_warm(network: BDH, origin: Origin) -> None:
 
 
 def _introduce(
-    tracker: MlflowTracker,
+    tracker: Tracker,
     config: Config,
     text: ParquetText,
     facts: Mapping[str, str],
@@ -301,16 +423,15 @@ def _introduce(
         **facts,
         "bdh.version": __version__,
         "bdh.host": platform.node(),
-        "bdh.segment": str(provenance.segment),
         "bdh.git_dirty": str(provenance.git_dirty).lower(),
-        "bdh.command": tracking.masked(" ".join(sys.argv)),
+        "bdh.command": " ".join(map(shlex.quote, sys.argv)),
         "bdh.stop_reason": "",
     }
     if provenance.git_commit:
         tags["mlflow.source.git.commit"] = provenance.git_commit
     if origin.manifest is not None and origin.saved is not None:
         relation = {"resumed": "bdh.resumed_from", "forked": "bdh.forked_from"}[origin.kind]
-        tags[relation] = f"runs:/{origin.manifest.mlflow_run_id}/{origin.manifest.artifact_path}"
+        tags[relation] = f"runs:/{origin.run_id}/{origin.manifest.artifact_path}"
         drift = [d for d in origin.saved.differences(config) if d.key != "training.resume_from_checkpoint"]
         tags |= {f"drift.{d.key}": f"{d.before} -> {d.after}" for d in drift}
     elif origin.found is not None:
@@ -318,28 +439,40 @@ def _introduce(
     tracker.tags(tags)
     tracker.params(config.flat())
     tracker.text(config.to_yaml(), checkpoint.CONFIG_NAME)
-    tracker.text(tracking.environment(), "environment.txt")
+    tracker.text(host.environment(), "environment.txt")
     tracker.text(text.describe(), "data/manifest.json")
     if patch:
         tracker.text(patch, "code/uncommitted.patch")
-    if not tracker.identity.continued:
-        profile = {"num_rows": text.rows, "files": len(text.files), "bytes": text.bytes, "val_fraction": text.val_fraction}
-        tracker.dataset(text.root.name, text.digest, str(text.root.absolute()), profile, "training")
-        if text.val_fraction:  # under a name of its own: a run lists a dataset of one name and digest once
-            tracker.dataset(f"{text.root.name} (validation)", text.digest, str(text.root.absolute()), profile, "validation")
+    profile = {"num_rows": text.rows, "files": len(text.files), "bytes": text.bytes, "val_fraction": text.val_fraction}
+    tracker.dataset(text.root.name, text.digest, str(text.root.absolute()), profile, "training")
+    if text.val_fraction:  # under a name of its own: a run lists a dataset of one name and digest once
+        tracker.dataset(f"{text.root.name} (validation)", text.digest, str(text.root.absolute()), profile, "validation")
 
 
-def _headline(network: BDH, config: Config, text: ParquetText, facts: Mapping[str, str], identity: RunIdentity, origin: Origin) -> str:
+def _headline(
+    network: BDH,
+    config: Config,
+    text: ParquetText,
+    facts: Mapping[str, str],
+    tracker: Tracker,
+    door: tracking.Door,
+    origin: Origin,
+    segment: int,
+) -> str:
     parameters = sum(p.numel() for p in network.parameters())
     tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
+    identity, uri = tracker.identity, journal.masked(door.tracking_uri)
     lines = [
         f"BDH with {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step; {facts['bdh.precision']}",
         f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
-        f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}",
+        f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
+        if identity
+        else f"MLflow: {uri} {'has not named the run yet' if door.reachable else 'does not answer'}; training goes on, "
+        f"everything is journalled and delivered when it does",
     ]
     if origin.found is not None:
         how = {
-            "resumed": f"segment {identity.segment}",
+            "resumed": f"segment {segment}",
             "forked": "a new run from its state",
             "warm": "warm start: its weights, a new optimizer",
         }

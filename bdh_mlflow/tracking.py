@@ -1,48 +1,47 @@
-"""The run as MLflow sees it: found or made once, then told everything by one sender behind the loop.
+"""What a run tells, and to whom: a journal on disk at once, an MLflow store in its own time.
 
-`attach` settles which MLflow run this training is. `MlflowTracker` takes metrics, texts and finished checkpoints without waiting; one
-thread delivers them in order with an explicit run id, batched by time, and repeats what fails for a passing reason. A resumed run's
-points that are on the server already are compared instead of logged twice. The loop knows none of this; it has a `Tracker`.
+`Tracker` is what the loop and its builder talk to. Every call appends to the journal and returns; one sender (`delivery`), a process of its
+own so that it takes neither the interpreter lock nor the loop's time, reads the journal and delivers it. Around that: which store is meant,
+whether it can be used, and the few questions others ask of it.
 """
 
 import contextlib
 import json
 import os
-import queue
+import re
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from bdh_mlflow import checkpoint, journal
-from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
-from bdh_mlflow.errors import TrackingError
+from bdh_mlflow.errors import BdhError, TrackingError
+from bdh_mlflow.journal import Journal, masked
 
-GATHER_S = 1.0  # points wait this long for company: about one request a second
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
-PATIENCE_AT_EXIT_S = 30.0  # an unreachable server is tried for this long once training is over
+DOOR_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
+DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
+ATTACH_S = 15.0  # for a store that does answer: the sender starts and makes the run
+LAST_WORD_S = 30.0  # a sender that is no longer waiting for anybody and does not end
+FIRST_RESTART_S, LAST_RESTART_S = 2.0, 60.0
+SELF_S = 1.0  # least time between two points about tracking itself
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
+_RETRIES_GIVEN = "MLFLOW_HTTP_REQUEST_MAX_RETRIES" in os.environ
 REPLAYED = ("train/loss", "val/loss", "optim/lr", "optim/grad_norm")
 """Metrics that a replayed step must give again to the bit."""
-
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED", "BAD_REQUEST"}
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which MLflow run a training is.   segment: how many processes have worked on it, this one included."""
+    """Which MLflow run a training is.   tracking_uri: credentials masked.   continued: it existed before this process."""
 
     run_id: str
     name: str
@@ -50,13 +49,12 @@ class RunIdentity:
     experiment: str
     tracking_uri: str
     artifact_uri: str
-    segment: int
     continued: bool
 
     @property
     def page(self) -> str:
         """Address of the run's curves in the UI."""
-        server = masked(self.tracking_uri) if self.on_server else "http://127.0.0.1:5000"
+        server = self.tracking_uri if self.on_server else "http://127.0.0.1:5000"
         return f"{server.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}/model-metrics?workflowType=machine_learning"
 
     @property
@@ -65,28 +63,308 @@ class RunIdentity:
         return self.tracking_uri.startswith(("http://", "https://"))
 
 
+@dataclass(frozen=True)
+class Door:
+    """What the store said when it was asked first.   reachable: it answered.   run: the one to be continued, if it is there."""
+
+    tracking_uri: str
+    reachable: bool
+    run: Run | None
+
+
+class Host(Protocol):
+    """Where a sender runs."""
+
+    def close(self) -> int | None:
+        """Nothing more will be told: deliver, and return how many records could not be; None if nobody knows."""
+
+
+Heard = Callable[[dict[str, Any]], None]
+
+
+class InProcess:
+    """A sender in a process of its own. It outlives a killed trainer, delivers what that one left, and ends the run for it.
+
+    A sender that dies itself is replaced.
+    """
+
+    def __init__(self, folder: Callable[[], Path], uri: str, heard: Heard) -> None:
+        self._folder, self._uri, self._heard = folder, uri, heard
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._left: int | None = None
+        self._process = self._start()
+        self._listener = threading.Thread(target=self._listen, name="sender's words", daemon=True)
+        self._listener.start()
+
+    def close(self) -> int | None:
+        """Wait for the sender, which gives up by itself when the store does not answer."""
+        with self._lock:
+            self._closed.set()
+            self._nothing_more()
+        self._listener.join()
+        try:
+            self._process.wait(LAST_WORD_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        return self._left
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": self._uri}  # not an argument: it may hold a password
+        if not _RETRIES_GIVEN:
+            environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # patience is the sender's own
+        command = [sys.executable, "-m", "bdh_mlflow.delivery", str(self._folder())]
+        return subprocess.Popen(  # in a session of its own: Ctrl-C is for the trainer
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def _nothing_more(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def _listen(self) -> None:
+        pause_s, last_try = FIRST_RESTART_S, False
+        while True:
+            self._hear()
+            if self._left is not None or last_try:
+                return
+            last_try = self._closed.wait(pause_s)  # it died before its last word
+            pause_s = min(2 * pause_s, LAST_RESTART_S)
+            with self._lock:
+                self._process.wait()
+                self._process = self._start()
+                if last_try:
+                    self._nothing_more()
+
+    def _hear(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                if isinstance(said, dict):  # what a library prints is not for us
+                    self._left = said.get("undelivered", self._left)
+                    self._heard(said)
+
+
+class Tracker:
+    """Tells a run everything, behind the loop. No call waits for anybody or raises.
+
+    folder: tells where the journal is at that moment.   uri: of the store.   segment: what the sender must know to find or make the run.
+    note: called with a line when delivery fails, works again, or a replayed step differs.
+    """
+
+    def __init__(self, folder: Callable[[], Path], uri: str, segment: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        self._note = note
+        self._journal = Journal(folder())
+        self._identity: RunIdentity | None = None
+        self._refusal: str | None = None
+        self._known = threading.Event()
+        self._waited = False
+        self._delivered = 0
+        self._evaluation: dict[str, Any] = {}
+        self._lost = 0
+        self._about_self = (time.monotonic(), 0, 0.0)
+        self._journal.append("segment", **segment)
+        self._host: Host = HOST(folder, uri, self._heard)
+
+    @property
+    def identity(self) -> RunIdentity | None:
+        """The run, as soon as the store has said which it is."""
+        return self._identity
+
+    def wait(self, patience_s: float) -> RunIdentity | None:
+        """The run's identity, or None if the store has not told it by then.   Raises TrackingError if it refuses the run for good."""
+        self._known.wait(patience_s)
+        self._waited = True
+        if self._refusal:
+            raise TrackingError(self._refusal)
+        return self._identity
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Points of several curves."""
+        given = {key: float(value) for key, value in values.items()}
+        at_ms = self._journal.append("points", values=given, step=step)
+        if "val/loss" in given:
+            self._evaluation = {
+                "step": step,
+                "at_ms": at_ms,
+                "values": {key: given[key] for key in ("val/loss", "val/bpb") if key in given},
+            }
+        now = time.monotonic()
+        before, records, append_s = self._about_self
+        if now - before > SELF_S and not next(iter(values)).startswith("system/"):
+            mean_us = 1e6 * (self._journal.append_s - append_s) / max(1, self._journal.records - records)
+            self._about_self = (now, self._journal.records, self._journal.append_s)
+            own = {
+                "tracker/enqueue_us": mean_us,
+                "tracker/backlog": max(0, self._journal.size - self._delivered),
+                "tracker/lost": self._lost,
+            }
+            self._journal.append("points", values=own, step=step)
+
+    def sample(self, text: str, step: int) -> None:
+        """What the model writes, as artifact `samples/step_N.txt`."""
+        self.text(text, f"samples/step_{step}.txt")
+
+    def text(self, text: str, artifact: str) -> None:
+        """A small text file among the artifacts."""
+        self._journal.append("text", artifact=artifact, text=masked(text))
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run; later values replace earlier ones."""
+        self._journal.append("tags", tags={key: masked(value) for key, value in tags.items()})
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Settings, written once: what the run has already stays as it is."""
+        self._journal.append("params", params={key: _as_text(value) for key, value in params.items()})
+
+    def dataset(self, name: str, digest: str, folder: str, profile: Mapping[str, Any], context: str) -> None:
+        """The data of the run, by name and digest.   context: training or validation."""
+        source = json.dumps({"uri": masked(folder)})
+        self._journal.append("input", name=name, digest=digest, source=source, profile=json.dumps(profile), context=context)
+
+    def sync(self) -> None:
+        """Everything told so far is on the disk itself.   Raises OSError."""
+        self._journal.sync()
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """A checkpoint that is safe on disk: mirrored, verified, and only then named the latest."""
+        evaluation = self._evaluation if self._evaluation.get("step") == step else None
+        self._journal.append("checkpoint", path=str(path.absolute()), evaluation=evaluation)
+
+    def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
+        """Deliver what is left and set the run's status (FINISHED, FAILED, KILLED).   Returns how many records still wait."""
+        self._journal.append("end", status=status, tags={key: masked(value) for key, value in tags.items()}, step=step)
+        unwritten = self._journal.close()
+        if unwritten:
+            self._note(f"tracking: lost: {unwritten:,} bytes of the journal could not be written to disk")
+        left = self._host.close()
+        return max(1, self._journal.records) if left is None else left
+
+    def _heard(self, said: dict[str, Any]) -> None:
+        """What the sender has to say."""
+        if "note" in said:
+            self._note(said["note"])
+        if "attached" in said:
+            self._identity = RunIdentity(**said["attached"])
+            self._known.set()
+        if "refused" in said:
+            self._refusal = said["refused"]
+            if self._known.is_set() or self._waited:  # too late to end the training for it
+                self._note(f"tracking: {self._refusal}; training goes on, everything is kept for `bdh-mlflow sync`")
+            self._known.set()
+        self._delivered = said.get("delivered", self._delivered)
+        self._lost = said.get("lost", self._lost)
+
+
+MakeHost = Callable[[Callable[[], Path], str, Heard], Host]
+HOST: MakeHost = InProcess
+"""Where senders run."""
+
+
+@contextlib.contextmanager
+def hosted_by(host: MakeHost) -> Iterator[None]:
+    """Senders that begin in the body run there."""
+    global HOST
+    before, HOST = HOST, host
+    try:
+        yield
+    finally:
+        HOST = before
+
+
 def tracking_uri(tracking: TrackingConfig) -> str:
-    """The configured URI, else MLflow's own resolution (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here)."""
+    """The configured URI, else MLflow's own resolution (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here), which is made absolute."""
     inherited = mlflow.get_tracking_uri()
     if tracking.tracking_uri is None:
-        return inherited
+        path = inherited.removeprefix("sqlite:///")
+        return f"sqlite:///{Path(path).absolute()}" if path != inherited and not path.startswith("/") else inherited
     if os.environ.get("MLFLOW_RUN_ID") and inherited != tracking.tracking_uri:
         raise TrackingError(
-            f"tracking.tracking_uri is {tracking.tracking_uri}, but `mlflow run` has made its run at {masked(inherited)}. "
-            f"Set MLFLOW_TRACKING_URI={tracking.tracking_uri} instead, or start with `bdh-mlflow train`"
+            f"tracking.tracking_uri is {masked(tracking.tracking_uri)}, but `mlflow run` has made its run at {masked(inherited)}. "
+            f"Set MLFLOW_TRACKING_URI={masked(tracking.tracking_uri)} instead, or start with `bdh-mlflow train`"
         )
     return tracking.tracking_uri
 
 
 def connect(tracking: TrackingConfig) -> MlflowClient:
     """A client of the tracking store.   Raises TrackingError if it does not answer."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
-    uri = tracking_uri(tracking)
-    mlflow.set_tracking_uri(uri)
-    client = MlflowClient(uri)
-    with reported(f"tracking store {masked(uri)} cannot be used"):
+    client = client_of(tracking_uri(tracking))
+    with reported(f"tracking store {masked(client.tracking_uri)} cannot be used"):
         client.search_experiments(max_results=1)
     return client
+
+
+def client_of(uri: str) -> MlflowClient:
+    """A client, with patience inside one call bounded; nothing is asked yet."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
+    mlflow.set_tracking_uri(uri)
+    return MlflowClient(uri)
+
+
+def knock(tracking: TrackingConfig, continues: str | None) -> Door:
+    """Ask the store, for a few seconds, whether the run can be made there. Writes nothing.
+
+    continues: id of the run being resumed.   Raises TrackingError for what waiting would not mend.
+    """
+    uri = tracking_uri(tracking)
+    answers: list[Door | TrackingError] = []
+
+    def ask() -> None:
+        try:
+            answers.append(_ask(uri, tracking, continues))
+        except TrackingError as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, name="knocking", daemon=True)
+    asking.start()
+    asking.join(DOOR_S if uri.startswith(("http://", "https://")) else DATABASE_S)
+    if answers and isinstance(answers[0], TrackingError):
+        raise answers[0]
+    return answers[0] if answers and isinstance(answers[0], Door) else Door(uri, False, None)
+
+
+def _ask(uri: str, tracking: TrackingConfig, continues: str | None) -> Door:
+    wrapper = os.environ.get("MLFLOW_RUN_ID")
+    with reported(f"tracking store {masked(uri)} cannot be used"):
+        client = client_of(uri)
+        try:
+            run = find_run(client, continues) if continues else None
+            if run is None and wrapper:
+                check_artifacts(client, (own := client.get_run(wrapper)).info.artifact_uri, own.info.experiment_id)
+            elif run is None:
+                experiment_of(client, tracking.experiment)
+        except Exception as error:  # requests', SQLAlchemy's and OS errors pass through MLflow
+            if isinstance(error, TrackingError) or refused(error) or not _may_come_back(uri, error):
+                raise
+            return Door(uri, False, None)
+    return Door(uri, True, run)
+
+
+def experiment_of(client: MlflowClient, name: str) -> str | None:
+    """Id of an experiment to make a run in, None if there is none yet.   Raises TrackingError if it cannot take one."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return None
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name} is deleted; restore it (mlflow experiments restore -x {experiment.experiment_id}) "
+            f"or set tracking.experiment"
+        )
+    check_artifacts(client, experiment.artifact_location, experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def check_artifacts(client: MlflowClient, artifact_uri: str, experiment_id: str) -> None:
+    """Raises TrackingError where artifacts go through a server that is not there."""
+    if artifact_uri.startswith("mlflow-artifacts:") and not client.tracking_uri.startswith(("http://", "https://")):
+        raise TrackingError(
+            f"experiment {client.get_experiment(experiment_id).name} was made by an MLflow server, which alone can store its artifacts; "
+            f"the tracking URI is {masked(client.tracking_uri)}. Set MLFLOW_TRACKING_URI to the server, or name another experiment "
+            f"(--experiment-name bdh)"
+        )
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
@@ -98,430 +376,6 @@ def find_run(client: MlflowClient, run_id: str) -> Run | None:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
-
-
-def attach(client: MlflowClient, tracking: TrackingConfig, continues: str | None) -> RunIdentity:
-    """The run to log to: the one continued, else the one `mlflow run` made, else a new one in the named experiment.
-
-    continues: id of the run being resumed; if it is not on this server a new run is begun. When it is, and `mlflow run` has made another
-    one for this process, that one becomes its child, named `segment k`.
-    """
-    wrapper = os.environ.get("MLFLOW_RUN_ID")
-    with reported(f"tracking store {masked(client.tracking_uri)} cannot be used"):
-        run = find_run(client, continues) if continues else None
-        continued = run is not None
-        if run is None:
-            run = client.get_run(wrapper) if wrapper else _create(client, tracking)
-        _check_artifacts(client, run.info.artifact_uri, client.get_experiment(run.info.experiment_id).name)
-        segment = int(run.data.tags.get("bdh.segment", 0)) + 1
-        run_id = run.info.run_id
-        if continued:
-            _end_killed_segments(client, run, wrapper)
-        if wrapper and wrapper != run_id:
-            _make_child(client, wrapper, run_id, segment)
-        if tracking.run_name and not continued:
-            client.update_run(run_id, name=tracking.run_name)
-        client.update_run(run_id, status="RUNNING")
-        run = client.get_run(run_id)
-        experiment = client.get_experiment(run.info.experiment_id)
-    return RunIdentity(
-        run_id=run_id,
-        name=run.info.run_name or run_id,
-        experiment_id=experiment.experiment_id,
-        experiment=experiment.name,
-        tracking_uri=client.tracking_uri,
-        artifact_uri=run.info.artifact_uri,
-        segment=segment,
-        continued=continued,
-    )
-
-
-class MlflowTracker:
-    """Tells an MLflow run everything, behind the loop.
-
-    note: called with a line when delivery fails, works again, or a replayed step differs.
-    run_dir: of a continued run; what its journal holds and the server lacks is delivered first.
-    """
-
-    def __init__(
-        self,
-        client: MlflowClient,
-        identity: RunIdentity,
-        *,
-        mirror: bool,
-        keep: int | None,
-        note: Callable[[str], None],
-        run_dir: Path | None = None,
-    ) -> None:
-        self._client = client
-        self.identity = identity
-        self._mirror_files = mirror
-        self._keep = keep
-        self._note = note
-        self._queue: queue.SimpleQueue[_Op] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._closing_at = 0.0
-        self._failing_since: float | None = None
-        self._undelivered = 0
-        self._logged = _logged_points(client, identity) if identity.continued else {}
-        self._journal = journal.Journal()
-        self._replay_diff = 0.0
-        if identity.continued and run_dir is not None:
-            self._catch_up(run_dir)
-        self._sender = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._sender.start()
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Points of several curves; those on the server already are compared with it instead."""
-        new = {}
-        for key, value in values.items():
-            before = self._logged.get((key, step))
-            if before is None:
-                new[key] = value
-            elif key in REPLAYED:
-                self._compare(key, step, before, value)
-        replayed = len(new) < len(values) and not any(key.startswith("by_tokens/") for key in values)
-        if replayed and ("resume/replay_max_abs_diff", step) not in self._logged:
-            new["resume/replay_max_abs_diff"] = self._replay_diff
-        if new:
-            record = journal.Record({key: float(value) for key, value in new.items()}, step, int(time.time() * 1000))
-            with self._forgiving("the journal cannot be written"):
-                self._journal.append(*record)
-            self._queue.put(_points(record))
-
-    def sample(self, text: str, step: int) -> None:
-        """What the model writes, as artifact `samples/step_N.txt`."""
-        self.text(text, f"samples/step_{step}.txt")
-
-    def text(self, text: str, artifact: str) -> None:
-        """A small text file among the artifacts."""
-        self._queue.put(_Text(text, artifact))
-
-    def tags(self, tags: Mapping[str, str]) -> None:
-        """Tags of the run; later values replace earlier ones."""
-        self._queue.put(_Tags({key: masked(value) for key, value in tags.items()}))
-
-    def params(self, params: Mapping[str, Any]) -> None:
-        """Settings, written once: what the run has already stays as it is."""
-        self._queue.put(_Params({key: _as_text(value) for key, value in params.items()}))
-
-    def dataset(self, name: str, digest: str, folder: str, profile: Mapping[str, Any], context: str) -> None:
-        """The data of the run, by name and digest.   context: training or validation."""
-        source = json.dumps({"uri": masked(folder)})
-        data = Dataset(name=name, digest=digest, source_type="local", source=source, profile=json.dumps(profile))
-        self._queue.put(_Input(DatasetInput(data, [InputTag("mlflow.data.context", context)])))
-
-    def keep_journal_in(self, run_dir: Path) -> None:
-        """Points told so far, and those to come, are on disk in the run directory from now on.   Raises OSError."""
-        self._journal.keep_in(run_dir)
-
-    def checkpoint(self, saved: Checkpoint) -> None:
-        """A checkpoint that is safe on disk: mirrored, verified, and only then named the latest; then old ones go, here and there."""
-        self._queue.put(_Mirror(saved))
-
-    def close(self, status: str, tags: Mapping[str, str]) -> int:
-        """Deliver what is left and set the run's status (FINISHED, FAILED, KILLED).   Returns how many records could not be delivered."""
-        self.tags(tags)
-        self._queue.put(_End(status))
-        self._closing_at = time.monotonic()
-        self._closing.set()
-        self._sender.join()
-        with contextlib.suppress(OSError):
-            self._journal.close()
-        return self._undelivered
-
-    def _catch_up(self, run_dir: Path) -> None:
-        """Deliver points that an earlier process measured and did not live to send."""
-        for record in journal.read(run_dir):
-            missing = {key: value for key, value in record.values.items() if (key, record.step) not in self._logged}
-            if missing:
-                self._queue.put(_points(record._replace(values=missing)))
-                self._logged |= {(key, record.step): value for key, value in missing.items()}
-
-    @contextlib.contextmanager
-    def _forgiving(self, what: str) -> Iterator[None]:
-        """Pruning is a convenience: where the store does not allow it, it is said and the rest goes on."""
-        try:
-            yield
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # each artifact store raises its own kinds
-            self._note(f"tracking: {what}: {_line(error)}")
-
-    def _compare(self, key: str, step: int, before: float, now: float) -> None:
-        diff = abs(before - now)
-        if diff > self._replay_diff:
-            self._note(f"step {step}: {key} was {before!r} before the interruption and is {now!r} now")
-            self._replay_diff = diff
-
-    def _deliver(self) -> None:
-        ended = False
-        while not ended:
-            ops = [self._queue.get()]
-            self._closing.wait(GATHER_S)
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    ops.append(self._queue.get_nowait())
-            for op in _merged(ops):
-                self._attempt(op)
-                ended = ended or isinstance(op, _End)
-
-    def _attempt(self, op: "_Op") -> None:
-        """Do it until it is done, or is refused for good, or training is over and patience with it."""
-        pause_s = FIRST_RETRY_S
-        while True:
-            try:
-                self._do(op)
-            except Exception as error:  # MLflow raises its own, requests', SQLAlchemy's and OS errors; none may end the sender
-                if isinstance(error, MlflowException) and error.error_code in _PERMANENT:
-                    self._give_up(op, f"refused: {_line(error)}")
-                    return
-                now = time.monotonic()
-                if self._failing_since is None:
-                    self._failing_since = now
-                    self._note(
-                        f"tracking: {masked(self.identity.tracking_uri)} does not answer ({_line(error)}); training goes on, trying again"
-                    )
-                if isinstance(error, FileNotFoundError):
-                    self._failing_since = None
-                    self._give_up(op, _line(error))
-                    return
-                if self._closing.is_set() and now - self._closing_at > PATIENCE_AT_EXIT_S:
-                    self._give_up(op, _line(error))
-                    return
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LAST_RETRY_S if not self._closing.is_set() else FIRST_RETRY_S)
-            else:
-                if self._failing_since is not None:
-                    self._note("tracking: delivering again")
-                    self._failing_since = None
-                return
-
-    def _give_up(self, op: "_Op", reason: str) -> None:
-        self._undelivered += 1
-        self._note(f"tracking: not delivered: {op.what()} ({reason})")
-
-    def _do(self, op: "_Op") -> None:
-        client, run_id = self._client, self.identity.run_id
-        match op:
-            case _Points(points):
-                client.log_batch(run_id, metrics=points, synchronous=True)
-            case _Params(params):
-                known = client.get_run(run_id).data.params
-                client.log_batch(run_id, params=[Param(k, v) for k, v in params.items() if k not in known], synchronous=True)
-            case _Tags(tags):
-                client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
-            case _Text(text, artifact):
-                client.log_text(run_id, text, artifact)
-            case _Input(dataset):
-                client.log_inputs(run_id, [dataset])
-            case _Mirror(saved):
-                self._mirror(saved)
-            case _End(status):
-                client.set_terminated(run_id, status)
-
-    def _mirror(self, saved: Checkpoint) -> None:
-        client, run_id = self._client, self.identity.run_id
-        folder = saved.path.parent
-        tags = {"bdh.run_dir": folder.name}
-        points = []
-        if self._mirror_files:
-            started = time.perf_counter()
-            remote = f"checkpoints/{folder.name}"
-            for file in (folder / checkpoint.CONFIG_NAME, saved.path, saved.manifest_path):
-                client.log_artifact(run_id, str(file), remote)
-            sizes = {Path(f.path).name: f.file_size for f in client.list_artifacts(run_id, remote)}
-            arrived = sizes.get(saved.path.name)
-            if arrived not in (saved.manifest.bytes, None):
-                raise OSError(f"{remote}/{saved.path.name} arrived with {arrived} of {saved.manifest.bytes} bytes")
-            if saved.path.name not in sizes or saved.manifest_path.name not in sizes:
-                raise OSError(f"{remote}/{saved.path.name} did not arrive")
-            tags["bdh.latest_checkpoint"] = saved.manifest.artifact_path
-            top = checkpoint.best(checkpoint.list_run(folder).checkpoints)
-            if top is not None:
-                tags["bdh.best_checkpoint"] = top.manifest.artifact_path
-            if ("ckpt/upload_s", saved.manifest.step) not in self._logged:
-                took_s = time.perf_counter() - started
-                points = [Metric("ckpt/upload_s", took_s, int(time.time() * 1000), saved.manifest.step)]
-        client.log_batch(run_id, metrics=points, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
-        for old in checkpoint.superfluous(folder, self._keep, saved.manifest.step):
-            if self._mirror_files:
-                repository = get_artifact_repository(self.identity.artifact_uri)
-                for name in (old.manifest_path.name, old.path.name):
-                    with self._forgiving(f"{name} stays in the mirror"):
-                        repository.delete_artifacts(f"checkpoints/{folder.name}/{name}")  # type: ignore[no-untyped-call]
-            checkpoint.remove(old)
-
-
-@contextlib.contextmanager
-def system_metrics(run_id: str, wanted: bool) -> Iterator[None]:
-    """CPU, memory, disk, network and GPU use under `system/`, sampled by MLflow's own monitor while the body runs."""
-    if not wanted:
-        yield
-        return
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor: Any = SystemMetricsMonitor(run_id, resume_logging=True)  # type: ignore[no-untyped-call]
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
-
-
-def source_state(folder: Path) -> tuple[str | None, bool, str]:
-    """Commit of the checkout that `folder` is in, whether tracked files differ from it, and that difference as a patch."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None, False, ""
-    patch = _git(folder, "diff", "HEAD") or ""
-    return commit.strip(), bool(patch), patch
-
-
-def environment() -> str:
-    """Installed packages with their versions, a line each."""
-    found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}
-    return "\n".join(sorted(found, key=str.lower)) + "\n"
-
-
-def masked(text: str) -> str:
-    """The text with the password of every URI in it replaced by stars."""
-    words = []
-    for word in text.split(" "):
-        parts = urlsplit(word) if "://" in word and "@" in word else None
-        hidden = parts.password if parts else None
-        words.append(word.replace(f":{hidden}@", ":***@") if hidden else word)
-    return " ".join(words)
-
-
-@contextlib.contextmanager
-def reported(what: str) -> Iterator[None]:
-    """Errors of MLflow as one line of ours."""
-    try:
-        yield
-    except TrackingError:
-        raise
-    except Exception as error:  # MLflow lets through requests', SQLAlchemy's and OS errors besides its own
-        raise TrackingError(f"{what}: {_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class _Op:
-    """One thing to tell."""
-
-    def what(self) -> str:
-        return type(self).__name__.strip("_").lower()
-
-
-@dataclass(frozen=True)
-class _Points(_Op):
-    points: tuple[Metric, ...]
-
-    def what(self) -> str:
-        return f"{len(self.points)} points"
-
-
-@dataclass(frozen=True)
-class _Params(_Op):
-    params: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Tags(_Op):
-    tags: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Text(_Op):
-    text: str
-    artifact: str
-
-    def what(self) -> str:
-        return self.artifact
-
-
-@dataclass(frozen=True)
-class _Input(_Op):
-    dataset: DatasetInput
-
-
-@dataclass(frozen=True)
-class _Mirror(_Op):
-    saved: Checkpoint
-
-    def what(self) -> str:
-        return self.saved.manifest.artifact_path
-
-
-@dataclass(frozen=True)
-class _End(_Op):
-    status: str
-
-    def what(self) -> str:
-        return f"status {self.status}"
-
-
-def _points(record: journal.Record) -> _Points:
-    return _Points(tuple(Metric(key, value, record.at_ms, record.step) for key, value in record.values.items()))
-
-
-def _merged(ops: Sequence[_Op]) -> list[_Op]:
-    """The same in fewer requests: neighbouring points together, nothing out of order."""
-    merged: list[_Op] = []
-    for op in ops:
-        last = merged[-1] if merged else None
-        if isinstance(op, _Points) and isinstance(last, _Points):
-            merged[-1] = _Points(last.points + op.points)
-        else:
-            merged.append(op)
-    return merged
-
-
-def _create(client: MlflowClient, tracking: TrackingConfig) -> Run:
-    experiment = client.get_experiment_by_name(tracking.experiment)
-    if experiment is None:
-        experiment_id = client.create_experiment(tracking.experiment)
-    elif experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            f"experiment {tracking.experiment} is deleted; restore it (mlflow experiments restore -x {experiment.experiment_id}) "
-            f"or set tracking.experiment"
-        )
-    else:
-        experiment_id = experiment.experiment_id
-        _check_artifacts(client, experiment.artifact_location, experiment.name)
-    user = os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown"
-    return client.create_run(
-        experiment_id, run_name=tracking.run_name, tags={"mlflow.user": user, "mlflow.source.name": "bdh-mlflow train"}
-    )
-
-
-def _check_artifacts(client: MlflowClient, artifact_uri: str, experiment: str) -> None:
-    if artifact_uri.startswith("mlflow-artifacts:") and not client.tracking_uri.startswith(("http://", "https://")):
-        raise TrackingError(
-            f"experiment {experiment} was made by an MLflow server, which alone can store its artifacts; the tracking URI is "
-            f"{masked(client.tracking_uri)}. Set MLFLOW_TRACKING_URI to the server, or name another experiment (--experiment-name bdh)"
-        )
-
-
-def _end_killed_segments(client: MlflowClient, run: Run, wrapper: str | None) -> None:
-    """Children of earlier segments that a hard kill left RUNNING: there is one process at a time, so theirs is gone."""
-    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    for child in children:
-        if child.info.status == "RUNNING" and child.info.run_id != wrapper and "bdh.continues" in child.data.tags:
-            client.set_terminated(child.info.run_id, "KILLED")
-
-
-def _make_child(client: MlflowClient, wrapper: str, parent: str, segment: int) -> None:
-    tags = {"mlflow.parentRunId": parent, "bdh.continues": parent}
-    client.log_batch(wrapper, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
-    client.update_run(wrapper, name=f"segment {segment}")
-
-
-def _logged_points(client: MlflowClient, identity: RunIdentity) -> dict[tuple[str, int], float]:
-    """Points of a continued run by metric and step; system metrics keep their own count and are left out."""
-    with reported(f"run {identity.run_id} cannot be read"):
-        keys = [key for key in client.get_run(identity.run_id).data.metrics if not key.startswith("system/")]
-        return {(key, m.step): m.value for key in keys for m in client.get_metric_history(identity.run_id, key)}
 
 
 def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
@@ -538,18 +392,41 @@ def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
     return [run for run in runs if "bdh.latest_checkpoint" in run.data.tags]
 
 
-def _as_text(value: object) -> str:
-    return masked(value) if isinstance(value, str) else json.dumps(value)
+def refused(error: BaseException) -> bool:
+    """Whether the store has understood and said no, so that asking again is of no use."""
+    codes = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED", "BAD_REQUEST"}
+    return isinstance(error, MlflowException) and error.error_code in codes
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def invalid(error: BaseException) -> bool:
+    """Whether what was told is itself at fault; a run that is deleted is not, it can be restored."""
+    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
+
+
+def _may_come_back(uri: str, error: BaseException) -> bool:
+    """Whether a store that failed so may answer later; a wrong password, another web server or a file that cannot be opened will not."""
+    if uri.startswith("sqlite:"):
+        return "locked" in str(error)
+    status = re.search(r"error code (\d{3})", str(error))
+    return not (status and status[1].startswith("4") and status[1] not in ("408", "429"))
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Errors of MLflow as one line of ours."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        yield
+    except BdhError:
+        raise
+    except Exception as error:  # MLflow lets through requests', SQLAlchemy's and OS errors besides its own
+        raise TrackingError(f"{what}: {first_line(error)}") from error
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without secrets."""
     text = str(error).strip() or type(error).__name__
     return masked(text.split("\n")[0])[:300]
+
+
+def _as_text(value: object) -> str:
+    return masked(value) if isinstance(value, str) else json.dumps(value)

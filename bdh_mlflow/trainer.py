@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bdh_mlflow import tokenizer
 from bdh_mlflow.config import TrainingConfig
-from bdh_mlflow.errors import BdhError, InputError, NonFiniteError, StoppedError
+from bdh_mlflow.errors import BdhError, InputError, NonFiniteError, SaveError, StoppedError
 
 State = dict[str, Any]
 SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scaling: the run has diverged
@@ -65,6 +65,19 @@ class Tracker(Protocol):
 
     def sample(self, text: str, step: int) -> None:
         """What the model writes."""
+
+
+class Saver(Protocol):
+    """Who keeps states, behind the loop. An error of one save is raised by the next call."""
+
+    def save(self, state: State, val_loss: float | None) -> None:
+        """Keep what `state` holds now; it may change as soon as this returns."""
+
+    def check(self) -> None:
+        """Raise what went wrong since the last call."""
+
+    def finish(self) -> None:
+        """Wait until everything is kept."""
 
 
 class Progress(Protocol):
@@ -136,7 +149,9 @@ class Parts:
     batches: Iterator[Item]
     validation: list[Tensor]
     sample: Callable[[Callable[[], bool]], str | None] | None
-    save: Callable[[State, float | None], None]
+    observed: Callable[[], AbstractContextManager[dict[str, float]]]
+    """Around an evaluation: what else was seen of the model, complete at its end."""
+    saver: Saver
     tracker: Tracker
     progress: Progress
     stop: StopRequest = field(default_factory=StopRequest)
@@ -171,6 +186,7 @@ class Trainer:
             if self.step % config.test_freq == 0 and self._evaluated_step != self.step:
                 self._evaluate()  # the interruption came before it; a plateau schedule has yet to hear of it
             while self.step < config.max_iters and not stop.received:
+                self._parts.saver.check()
                 if not self._update():
                     continue
                 last = self.step == config.max_iters
@@ -180,6 +196,8 @@ class Trainer:
                     self._evaluate()
                 if self.step % config.checkpoint_freq == 0 or last:
                     self._save()
+        except SaveError:
+            raise
         except InputError as error:
             self._save_once()
             raise StoppedError(f"stopped after step {self.step}: {error}") from error
@@ -309,6 +327,7 @@ class Trainer:
         if parts.scaler.is_enabled():
             values["optim/loss_scale"] = parts.scaler.get_scale()
         parts.tracker.metrics(values, step)
+        parts.tracker.metrics({"by_tokens/train_loss": values["train/loss"]}, self.tokens_seen // 1000)
         parts.progress.point(values, step)
         if step % self._config.log_freq == 0:  # the point of an odd last step is extra: means go on as if it had not been asked for
             self._loss_sum, self._loss_count = 0.0, 0
@@ -318,13 +337,14 @@ class Trainer:
         parts, step = self._parts, self.step
         if not parts.validation:
             return
-        val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped)
+        with parts.observed() as seen:
+            val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped)
         if val_loss is None:
             return
         self._val, self._evaluated_step = (step, val_loss), step
         values = {"val/loss": val_loss, "val/bpb": tokenizer.bits_per_byte(val_loss)}
-        parts.tracker.metrics(values, step)
-        parts.tracker.metrics({"by_tokens/val_loss": val_loss}, self.tokens_seen // 1000)
+        parts.tracker.metrics({**values, **seen}, step)
+        parts.tracker.metrics({"by_tokens/val_loss": val_loss, "by_tokens/val_bpb": values["val/bpb"]}, self.tokens_seen // 1000)
         parts.progress.point(values, step)
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
@@ -337,12 +357,13 @@ class Trainer:
         started = time.perf_counter()
         self._saved_step = self.step  # before the attempt: an ending must not repeat a save that failed
         val_loss = self._val[1] if self._val and self._val[0] == self.step else None
-        self._parts.save(self.state_dict(), val_loss)
+        self._parts.saver.save(self.state_dict(), val_loss)
         self._parts.tracker.metrics({"ckpt/blocked_ms": 1e3 * (time.perf_counter() - started)}, self.step)
 
     def _save_once(self) -> None:
         if self.step and self._saved_step != self.step:
             self._save()
+        self._parts.saver.finish()
 
     def _stopped(self) -> bool:
         return self._parts.stop.received is not None

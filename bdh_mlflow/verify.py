@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor
 
-from bdh_mlflow import checkpoint, start, tracking
+from bdh_mlflow import checkpoint, delivery, start, tracking
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import BdhError
 from bdh_mlflow.trainer import StopRequest
@@ -38,6 +39,9 @@ PIECES = {
 CURVES = (*tracking.REPLAYED, "val/bpb", "progress/tokens_seen", "progress/epoch", "resume/replay_max_abs_diff")
 
 
+SAVE_S = 60.0  # longest wait for a checkpoint that is due
+
+
 @dataclass(frozen=True)
 class Row:
     """One thing compared.   difference: empty if the two are equal to the bit."""
@@ -48,7 +52,7 @@ class Row:
 
 def verify(config: Config, steps: int, interruptions: int, folder: Path, note: Callable[[str], None]) -> list[Row]:
     """Train `steps` steps straight and with interruptions in `folder`, and compare.   Raises a BdhError if one cannot be trained."""
-    with _own_store(folder) as uri:
+    with _own_store(folder) as uri, tracking.hosted_by(delivery.InThread):
         straight = _config(config, steps, folder / "straight", uri, "straight")
         note(f"straight: {steps} steps")
         start.train(straight, _Silent(), StopRequest())
@@ -138,7 +142,21 @@ def _die_at(config: Config, step: int) -> None:
 
 
 def _train_and_die(tree: dict[str, Any], step: int) -> None:
-    start.train(Config.from_dict(tree), _Silent(step, lambda: os.kill(os.getpid(), signal.SIGKILL)), StopRequest())
+    config = Config.from_dict(tree)
+    due = (step - 1) // config.training.checkpoint_freq * config.training.checkpoint_freq
+
+    def die() -> None:
+        end = time.monotonic() + SAVE_S
+        while due and not _is_saved(config, due) and time.monotonic() < end:
+            time.sleep(0.01)  # checkpoints are written behind the loop; this way every proof resumes from the same one
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with tracking.hosted_by(delivery.InThread):
+        start.train(config, _Silent(step, die), StopRequest())
+
+
+def _is_saved(config: Config, step: int) -> bool:
+    return any((d / f"checkpoint_{step}.json").is_file() for d in checkpoint.list_all(Path(config.training.checkpoint_dir)))
 
 
 def _resuming(config: Config) -> Config:

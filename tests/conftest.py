@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two trainings on two cores wait for each other otherwise
+
 import mlflow
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ import yaml
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
+from bdh_mlflow import delivery, tracking
 from bdh_mlflow.cli import cli
 from bdh_mlflow.config import Config
 
@@ -67,9 +70,11 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(delivery, "GATHER_S", 0.05)
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
+    with tracking.hosted_by(delivery.InThread):  # a process for each of hundreds of trainings would take an hour
+        yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     mlflow.set_tracking_uri(None)

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import pickle
+import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import Provenance, RunDirectory
+from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
 from bdh_mlflow.errors import CheckpointError, ResumeError, SaveError
 
 AT = datetime(2025, 11, 8, 14, 30, 22)
@@ -34,11 +36,24 @@ def names(folder: Path) -> list[str]:
 
 def test_directory_is_made_with_the_first_checkpoint_and_not_before(tmp_path: Path) -> None:
     run = new(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert checkpoint.list_all(tmp_path / "checkpoints") == []
+    (run.folder / "journal.jsonl").write_text("told before\n")
     run.save(state(500), PROVENANCE, None)
     assert run.path == tmp_path / "checkpoints" / "run_20251108_143022"
-    assert names(run.path) == ["checkpoint_500.json", "checkpoint_500.pt", "config.yaml"]
+    assert names(tmp_path / "checkpoints") == ["run_20251108_143022"]
+    assert names(run.path) == ["checkpoint_500.json", "checkpoint_500.pt", "config.yaml", "journal.jsonl"]
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
+
+
+def test_run_that_saved_nothing_leaves_nothing(tmp_path: Path) -> None:
+    run = new(tmp_path)
+    (run.folder / "journal.jsonl").write_text("told\n")
+    run.discard()
+    assert list(tmp_path.iterdir()) == []
+    saved = new(tmp_path)
+    saved.save(state(1), PROVENANCE, None)
+    saved.discard()
+    assert (saved.path / "checkpoint_1.pt").is_file()
 
 
 def test_two_runs_of_one_second_have_two_directories(tmp_path: Path) -> None:
@@ -48,13 +63,72 @@ def test_two_runs_of_one_second_have_two_directories(tmp_path: Path) -> None:
     assert [r.path.name for r in runs] == ["run_20251108_143022", "run_20251108_143023", "run_20251108_143024"]
 
 
+def test_new_run_in_the_second_of_a_finished_one_does_not_move_into_its_directory(tmp_path: Path) -> None:
+    first = new(tmp_path)
+    first.save(state(1), PROVENANCE, None)
+    first.close()
+    second = new(tmp_path)
+    assert second.folder != first.path
+    second.save(state(1), PROVENANCE, None)
+    assert second.path.name == "run_20251108_143023"
+
+
 def test_directory_that_another_process_trains_in_is_refused(tmp_path: Path) -> None:
     first = new(tmp_path)
     first.save(state(1), PROVENANCE, None)
     with pytest.raises(ResumeError, match="another process is training this run"):
-        RunDirectory(first.path, "", existing=True)
+        RunDirectory(first.path, "")
     first.close()
-    RunDirectory(first.path, "", existing=True).close()
+    RunDirectory(first.path, "").close()
+
+
+def test_background_write_holds_what_the_state_was_when_it_was_handed_over() -> None:
+    written: list[dict[str, Any]] = []
+    go_on = threading.Event()
+
+    def slow(given: dict[str, Any], val_loss: float | None) -> None:
+        go_on.wait(10)
+        written.append(given)
+
+    writer = BackgroundWriter(slow)
+    weights, steps = torch.zeros(3), [torch.tensor(1.0)]
+    writer.save({"model": {"w": weights}, "optimizer": {"steps": steps, "name": "adamw"}}, None)
+    weights += 1
+    steps[0] += 1
+    assert written == []  # the caller was not held up
+    go_on.set()
+    writer.finish()
+    assert written[0]["model"]["w"].tolist() == [0.0, 0.0, 0.0]
+    assert written[0]["optimizer"] == {"steps": [torch.tensor(1.0)], "name": "adamw"}
+
+
+def test_next_save_waits_for_the_one_before_it() -> None:
+    at_work, most = 0, 0
+
+    def write(given: dict[str, Any], val_loss: float | None) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        time.sleep(0.01)
+        at_work -= 1
+
+    writer = BackgroundWriter(write)
+    for _ in range(5):
+        writer.save({"x": torch.zeros(1)}, None)
+    writer.finish()
+    assert most == 1
+
+
+def test_failed_background_write_is_raised_once_by_whoever_asks_next() -> None:
+    def full(given: dict[str, Any], val_loss: float | None) -> None:
+        raise SaveError("disk full")
+
+    writer = BackgroundWriter(full)
+    for ask in (writer.finish, lambda: writer.save({}, None)):
+        writer.save({}, None)
+        with pytest.raises(SaveError, match="disk full"):
+            ask()
+        writer.check()
 
 
 def test_retention_leaves_files_of_other_runs_alone(tmp_path: Path) -> None:

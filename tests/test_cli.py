@@ -29,7 +29,7 @@ def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Pat
     (directory,) = checkpoint.list_all(Path("checkpoints"))
     assert re.fullmatch(r"run_\d{8}_\d{6}", directory.name)
     files = ["checkpoint_3.json", "checkpoint_3.pt", "checkpoint_6.json", "checkpoint_6.pt", "config.yaml"]
-    assert [p.name for p in sorted(directory.iterdir())] == [*files, "journal.jsonl"]
+    assert [p.name for p in sorted(directory.iterdir())] == [*files, "journal.json", "journal.jsonl"]
     mirrored = [f.path for f in store.list_artifacts(run.info.run_id, f"checkpoints/{directory.name}")]
     assert mirrored == [f"checkpoints/{directory.name}/{name}" for name in files]
     assert {f.path for f in store.list_artifacts(run.info.run_id)} >= {"checkpoints", "config.yaml", "data", "environment.txt", "samples"}
@@ -179,7 +179,7 @@ def test_full_disk_is_a_failure_that_keeps_the_previous_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(state, file)
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     result = train(tiny)
     assert result.exit_code == 1
     assert "checkpoint_6.pt: not saved: No space left on device" in result.output
@@ -295,3 +295,41 @@ def test_data_is_prepared_and_inspected(tmp_path: Path) -> None:
 def test_version_and_help_answer_without_heavy_imports() -> None:
     assert run_cli("--version").output.startswith("bdh-mlflow, version ")
     assert "verify" in run_cli("checkpoints", "--help").output
+
+
+def test_checkpoints_of_the_mirror_are_listed_and_verified(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny, "tracking.run_name=first").exit_code == 0
+    run_id = only_run(store).info.run_id
+    listed = run_cli("checkpoints", "list", run_id, "--config", str(tiny))
+    assert [f"checkpoint_{step}.pt" in listed.output for step in (3, 6)] == [True, True]
+    best = run_cli("checkpoints", "list", "--all-runs", "--best", "--config", str(tiny))
+    assert best.output.count("runs:/") == 1
+    local = run_cli("checkpoints", "list", "--best")
+    assert local.output.count("checkpoint_") == 1
+    (directory,) = checkpoint.list_all(Path("checkpoints"))
+    mirror = Path(only_run(store).info.artifact_uri.removeprefix("file://")) / "checkpoints" / directory.name
+    whole = run_cli("checkpoints", "verify", f"runs:/{run_id}", "--config", str(tiny))
+    assert (whole.exit_code, "2 whole, 0 not" in whole.output) == (0, True)
+    content = bytearray((mirror / "checkpoint_3.pt").read_bytes())
+    content[100] ^= 1
+    (mirror / "checkpoint_3.pt").unlink()
+    (mirror / "checkpoint_3.pt").write_bytes(content)
+    damaged = run_cli("checkpoints", "verify", run_id, "--config", str(tiny))
+    assert (damaged.exit_code, "1 whole, 1 not" in damaged.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sync", "text"), "text: no journal.jsonl in this folder; name a run directory"),
+        (("checkpoints", "list", "f" * 32), "not found at"),
+        (("checkpoints", "verify", "f" * 32), "not found at"),
+        (("checkpoints", "list", "--all-runs"), "experiment bdh: not found at"),
+    ],
+    ids=lambda value: " ".join(value)[:24] if isinstance(value, tuple) else None,
+)
+def test_unknown_targets_are_one_clear_error(store: MlflowClient, text: Path, tiny: Path, words: tuple[str, ...], message: str) -> None:
+    result = run_cli(*words, "--config", str(tiny))
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output

@@ -1,6 +1,7 @@
 """The network against the published implementation, and its forms against each other."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,3 +150,43 @@ def test_default_model_has_25_million_parameters() -> None:
 
 def test_default_activations_are_counted_as_too_many_to_keep() -> None:
     assert activation_bytes(BDHConfig(), batch=8, tokens=512, itemsize=4) == 8 * 6 * 8 * 4 * 512 * 8192 * 4
+
+
+@pytest.mark.parametrize("compiled_shape", [(2, 33), (1, 16)], ids=str)
+def test_activity_is_the_share_of_neurons_that_are_not_zero(compiled_shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against counting in the neurons themselves, at every token that is looked at."""
+    torch.manual_seed(0)
+    network = BDH(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.0)).eval()
+    with torch.no_grad():
+        network.encoder[0, :, 3] = 0  # this neuron is dead in every layer
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = layer._read_out
+
+    def watched(x: torch.Tensor, xs: torch.Tensor, attended: torch.Tensor, weights: layer.LayerWeights, *rest: Any) -> torch.Tensor:
+        ys = torch.relu(layer.norm(attended) @ weights.encoder_v)
+        seen.append((xs[:, :, :: layer.ACTIVITY_STRIDE], (xs * ys)[:, :, :: layer.ACTIVITY_STRIDE]))
+        return real(x, xs, attended, weights, *rest)
+
+    monkeypatch.setattr(layer, "_read_out", watched)
+    idx = torch.randint(0, 256, compiled_shape)
+    with torch.no_grad():
+        plain, _ = network(idx)
+        seen.clear()
+        with network.observed() as facts:
+            logits, _ = network(idx)
+    assert torch.equal(plain, logits)
+    assert set(facts) == {f"bdh/{what}_{name}_l{i}" for what in ("active", "dead") for name in ("x", "xy") for i in (0, 1)}
+    for depth, neurons in enumerate(seen):
+        for name, values in zip(("x", "xy"), neurons, strict=True):
+            assert facts[f"bdh/active_{name}_l{depth}"] == pytest.approx((values > 0).float().mean().item())
+            dead = ~(values > 0).any(dim=2).any(dim=0)
+            assert dead[0, 3]
+            assert facts[f"bdh/dead_{name}_l{depth}"] == pytest.approx(dead.float().mean().item())
+
+
+def test_nothing_is_counted_outside_an_observation() -> None:
+    network = BDH(BDHConfig(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4))
+    with network.observed() as facts:
+        pass
+    network(torch.zeros(1, 4, dtype=torch.long))
+    assert facts == {}

@@ -1,5 +1,6 @@
 """From a target to a run that goes on: every form of the grammar, and exactness through the whole program."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,45 @@ def test_earlier_checkpoint_of_a_run_replays_without_logging_twice(store: Mlflow
     assert {v for _, v in history(store, run.info.run_id, "resume/replay_max_abs_diff")} == {0.0}
 
 
+def replaced(path: Path, content: bytes) -> None:
+    """Another file of that name: the mirror may be a second name of the old one."""
+    path.unlink()
+    path.write_bytes(content)
+
+
 def test_furthest_copy_wins_and_a_damaged_one_is_named_and_passed_over(store: MlflowClient, text: Path, tiny: Path) -> None:
     assert train(tiny).exit_code == 0
     run_id, last = only_run(store).info.run_id, run_dir() / "checkpoint_6.pt"
     raw = bytearray(last.read_bytes())
     raw[len(raw) // 2] ^= 1
-    last.write_bytes(raw)
+    replaced(last, raw)
     found = resume.find(run_id, CHECKPOINTS, TrackingConfig())
     assert found.checkpoint is not None
     assert found.checkpoint.manifest.step == 6  # the mirrored copy, put in the damaged one's place
     assert len(found.notes) == 1
     assert "checkpoint_6.pt: damaged" in found.notes[0]
-    last.write_bytes(raw)
+    replaced(last, raw)
     found = resume.find(str(run_dir()), CHECKPOINTS, TrackingConfig())
     assert found.checkpoint is not None
     assert found.checkpoint.manifest.step == 3
+
+
+def test_run_that_the_target_names_is_continued_though_its_checkpoint_was_saved_before_it_had_one(
+    store: MlflowClient, text: Path, tiny: Path
+) -> None:
+    """Saved while the server was down, mirrored later, resumed where only the mirror is."""
+    assert train(tiny, "training.max_iters=3").exit_code == 0
+    run = only_run(store)
+    manifest = run_dir() / "checkpoint_3.json"
+    mirrored = Path(run.info.artifact_uri.removeprefix("file://")) / "checkpoints" / run_dir().name / manifest.name
+    mirrored.write_text(json.dumps({**json.loads(manifest.read_text()), "mlflow_run_id": None}))
+    shutil.rmtree(CHECKPOINTS)
+    result = train(tiny, resume=run.info.run_id)
+    assert result.exit_code == 0, result.output
+    again = only_run(store)
+    assert again.info.run_id == run.info.run_id
+    assert [step for step, _ in history(store, run.info.run_id, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert again.data.tags["bdh.resumed_from"].startswith(f"runs:/{run.info.run_id}/")
 
 
 def refused(result: Any) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from bdh_mlflow import checkpoint, data
+from bdh_mlflow import checkpoint, data, start
+from bdh_mlflow.checkpoint import BackgroundWriter
 from bdh_mlflow.model import BDH
-from bdh_mlflow.tracking import MlflowTracker
+from bdh_mlflow.tracking import Tracker
 from tests.conftest import only_run, train
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -72,10 +73,10 @@ def test_in_preparation_nothing_is_left(
         ("accumulation", BDH, "forward", 5, 2),
         ("evaluation", BDH, "forward", 10, 3),
         ("sampling", BDH, "stream", 1, 3),
-        ("save", checkpoint, "_write", 1, 3),
-        ("upload", MlflowTracker, "_mirror", 1, None),
+        ("save", start.Trainer, "_save", 1, 3),
+        ("copy", BackgroundWriter, "save", 1, 3),
     ],
-    ids=["compile", "accumulation", "evaluation", "sampling", "save", "upload"],
+    ids=["compile", "accumulation", "evaluation", "sampling", "save", "copy"],
 )
 def test_run_ends_with_a_checkpoint_of_its_last_step(
     store: MlflowClient,
@@ -108,7 +109,7 @@ def test_run_ends_with_a_checkpoint_of_its_last_step(
 def test_upload_after_the_last_step_is_completed_and_the_run_is_finished(
     store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, raising: Raise
 ) -> None:
-    before(monkeypatch, MlflowTracker, "close", raising)
+    before(monkeypatch, Tracker, "close", raising)
     result = train(tiny)
     assert result.exit_code == 0, result.output
     run = only_run(store)

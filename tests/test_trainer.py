@@ -1,5 +1,6 @@
 """The loop, with a toy model and lists as tracker, disk and screen."""
 
+import copy
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -70,6 +71,31 @@ class Told:
         return [value for k, _, value in self.points if k == key]
 
 
+@dataclass
+class Disk:
+    """Keeps states in a list; fails where it is told to, as a background write does: afterwards."""
+
+    saved: list[tuple[dict[str, Any], float | None]]
+    full_at: int | None = None
+    attempts: list[int] = field(default_factory=list)
+    error: Exception | None = None
+
+    def save(self, state: dict[str, Any], val_loss: float | None) -> None:
+        self.finish()
+        self.attempts.append(state["step"])
+        if state["step"] == self.full_at:
+            self.error = SaveError("disk full")
+        else:
+            self.saved.append((copy.deepcopy(state), val_loss))
+
+    def check(self) -> None:
+        if self.error:
+            raise self.error
+
+    def finish(self) -> None:
+        self.check()
+
+
 class ConstantRate:
     def __init__(self) -> None:
         self.observed: list[float] = []
@@ -106,11 +132,6 @@ def bench(*, batches: Iterator[Item] | None = None, scaler: bool = False, model:
     saved: list[tuple[dict[str, Any], float | None]] = []
     config = TrainingConfig(**{"max_iters": 10, "log_freq": 4, "test_freq": 5, "checkpoint_freq": 6, **settings})
 
-    def keep(state: dict[str, Any], val_loss: float | None) -> None:
-        import copy
-
-        saved.append((copy.deepcopy(state), val_loss))
-
     parts = Parts(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), fused=True),
@@ -121,7 +142,8 @@ def bench(*, batches: Iterator[Item] | None = None, scaler: bool = False, model:
         batches=batches or items(),
         validation=[item.tokens for item, _ in zip(items(5000), range(3), strict=False)],
         sample=lambda stopped: "text",
-        save=keep,
+        observed=lambda: nullcontext({"seen": 1.0}),
+        saver=Disk(saved),
         tracker=told,
         progress=told,
         stop=stop,
@@ -300,18 +322,28 @@ def test_unreadable_data_stops_the_run_with_a_checkpoint() -> None:
     assert b.saved_steps == [3]
 
 
-def test_failed_save_ends_the_run_and_is_not_tried_again() -> None:
-    attempts: list[int] = []
+@pytest.mark.parametrize(("full_at", "last_step"), [(6, 6), (10, 10)], ids=["in the middle", "the last"])
+def test_failed_save_ends_the_run_before_the_next_step_and_is_not_tried_again(full_at: int, last_step: int) -> None:
     b = bench()
-
-    def full(state: dict[str, Any], val_loss: float | None) -> None:
-        attempts.append(state["step"])
-        raise SaveError("disk full")
-
-    object.__setattr__(b.trainer._parts, "save", full)
+    disk = b.trainer._parts.saver
+    assert isinstance(disk, Disk)
+    disk.full_at = full_at
     with pytest.raises(SaveError):
         b.trainer.run()
-    assert attempts == [6]
+    assert (disk.attempts[-1], b.trainer.step) == (full_at, last_step)
+
+
+def test_what_was_seen_of_the_model_stands_beside_the_validation_loss() -> None:
+    b = bench()
+    b.trainer.run()
+    assert b.told.steps_of("seen") == b.told.steps_of("val/loss") == [5, 10]
+
+
+def test_losses_are_told_on_the_axis_of_tokens_too() -> None:
+    b = bench(log_freq=5)
+    b.trainer.run()
+    assert b.told.values_of("by_tokens/train_loss") == b.told.values_of("train/loss")
+    assert b.told.values_of("by_tokens/val_bpb") == b.told.values_of("val/bpb")
 
 
 def test_evaluation_and_samples_leave_the_training_randomness_alone() -> None:

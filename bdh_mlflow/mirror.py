@@ -1,0 +1,245 @@
+"""A checkpoint's second home: among the artifacts of its run, verified before it is called the latest, and in MLflow's list of models.
+
+Stored by hard link where the artifact store is a folder on the same file system, else uploaded, manifest last. Files are never opened.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, RunTag
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from bdh_mlflow import checkpoint, tracking
+from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import InputError
+from bdh_mlflow.journal import masked
+from bdh_mlflow.tracking import RunIdentity, first_line
+
+LARGE_BYTES = 50_000_000  # from here on a failed upload is worth a word about limits
+MODEL_TYPE = "bdh-checkpoint"
+VAL_LOSS = "val/loss"
+
+
+class Mirror:
+    """The mirror of one run's checkpoints.   note: called with a line when something is worth one."""
+
+    def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None]) -> None:
+        self._client, self._run, self._note = client, run, note
+        self._folder = local_path(run.artifact_uri)
+        self._warned: set[str] = set()
+
+    def store(self, saved: Checkpoint, keep: int | None, evaluation: list[Metric], *, newest: bool = True) -> None:
+        """Mirror a checkpoint, check what arrived, point to it, then prune.   Raises whatever the store does; may be called again.
+
+        keep: newest checkpoints that retention keeps.   evaluation: points of the run's validation curves at its step.   newest: whether
+        it is to be called the latest.
+        """
+        started, manifest, run_id = time.perf_counter(), saved.manifest, self._run.run_id
+        remote = f"checkpoints/{saved.path.parent.name}"
+        if not self._is_there(saved, remote):
+            self._client.log_artifact(run_id, str(saved.path.parent / checkpoint.CONFIG_NAME), remote)
+            self._upload(saved, remote)
+            self._client.log_artifact(run_id, str(saved.manifest_path), remote)
+        self._verify(saved, remote)
+        self._describe(saved, evaluation)
+        tags = self._pointers(saved, newest)
+        known = {m.step for m in self._client.get_metric_history(run_id, "ckpt/upload_s")}
+        took = Metric("ckpt/upload_s", time.perf_counter() - started, int(time.time() * 1000), manifest.step)
+        points = [] if manifest.step in known else [took]
+        self._client.log_batch(run_id, metrics=points, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
+        if keep is not None:
+            self._prune(remote, keep, tags.get("bdh.best_checkpoint"), manifest.step)
+
+    def _is_there(self, saved: Checkpoint, remote: str) -> bool:
+        """Whether an earlier attempt has stored this very checkpoint. The manifest of another one goes before its file is replaced."""
+        sizes, name = self._sizes(remote), saved.manifest_path.name
+        if name not in sizes:
+            return False
+        with tempfile.TemporaryDirectory(prefix="mirror-") as folder:
+            there = Path(self._client.download_artifacts(self._run.run_id, f"{remote}/{name}", folder)).read_bytes()
+        if there == saved.manifest_path.read_bytes():
+            return sizes.get(saved.path.name) == saved.manifest.bytes
+        repository = get_artifact_repository(self._run.artifact_uri)
+        with contextlib.suppress(Exception):  # not every store lets files be deleted; it is replaced in a moment anyway
+            repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
+        return False
+
+    def _upload(self, saved: Checkpoint, remote: str) -> None:
+        if self._folder is not None:
+            link_or_copy(saved.path, self._folder / remote / saved.path.name)
+            return
+        try:
+            self._client.log_artifact(self._run.run_id, str(saved.path), remote)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each artifact store raises its own kinds
+            if saved.manifest.bytes >= LARGE_BYTES and saved.path.name not in self._warned:
+                self._warned.add(saved.path.name)
+                self._note(_about_limits(saved, error))
+            raise
+
+    def _verify(self, saved: Checkpoint, remote: str) -> None:
+        """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
+        if self._folder is not None:
+            copy = self._folder / remote / saved.path.name
+            if copy.samefile(saved.path):
+                return
+            if checkpoint.file_digest(copy) != saved.manifest.sha256:
+                copy.unlink()
+                raise OSError(f"{remote}/{saved.path.name} arrived damaged")
+        sizes = self._sizes(remote)
+        for name, size in ((saved.path.name, saved.manifest.bytes), (saved.manifest_path.name, saved.manifest_path.stat().st_size)):
+            if name not in sizes:
+                raise OSError(f"{remote}/{name} did not arrive")
+            if sizes[name] not in (size, None):
+                raise OSError(f"{remote}/{name} arrived with {sizes[name]} of {size} bytes")
+
+    def _sizes(self, remote: str) -> dict[str, int | None]:
+        return {PurePosixPath(f.path).name: f.file_size for f in self._client.list_artifacts(self._run.run_id, remote)}
+
+    def _pointers(self, saved: Checkpoint, newest: bool) -> dict[str, str]:
+        manifest = saved.manifest
+        tags = {"bdh.run_dir": manifest.run_dir} | ({"bdh.latest_checkpoint": manifest.artifact_path} if newest else {})
+        have = self._client.get_run(self._run.run_id).data.tags
+        best = float(have.get("bdh.best_val_loss", "inf"))
+        if manifest.val_loss is not None and manifest.val_loss < best:
+            return {**tags, "bdh.best_checkpoint": manifest.artifact_path, "bdh.best_val_loss": repr(manifest.val_loss)}
+        return tags | {key: have[key] for key in ("bdh.best_checkpoint",) if key in have}
+
+    def _describe(self, saved: Checkpoint, evaluation: list[Metric]) -> None:
+        """A LoggedModel that points to the checkpoint, so that one search finds the best of all runs. Metadata, not a second copy."""
+        client, manifest, run_id = self._client, saved.manifest, self._run.run_id
+        model = self._model(manifest.step)
+        tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.sha256": manifest.sha256}
+        if model is None:
+            params = {"step": str(manifest.step), "tokens_seen": str(manifest.tokens_seen)}
+            name = f"bdh-step-{manifest.step}"  # not `checkpoint...`: runs:/ID/NAME would then mean the model
+            model = client.create_logged_model(self._run.experiment_id, name, run_id, tags, params, MODEL_TYPE)
+        elif model.tags.get("bdh.sha256") != manifest.sha256:
+            client.set_logged_model_tags(model.model_id, tags)
+        if str(model.status) != "READY":
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.step)])
+            client.finalize_logged_model(model.model_id, "READY")
+        if evaluation and not any(m.key == VAL_LOSS for m in model.metrics or []):
+            inputs = client.get_run(run_id).inputs
+            datasets = [i.dataset for i in (inputs.dataset_inputs if inputs else []) if any(t.value == "validation" for t in i.tags)]
+            data = datasets[0] if datasets else None
+            # The points are those of the run, time stamp and all, so the run's curve does not get them twice.
+            source = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
+            linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id, **source) for m in evaluation]
+            client.log_batch(run_id, metrics=linked, synchronous=True)
+
+    def _model(self, step: int) -> LoggedModel | None:
+        wanted = f"name = 'bdh-step-{step}' AND source_run_id = '{self._run.run_id}'"
+        return next(iter(self._client.search_logged_models([self._run.experiment_id], wanted, max_results=1)), None)
+
+    def _prune(self, remote: str, keep: int, best: str | None, up_to: int) -> None:
+        """The mirror keeps what retention keeps: the newest `keep` up to this step, and the best."""
+        steps = sorted(s for name in self._sizes(remote) if (s := checkpoint.step_of(Path(name))) is not None and s <= up_to)
+        repository = get_artifact_repository(self._run.artifact_uri)
+        for step in steps[:-keep]:
+            file = checkpoint.file_name(step)
+            if best == f"{remote}/{file}":
+                continue
+            try:
+                for name in (Path(file).with_suffix(".json").name, file):
+                    repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
+                if model := self._model(step):
+                    self._client.delete_logged_model(model.model_id)
+            except FileNotFoundError:
+                pass
+            except Exception as error:  # pruning is a convenience, and each store refuses in its own way
+                self._note(f"tracking: {file} stays in the mirror: {first_line(error)}")
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A mirrored checkpoint.   checkpoint: URI that `resume` takes.   val_loss: nats per token, None if it was not evaluated."""
+
+    checkpoint: str
+    step: int
+    val_loss: float | None
+    run_name: str
+
+
+def search(config: TrackingConfig, run_id: str | None, best: bool) -> list[Mirrored]:
+    """Checkpoints of one run by step, or of all runs of the experiment, best first.   best: only the one of lowest validation loss.
+
+    Raises InputError or TrackingError.
+    """
+    client = tracking.connect(config)
+    with tracking.reported("mirrored checkpoints cannot be listed"):
+        if run_id is not None:
+            experiment_id = client.get_run(run_id).info.experiment_id
+        else:
+            experiment = client.get_experiment_by_name(config.experiment)
+            if experiment is None:
+                raise InputError(f"experiment {config.experiment}: not found at {masked(client.tracking_uri)}")
+            experiment_id = experiment.experiment_id
+        wanted = f"model_type = '{MODEL_TYPE}'" + (f" AND source_run_id = '{run_id}'" if run_id else "")
+        order = [{"field_name": f"metrics.{VAL_LOSS}", "ascending": True}] if best or run_id is None else None
+        found: list[LoggedModel] = []
+        page = client.search_logged_models([experiment_id], wanted, max_results=1 if best else None, order_by=order)
+        found += page
+        while page.token and not best:
+            page = client.search_logged_models([experiment_id], wanted, order_by=order, page_token=page.token)
+            found += page
+        names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}
+    rows = [_row(m, names.get(m.source_run_id or "", "")) for m in found]
+    if best:
+        return [row for row in rows if row.val_loss is not None][:1]
+    return sorted(rows, key=lambda row: row.step) if run_id else rows
+
+
+def local_path(artifact_uri: str) -> Path | None:
+    """The folder of an artifact store on this machine, None for any other."""
+    parts = urlsplit(artifact_uri)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    return Path(artifact_uri) if parts.scheme == "" else None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """One file under two names where the file system allows it, else a synced copy; never half of one.   Raises OSError.
+
+    Safe because checkpoints are written once and renamed, never changed in place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS):
+            raise
+        with source.open("rb") as read, partial.open("wb") as write:
+            shutil.copyfileobj(read, write, 1 << 20)
+            write.flush()
+            os.fsync(write.fileno())
+    partial.replace(target)
+    partial.unlink(missing_ok=True)  # renaming a name of one file onto another name of it does nothing (rename(2))
+
+
+def _row(model: LoggedModel, run_name: str) -> Mirrored:
+    values = [m.value for m in model.metrics or [] if m.key == VAL_LOSS]
+    step = int((model.params or {}).get("step", 0))
+    return Mirrored((model.tags or {}).get("bdh.checkpoint", model.name or ""), step, values[0] if values else None, run_name)
+
+
+def _about_limits(saved: Checkpoint, error: Exception) -> str:
+    return (
+        f"tracking: {saved.path.name} ({saved.manifest.bytes / 1e6:,.0f} MB) was not taken ({first_line(error)}). If a proxy limits "
+        f"bodies, raise its limit (nginx: client_max_body_size); against time-outs set MLFLOW_HTTP_REQUEST_TIMEOUT (s) here and the "
+        f"server's own; for a server before S3 or the like MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=true; tracking.mirror_checkpoints: false "
+        f"keeps files here only"
+    )

@@ -1,0 +1,126 @@
+"""A run killed at random moments, its server down half of the time: `python benchmarks/outages.py [--kills 20] [--seed 0]`.
+
+Every other kill takes the sender along with the trainer. After the last one the server comes back, `bdh-mlflow sync` runs once, and every
+point in the journal must be on the server, once; a second `sync` must deliver nothing. Exit code 1 if not.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mlflow import MlflowClient
+
+from bdh_mlflow import checkpoint, journal
+from tests.servers import Server
+
+OWN_COUNT = ("by_tokens/", "system/", "tracker/")  # curves whose step is not the training step: several points may share one
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--kills", type=int, default=20)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
+    draw = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = folder / "empty.db"
+        MlflowClient(f"sqlite:///{store}").search_experiments()
+        server = Server(store, folder / "server")
+        up = True
+        for number in range(given.kills):
+            down = number % 2 == 1
+            if down == up:
+                server.signal(signal.SIGKILL) if down else server.start()
+                up = not down
+            process = start(folder, server.uri)
+            time.sleep(draw.uniform(4, 12))
+            with_sender = number % 4 >= 2
+            kill(process, with_sender)
+            print(
+                f"kill {number + 1}: server {'down' if down else 'up'}, sender {'too' if with_sender else 'left'}, {progress(folder)}",
+                flush=True,
+            )
+        if not up:
+            server.start()
+        try:
+            return report(folder, server)
+        finally:
+            server.signal(signal.SIGKILL)
+
+
+def start(folder: Path, uri: str) -> subprocess.Popen[bytes]:
+    settings = {
+        "training.max_iters": 10**7,
+        "training.checkpoint_freq": 50,
+        "training.test_freq": 200,
+        "training.checkpoint_dir": folder / "checkpoints",
+        "training.keep_checkpoints": 3,
+        "dataset.parquet_dir": folder / "text",
+        "dataset.source": Path(__file__).parent.parent / "README.md",
+    }
+    command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(Path(__file__).parent.parent / "tests/data/tiny.yaml")]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    if checkpoint.list_all(folder / "checkpoints"):
+        command += ["--resume", "latest"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def kill(process: subprocess.Popen[bytes], with_sender: bool) -> None:
+    children = [pid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    os.kill(process.pid, signal.SIGKILL)
+    for pid in children if with_sender else ():
+        os.kill(int(pid), signal.SIGKILL)
+    process.wait()
+
+
+def progress(folder: Path) -> str:
+    directories = checkpoint.list_all(folder / "checkpoints")
+    steps = [c.manifest.step for d in directories for c in checkpoint.list_run(d).checkpoints]
+    return f"{len(directories)} run directories, newest checkpoint {max(steps, default=0)}"
+
+
+def report(folder: Path, server: Server) -> int:
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    config = folder / "any.yaml"
+    config.write_text(f"training: {{checkpoint_dir: {folder / 'checkpoints'}}}\n")
+    command = [sys.executable, "-m", "bdh_mlflow", "sync", "--config", str(config)]
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+        print(done.stdout.strip())
+    wrong = done.returncode
+    for place in checkpoint.list_all(folder / "checkpoints"):
+        state = journal.delivered(place)
+        assert state is not None
+        assert state.run_id is not None
+        told: Counter[tuple[str, int]] = Counter()
+        for record in journal.read(place):
+            if record.kind == "points":
+                told.update((key, record.fields["step"]) for key in record.fields["values"] if not key.startswith(OWN_COUNT))
+        run = server.client.get_run(state.run_id)
+        keys = [key for key in run.data.metrics if not key.startswith(OWN_COUNT)]
+        there = Counter((key, m.step) for key in keys for m in server.client.get_metric_history(state.run_id, key))
+        missing, twice = set(told) - set(there), [point for point, times in there.items() if times > 1]
+        audit = [m.value for m in server.client.get_metric_history(state.run_id, "resume/replay_max_abs_diff")]
+        segments = sum(record.kind == "segment" for record in journal.read(place))
+        print(
+            f"{place.name}: {segments} segments, {len(told)} points journalled, {sum(told.values()) - len(told)} again after a kill; "
+            f"{len(missing)} missing, {len(twice)} twice, replay difference {max(audit, default=0.0)}, status {run.info.status}"
+        )
+        wrong += len(missing) + len(twice) + any(audit)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

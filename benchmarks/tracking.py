@@ -1,0 +1,206 @@
+"""What tracking costs and loses: `python benchmarks/tracking.py [--pairs 4] [--window 500] [--targets sqlite server ...]`.
+
+A toy step of 5-10 ms (one thread of matmuls) with six metrics at each, in one process that tells the tracker and does not by turns: pairs
+of neighbouring windows, whose first part is left out of the figures, so that what the sender does falls into the window that caused it.
+Targets: `sqlite` (the store as a file), `server` (`mlflow server` on loopback), `slow` (the same behind 200 ms), `stopped` and `killed`
+(SIGSTOP or SIGKILL of the server in the middle; it goes on, or is started again, after the training has ended, and `sync` delivers).
+
+overhead: median over the pairs of the difference of median steps. p99/p99: of all told against all silent steps, those beside the
+writing of a 300 MB checkpoint and the one that hands it over included. call: median of the tracker's. blocks/copy: how long that
+checkpoint holds the loop, against copying the same bytes in this process at that moment. exit: from the last step to the process being
+free. Run alone: the machine has to be quiet.
+"""
+
+import argparse
+import contextlib
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import signal
+
+import torch
+from mlflow import MlflowClient
+
+from bdh_mlflow import delivery
+from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
+from bdh_mlflow.tracking import REPLAYED, Tracker
+from tests.servers import Server
+
+METRICS = ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "progress/tokens_seen")
+CHECKPOINT_BYTES = 300_000_000
+TARGETS = ("sqlite", "server", "slow", "stopped", "killed")
+SETTLE_S = 1.2  # a window begins with what the one before it has caused
+Work = tuple[torch.Tensor, torch.Tensor]
+
+
+class Figures(NamedTuple):
+    """Of one training.   pairs: steps of a silent and of a told window, in seconds."""
+
+    pairs: list[tuple[list[float], list[float]]]
+    call_s: list[float]
+    blocked_s: float
+    copy_s: float
+    exit_s: float
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--pairs", type=int, default=4)
+    options.add_argument("--window", type=int, default=500, help="steps in a window")
+    options.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    given = options.parse_args()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    steps = given.pairs * given.window
+    print(f"{steps} told steps of {len(METRICS)} metrics in {given.pairs} pairs; a checkpoint of {CHECKPOINT_BYTES / 1e6:.0f} MB")
+    print(f"{'target':8} {'step ms':>8} {'overhead ms':>12} {'p99/p99':>8} {'call us':>8} {'blocks/copy':>12} {'exit s':>7} {'points':>14}")
+    for target in given.targets:
+        with tempfile.TemporaryDirectory() as folder, served(target, Path(folder)) as (uri, server):
+            figures, found = tracked(given.pairs, given.window, Path(folder), uri, target, server)
+            report(target, figures, found)
+
+
+def report(target: str, figures: Figures, found: str) -> None:
+    median = statistics.median
+    over_ms = median(1e3 * (median(told) - median(silent)) for silent, told in figures.pairs)
+    silent, told = ([s for pair in figures.pairs for s in pair[which]] for which in (0, 1))
+    print(
+        f"{target:8} {1e3 * median(silent):8.2f} {over_ms:+12.3f} {quantile(told, 0.99) / quantile(silent, 0.99):8.2f} "
+        f"{1e6 * median(figures.call_s):8.0f} {figures.blocked_s / figures.copy_s:12.2f} {figures.exit_s:7.1f} {found:>14}",
+        flush=True,
+    )
+
+
+def tracked(pairs: int, window: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
+    directory = RunDirectory.new(folder / "checkpoints", "", datetime.now())
+    segment = {"number": 1, "training": "t" * 32, "continues": None, "wrapper": None, "experiment": "bdh", "run_name": None, "user": "me"}
+    segment |= {"tracking_uri": uri, "mirror": True, "keep": None, "audit": list(REPLAYED), "host": "h", "pid": 0, "device": "cpu"}
+    segment |= {"versions": {}, "started_at_ms": int(1e3 * time.time()), "first_step": 0}
+    notes: list[str] = []
+    tracker = Tracker(lambda: directory.folder, uri, segment, notes.append)
+    identity = tracker.wait(60)
+    assert identity is not None, notes
+    provenance = Provenance(identity.run_id, 1, None, False, "", "", {})
+
+    def write(contents: dict[str, Any], val_loss: float | None) -> None:
+        directory.make()
+        tracker.sync()
+        tracker.checkpoint(directory.save(contents, provenance, val_loss).path, 1)
+
+    figures = train(pairs, window, tracker, BackgroundWriter(write), target, server)
+    directory.close()
+    if server is not None and target in ("stopped", "killed"):
+        if target == "stopped":
+            server.signal(signal.SIGCONT)
+        else:
+            server.start()
+        done = delivery.sync(directory.path, uri, lambda said: None)
+        assert done.left == 0, done
+    client = MlflowClient(server.uri if server else uri)
+    there = Counter((key, m.step) for key in METRICS for m in client.get_metric_history(identity.run_id, key))
+    assert set(there) <= {(key, step) for key in METRICS for step in range(pairs * window)}
+    once, all_of_them = sum(times == 1 for times in there.values()), len(METRICS) * pairs * window
+    return figures, f"{once}/{all_of_them}" + (f" +{sum(there.values()) - once} again" if sum(there.values()) != once else "")
+
+
+def train(pairs: int, window: int, tracker: Tracker, writer: BackgroundWriter, target: str, server: Server | None) -> Figures:
+    """The loop. The time for which the checkpoint blocks it is a figure of its own, the steps beside its writing are in the windows."""
+    work, state = toy(), {"step": 1, "tokens_seen": 0, "loss": 1.0, "model_state_dict": weights()}
+    windows: list[list[float]] = []
+    call_s, copy_s, blocked_s, step = [], 1.0, 0.0, 0
+    for number in range(2 * pairs):
+        told, times, began = number % 2 == 1, list[float](), time.perf_counter()
+        for _ in range(window):
+            started = time.perf_counter()
+            loss = compute(work)
+            if told:
+                before = time.perf_counter()
+                tracker.metrics(dict.fromkeys(METRICS, loss + step), step)
+                call_s.append(time.perf_counter() - before)
+                step += 1
+            if told and step == (pairs - 1) * window + window // 3:
+                pause = time.perf_counter()
+                copy_s = copying(state)
+                before = time.perf_counter()
+                writer.save(state, None)
+                blocked_s = time.perf_counter() - before
+                started += before - pause
+            ended = time.perf_counter()
+            if ended - began > SETTLE_S:
+                times.append(ended - started)
+        windows.append(times)
+        if server is not None and number == pairs - 1 and target in ("stopped", "killed"):
+            server.signal(signal.SIGSTOP if target == "stopped" else signal.SIGKILL)
+    writer.finish()
+    before = time.perf_counter()
+    tracker.close("FINISHED", {}, step)
+    exit_s = time.perf_counter() - before
+    return Figures(list(zip(windows[::2], windows[1::2], strict=True)), call_s, blocked_s, copy_s, exit_s)
+
+
+@contextlib.contextmanager
+def served(target: str, folder: Path) -> Iterator[tuple[str, Server | None]]:
+    store = folder / "empty.db"
+    client = MlflowClient(f"sqlite:///{store}")
+    if target == "sqlite":
+        client.create_experiment("bdh", artifact_location=f"file://{folder}/artifacts")
+        yield f"sqlite:///{store}", None
+        return
+    client.search_experiments()
+    server = Server(store, folder / "server")
+    command = [sys.executable, str(Path(__file__).parent / "relay.py"), str(server.port), "0.2"]
+    relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert relay.stdout is not None
+    port = int(relay.stdout.readline())
+    try:
+        yield (f"http://127.0.0.1:{port}" if target == "slow" else server.uri), server
+    finally:
+        relay.kill()
+        with contextlib.suppress(ProcessLookupError):
+            server.signal(signal.SIGCONT)
+            server.signal(signal.SIGKILL)
+
+
+def toy() -> Work:
+    return torch.randn(360, 512), torch.randn(512, 512)
+
+
+def compute(work: Work) -> float:
+    a, b = work
+    for _ in range(6):
+        a = torch.tanh(a @ b * 0.04)
+    return float(a[0, 0])
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {f"w{i}": torch.randn(CHECKPOINT_BYTES // 4 // 12) for i in range(12)}
+
+
+def copying(state: dict[str, Any]) -> float:
+    """Copying the same bytes in memory: median of three."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        copy = [t.clone() for t in state["model_state_dict"].values()]
+        times.append(time.perf_counter() - started)
+        del copy
+    return statistics.median(times)
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+if __name__ == "__main__":
+    main()
