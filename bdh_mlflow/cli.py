@@ -246,7 +246,7 @@ def sync(ctx: click.Context, folder: str | None, config_path: str, tracking_uri:
     for place in folders:
         try:
             done = delivery.sync(place, tracking_uri, lambda said: click.echo(said["note"], err=True) if "note" in said else None)
-        except TrackingError as error:  # the others may be better off
+        except (TrackingError, OSError) as error:  # the others may be better off
             click.echo(f"{place}: {error}", err=True)
             left += 1
         else:

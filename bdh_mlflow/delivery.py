@@ -73,6 +73,9 @@ class Sender:
         self._broken = threading.Event()
         self._lanes = {name: _Lane(name) for name in (POINTS, FILES)}
         self._options: dict[str, Any] = {}
+        self._rejoined = threading.Event()
+        self.held = False
+        """Whether the journal was this sender's to deliver."""
 
     def close(self) -> None:
         """Nothing more will be appended."""
@@ -86,6 +89,7 @@ class Sender:
                 self._say(note=f"tracking: {self._folder}: another process is delivering this journal")
                 self._state = self._ledger.delivered()
                 return waiting(self._ledger, self._state)
+            self.held = True
             self._state = self._ledger.delivered()
             self._remote = RemoteRun(self._uri, self._ledger, self._state, self._say)
             threads += [threading.Thread(target=self._drain, args=(lane,), name=lane.name, daemon=True) for lane in self._lanes.values()]
@@ -117,7 +121,11 @@ class Sender:
         over = threading.Event()
         threading.Thread(target=self._probe, args=(over,), name="probe", daemon=True).start()
         lanes = self._lanes.values()
+        spoke_at = closed_at
         while not all(lane.given_up.is_set() or lane.drained.is_set() for lane in lanes):
+            if time.monotonic() - spoke_at > PROBE_S:
+                spoke_at = time.monotonic()
+                self._say(alive=True)
             for lane in lanes:
                 if time.monotonic() - max(closed_at, lane.progress_at) > patience_s:
                     lane.given_up.set()
@@ -137,13 +145,19 @@ class Sender:
         try:
             if lane.name == POINTS:
                 self._rejoin(lane)
+                self._rejoined.set()
             else:
+                while not self._rejoined.wait(0.05):
+                    self._check(lane)
                 self._options = self._last_segment(self._state.files) or {}
                 self._offer_again(lane)
             while True:
-                closed = self._closing.is_set()
-                for batch in _batches(self._new_records(lane)):
-                    self._deliver(lane, batch)
+                closed, stop = self._closing.is_set(), self._ledger.size()
+                for batch in _batches(self._new_records(lane, stop)):
+                    self._send(lane, batch)
+                    self._acknowledge(lane, batch[-1].end)
+                if stop > getattr(self._state, lane.name):
+                    self._acknowledge(lane, stop)  # what follows is the other lane's
                 if closed:
                     break
                 self._closing.wait(GATHER_S)
@@ -151,7 +165,6 @@ class Sender:
                 self._offer_again(lane)
             else:
                 self._end_for_the_dead(lane)
-            self._acknowledge(lane, self._ledger.size())
             lane.drained.set()
         except _Abandoned:
             lane.given_up.set()
@@ -160,29 +173,30 @@ class Sender:
             self._broken.set()
             lane.given_up.set()
 
-    def _new_records(self, lane: _Lane) -> Iterator[Record]:
-        """Records of this lane that are not acknowledged yet."""
-        for record in self._ledger.read(getattr(self._state, lane.name), self._ledger.size()):
+    def _new_records(self, lane: _Lane, stop: int) -> Iterator[Record]:
+        """Records of this lane up to `stop` that are not acknowledged yet."""
+        for record in self._ledger.read(getattr(self._state, lane.name), stop):
             if record.kind in KINDS[lane.name]:
                 yield record
 
-    def _deliver(self, lane: _Lane, batch: list[Record]) -> None:
+    def _send(self, lane: _Lane, batch: list[Record]) -> None:
+        """Tell, and where something is refused, tell the rest without it."""
         refusal = self._attempt(lane, lambda: self._tell(lane, batch))
         if not refusal:
-            self._acknowledge(lane, batch[-1].end)
             return
+        if lane.name == POINTS and batch[0].kind == "segment":
+            self._say(refused=refusal)
+            raise _Abandoned
         parts = batch if len(batch) > 1 else _single(batch[0])
         if len(parts) > 1:
             for record in parts:  # one of them spoils it
-                self._deliver(lane, [record])
+                self._send(lane, [record])
         elif lane.name == FILES:
             self._state.set_aside.append(batch[0].end)
             self._say(note=f"tracking: {_named(batch[0])} was refused and stays here, `sync` offers it again ({refusal})")
-            self._acknowledge(lane, batch[0].end)
         else:
             self._state.lost += 1
             self._say(note=f"tracking: {_named(batch[0])} was refused for good ({refusal})")
-            self._acknowledge(lane, batch[0].end)
 
     def _acknowledge(self, lane: _Lane, end: int) -> None:
         with self._lock:
@@ -237,7 +251,7 @@ class Sender:
                 self._attached(record.fields)
             case "segment":
                 self._options = record.fields
-                remote.write_segments(record.end, self._training())
+                remote.write_segments(max(record.end, self._state.files), self._training())
             case "params" | "tags" | "points":
                 remote.log(batch)
             case "input":
@@ -253,18 +267,33 @@ class Sender:
                 remote.log([record])
                 if last:
                     remote.end(record.fields["status"])
+                self._state.ended = self._state.segment
             case "end":
-                remote.write_segments(record.end, self._training())
+                remote.write_segments(max(record.end, self._state.files), self._training())
 
     def _rejoin(self, lane: _Lane) -> None:
-        """Take the run up that an earlier sender has found or made."""
-        segment = self._last_segment(self._state.points)
-        if self._state.run_id is not None and segment is not None:
-            refusal = self._attempt(lane, lambda: self._remote.attach(segment, self._state.run_id, again=True))
-            if refusal:
-                self._say(refused=refusal)
-                raise _Abandoned
+        """Take the run up that an earlier sender has found or made. A store that does not know it is another one: it is told everything."""
+        self._attempt(lane, self._remote.connect)
+        segment, known = self._last_segment(self._state.points), self._state.run_id
+        if known is None or segment is None:
+            return
+        here = True
+
+        def take_up() -> None:
+            nonlocal here
+            here = self._remote.knows(known)
+            if here:
+                self._remote.attach(segment, known, again=True)
+
+        refusal = self._attempt(lane, take_up)
+        if refusal:
+            self._say(refused=refusal)
+            raise _Abandoned
+        if here:
             self._attached(segment)
+        else:
+            fresh = Delivered(lost=self._state.lost)
+            vars(self._state).update(vars(fresh))
 
     def _attached(self, segment: dict[str, Any]) -> None:
         with self._lock:
@@ -295,9 +324,15 @@ class Sender:
         """Files that were refused before, once each."""
         for end in list(self._state.set_aside):
             record = next((r for r in self._ledger.read(0, end) if r.end == end), None)
-            if record is None or not self._attempt(lane, lambda record=record: self._tell(lane, [record])):  # type: ignore[misc]
+            if record is None or self._told_again(record) or not self._attempt(lane, lambda record=record: self._tell(lane, [record])):  # type: ignore[misc]
                 self._state.set_aside.remove(end)
                 self._acknowledge(lane, end)
+
+    def _told_again(self, record: Record) -> bool:
+        """Whether a text has been replaced by a later one of its name."""
+        artifact = record.fields.get("artifact")
+        later = self._ledger.read(record.end, self._state.files)
+        return artifact is not None and any(r.fields.get("artifact") == artifact for r in later)
 
     def _end_for_the_dead(self, lane: _Lane) -> None:
         """The last segment has not said how it ended and its process is gone: it was killed."""
@@ -310,19 +345,25 @@ class Sender:
             self._remote.end_for_the_dead(rows[-1]["last_step"])
             self._remote.write_segments(self._ledger.size(), False)
 
-        self._attempt(lane, end)
+        if self._state.ended < rows[-1]["segment"] and not self._attempt(lane, end):
+            self._state.ended = rows[-1]["segment"]
+            self._acknowledge(lane, self._state.points)
 
     def _training(self) -> bool:
         return training(self._ledger)
 
     def _await_run(self, lane: _Lane) -> None:
         """Files go to a run; until there is one they wait."""
-        points = self._lanes[POINTS]
         while not self._remote.attached.wait(0.05):
-            if points.given_up.is_set() or lane.given_up.is_set():
-                raise _Abandoned
-            if not points.failing:
-                lane.progress_at = time.monotonic()
+            self._check(lane)
+
+    def _check(self, lane: _Lane) -> None:
+        """While the files wait for the points.   Raises _Abandoned if that is hopeless."""
+        points = self._lanes[POINTS]
+        if points.given_up.is_set() or lane.given_up.is_set():
+            raise _Abandoned
+        if not points.failing:
+            lane.progress_at = points.progress_at
 
     def _await_files(self, lane: _Lane) -> None:
         """A run ends after its files, as long as there is hope for them."""
@@ -387,7 +428,7 @@ def sync(folder: Path, uri: str | None, heard: tracking.Heard) -> Synced:
     sender.close()
     left = sender.run()
     done = journal.delivered(folder) or Delivered()
-    if not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
+    if sender.held and not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
         shutil.rmtree(folder, ignore_errors=True)  # it never saved a checkpoint, and has nothing more to tell
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
@@ -396,10 +437,13 @@ def sync(folder: Path, uri: str | None, heard: tracking.Heard) -> Synced:
 
 
 def waiting(ledger: Ledger, state: Delivered) -> int:
-    """Records that are still to be delivered."""
-    points = sum(record.kind in KINDS[POINTS] for record in ledger.read(state.points))
-    only_files = KINDS[FILES] - KINDS[POINTS]  # both lanes hear of segments: they are counted once
-    return points + sum(record.kind in only_files for record in ledger.read(state.files)) + len(state.set_aside)
+    """Records that are still to be delivered, and one more if the store does not know yet how the run ended."""
+    records = sum(
+        (record.kind in KINDS[POINTS] and record.end > state.points) or (record.kind in KINDS[FILES] and record.end > state.files)
+        for record in ledger.read(min(state.points, state.files))
+    )
+    segments = [record.fields["number"] for record in ledger.read(0) if record.kind == "segment"]
+    return records + len(state.set_aside) + (not records and bool(segments) and segments[-1] > state.ended)
 
 
 def training(ledger: Ledger) -> bool:

@@ -29,7 +29,7 @@ def source_state(folder: Path) -> tuple[str | None, bool, str]:
     patch = _git(Path(root), "diff", "HEAD") or ""
     for name in (_git(Path(root), "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0"):
         file = Path(root) / name
-        if name and file.suffix in SOURCES and file.stat().st_size < LARGEST_SOURCE_BYTES:
+        if name and file.suffix in SOURCES and file.is_file() and file.stat().st_size < LARGEST_SOURCE_BYTES:
             patch += _git(Path(root), "diff", "--no-index", "--", "/dev/null", name, accepted=(0, 1)) or ""
         elif name:
             patch += f"# not in the repository, not shown: {name}\n"

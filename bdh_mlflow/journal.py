@@ -103,7 +103,7 @@ class Delivered:
 
     run_id, tracking_uri: the MLflow run, once it is known; credentials are masked.   points, files: offsets up to which metrics, params and
     tags, or files, have been acknowledged.   set_aside: offsets of files that the store refused; `sync` offers them again.
-    lost: records refused for good.   segment: number of the segment delivered last.
+    lost: records refused for good.   segment: number of the segment delivered last.   ended: of the last one whose end the store knows.
     """
 
     run_id: str | None = None
@@ -111,6 +111,7 @@ class Delivered:
     points: int = 0
     files: int = 0
     segment: int = 0
+    ended: int = 0
     lost: int = 0
     set_aside: list[int] = field(default_factory=list)
 
@@ -154,8 +155,15 @@ class Ledger:
         return False
 
     def size(self) -> int:
-        """Bytes appended so far."""
-        return os.fstat(self._file).st_size
+        """Bytes of whole lines so far."""
+        end = os.fstat(self._file).st_size
+        while end:
+            start = max(0, end - BLOCK_BYTES)
+            newline = os.pread(self._file, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+        return 0
 
     def read(self, start: int, stop: int | None = None) -> Iterator[Record]:
         """Whole records from offset `start` on; lines that are none are passed over."""

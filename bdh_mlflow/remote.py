@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from bdh_mlflow import tracking
 from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.journal import Delivered, Ledger, Record, masked
 from bdh_mlflow.mirror import Mirror
 from bdh_mlflow.tracking import RunIdentity
@@ -33,7 +34,7 @@ class RemoteRun:
 
     def __init__(self, uri: str, ledger: Ledger, state: Delivered, say: Callable[..., None]) -> None:
         self._uri, self._ledger, self._state, self._say = uri, ledger, state, say
-        self._client: MlflowClient = tracking.client_of(uri)
+        self._client: MlflowClient
         self._segment: dict[str, Any] = {}
         self._superseded = False
         self._logged: dict[Point, tuple[float, int]] | None = None
@@ -48,6 +49,22 @@ class RemoteRun:
         """Id of the run, once attached."""
         assert self._identity is not None, "attached first"
         return self._identity.run_id
+
+    def connect(self) -> None:
+        """Open the store: for a database that takes as long as its server does not answer."""
+        self._client = tracking.client_of(self._uri)
+
+    def knows(self, run_id: str) -> bool:
+        """Whether the store has the run.   Raises TrackingError if it is deleted."""
+        try:
+            stage = self._client.get_run(run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        if stage != "active":
+            raise TrackingError(f"run {run_id} is deleted; restore it (mlflow runs restore --run-id {run_id})")
+        return True
 
     def probe(self) -> None:
         """Ask for anything, to see whether the store answers."""

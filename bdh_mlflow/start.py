@@ -113,11 +113,15 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
 
     door = tracking.knock(config.tracking, origin.run_id if origin.kind == "resumed" else None)
     stop.begun = True  # from here on there is a run to end properly
+    commit, dirty, patch = host.source_state(Path(__file__).parent)
     run_dir = _run_directory(origin, checkpoint_dir, config)
     with contextlib.closing(run_dir):
-        commit, dirty, patch = host.source_state(Path(__file__).parent)
         segment = _segment(config, origin, door, run_dir.folder, facts["bdh.device"])
-        tracker = Tracker(lambda: run_dir.folder, door.tracking_uri, segment, progress.note)
+        try:
+            tracker = Tracker(lambda: run_dir.folder, door.tracking_uri, segment, progress.note)
+        except BaseException:
+            run_dir.discard()
+            raise
         provenance = Provenance(None, segment["number"], commit, dirty, config.digest(), text.digest, _versions())
         with _told(tracker, stop, run_dir) as told:
             try:

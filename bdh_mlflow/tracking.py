@@ -24,13 +24,13 @@ from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from bdh_mlflow.config import TrackingConfig
-from bdh_mlflow.errors import BdhError, TrackingError
+from bdh_mlflow.errors import BdhError, SaveError, TrackingError
 from bdh_mlflow.journal import Journal, masked
 
 DOOR_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
 ATTACH_S = 15.0  # for a store that does answer: the sender starts and makes the run
-LAST_WORD_S = 30.0  # a sender that is no longer waiting for anybody and does not end
+LAST_WORD_S = 45.0  # of silence, at the end: no sender is silent for so long
 FIRST_RESTART_S, LAST_RESTART_S = 2.0, 60.0
 SELF_S = 1.0  # least time between two points about tracking itself
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
@@ -93,6 +93,7 @@ class InProcess:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._left: int | None = None
+        self._heard_at = time.monotonic()
         self._process = self._start()
         self._listener = threading.Thread(target=self._listen, name="sender's words", daemon=True)
         self._listener.start()
@@ -102,12 +103,13 @@ class InProcess:
         with self._lock:
             self._closed.set()
             self._nothing_more()
-        self._listener.join()
-        try:
-            self._process.wait(LAST_WORD_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._heard_at = time.monotonic()
+        while self._listener.is_alive():
+            self._listener.join(0.1)
+            if time.monotonic() - self._heard_at > LAST_WORD_S:
+                self._process.kill()
+                self._heard_at = time.monotonic()
+        self._process.wait()
         return self._left
 
     def _start(self) -> subprocess.Popen[str]:
@@ -135,12 +137,14 @@ class InProcess:
             with self._lock:
                 self._process.wait()
                 self._process = self._start()
+                last_try = last_try or self._closed.is_set()
                 if last_try:
                     self._nothing_more()
 
     def _hear(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            self._heard_at = time.monotonic()
             with contextlib.suppress(ValueError):
                 said = json.loads(line)
                 if isinstance(said, dict):  # what a library prints is not for us
@@ -149,7 +153,7 @@ class InProcess:
 
 
 class Tracker:
-    """Tells a run everything, behind the loop. No call waits for anybody or raises.
+    """Tells a run everything, behind the loop. No call waits for anybody or raises; making one raises SaveError.
 
     folder: tells where the journal is at that moment.   uri: of the store.   segment: what the sender must know to find or make the run.
     note: called with a line when delivery fails, works again, or a replayed step differs.
@@ -157,7 +161,10 @@ class Tracker:
 
     def __init__(self, folder: Callable[[], Path], uri: str, segment: Mapping[str, Any], note: Callable[[str], None]) -> None:
         self._note = note
-        self._journal = Journal(folder())
+        try:
+            self._journal = Journal(folder())
+        except OSError as error:
+            raise SaveError(f"{folder()}: the journal cannot be written: {error.strerror}") from error
         self._identity: RunIdentity | None = None
         self._refusal: str | None = None
         self._known = threading.Event()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -532,7 +533,8 @@ def test_large_file_is_waited_for_as_long_as_the_store_answers(
     assert store.get_run(told.run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
 
 
-def test_leftovers_that_go_to_another_store_are_a_run_there_and_not_lost(store: MlflowClient, tmp_path: Path) -> None:
+def test_leftovers_that_go_to_another_store_are_a_run_there_and_not_lost(store: MlflowClient, empty_store: Path, tmp_path: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "other.db")
     told = Told(tmp_path)
     assert told.run_id
     told.losses(1, 2)
@@ -543,7 +545,7 @@ def test_leftovers_that_go_to_another_store_are_a_run_there_and_not_lost(store: 
     experiment = elsewhere.get_experiment_by_name("bdh")
     assert experiment is not None
     (run,) = elsewhere.search_runs([experiment.experiment_id])
-    assert history(elsewhere, run.info.run_id, "train/loss")[-1] == (2, 2.0)
+    assert history(elsewhere, run.info.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]  # the whole, also what the first store has
     assert run.info.status == "KILLED"
 
 
@@ -610,3 +612,90 @@ def test_refusal_after_training_has_begun_is_said_and_everything_is_kept(
     assert experiment is not None
     store.restore_experiment(experiment.experiment_id)
     assert delivery.sync(told.directory.folder, None, quiet).left == 0
+
+
+def test_what_the_next_process_appends_while_the_old_sender_ends_is_not_acknowledged_by_it(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told(tmp_path)
+    run_id = told.run_id
+    told.losses(1)
+    told.directory.make()
+    host = told.tracker._host
+    assert isinstance(host, delivery.InThread)
+    real = Sender._end_for_the_dead
+
+    def meanwhile(self: Sender, lane: Any) -> None:
+        again.append("segment", **segment(number=2))
+        again.append("points", values={"train/loss": 2.0}, step=2)
+        real(self, lane)
+
+    again = journal.Journal(told.directory.path)
+    monkeypatch.setattr(Sender, "_end_for_the_dead", meanwhile)
+    host.close()
+    told.directory.close()
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri)
+    again.close()
+    assert history(store, run_id, "train/loss") == [(1, 1.0)]
+    assert delivery.sync(told.directory.path, None, quiet).left == 0
+    assert history(store, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert store.get_run(run_id).data.tags["bdh.segment"] == "2"
+
+
+def test_end_that_the_store_was_not_told_is_left_to_do(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(tmp_path)
+    run_id = told.run_id
+    told.losses(1)
+    told.kill()
+
+    def dead(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("refused")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "set_terminated", dead)
+        assert delivery.sync(told.directory.folder, None, quiet).left == 1
+    assert told.directory.folder.is_dir()
+    assert delivery.sync(told.directory.folder, None, quiet).left == 0
+    assert store.get_run(run_id).info.status == "KILLED"
+    assert not told.directory.folder.exists()
+
+
+def test_experiment_name_that_the_store_refuses_ends_the_start_and_keeps_the_journal_whole(store: MlflowClient, tmp_path: Path) -> None:
+    told = Told(tmp_path, experiment="x" * 600)
+    with pytest.raises(TrackingError, match="500"):
+        told.tracker.wait(10)
+    assert told.close() > 0
+    assert (journal.delivered(told.directory.folder) or journal.Delivered()).points == 0
+
+
+def test_points_of_a_deleted_run_wait_until_it_is_restored(store: MlflowClient, tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    run_id = told.run_id
+    while not (journal.delivered(told.directory.folder) or journal.Delivered()).points:
+        time.sleep(0.01)
+    told.losses(1)
+    told.kill()
+    store.delete_run(run_id)
+    said: list[str] = []
+    assert delivery.sync(told.directory.folder, None, lambda words: said.append(str(words.get("note")))).left > 0
+    assert any(f"mlflow runs restore --run-id {run_id}" in note for note in said)
+    store.restore_run(run_id)
+    assert delivery.sync(told.directory.folder, None, quiet).left == 0
+    experiment = store.get_experiment_by_name("bdh")
+    assert experiment is not None
+    assert len(store.search_runs([experiment.experiment_id])) == 1
+
+
+def test_segments_that_were_refused_first_do_not_replace_what_came_later(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = requests.Response()
+    answer.status_code = 403
+    flaky(monkeypatch, "log_text", [requests.HTTPError("403", response=answer)])
+    told = Told(tmp_path)
+    told.losses(1)
+    assert told.close() == 0
+    rows = json.loads(Path(store.download_artifacts(told.run_id, remote.SEGMENTS, str(tmp_path))).read_text())
+    assert [row["reason"] for row in rows] == ["finished"]
+    assert any("segment was refused" in note for note in told.notes)
