@@ -269,7 +269,9 @@ def doctor(ctx: click.Context, config_path: str) -> None:
     _print_table(["", "found", "do"], [[f.what, f"{f.found}{'' if f.good else '  <- '}", f.do] for f in findings])
     wrong = [f.what for f in findings if not f.good]
     click.echo(
-        f"Not in order: {', '.join(wrong)}" if wrong else f"All in order. Next: mlflow run . --env-manager local -P config={config_path}"
+        f"Not in order: {', '.join(wrong)}"
+        if wrong
+        else f"All in order. Next: mlflow run . --env-manager local --experiment-name bdh -P config={config_path}"
     )
     if wrong:
         ctx.exit(1)
