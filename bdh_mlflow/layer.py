@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
-ACTIVITY_STRIDE = 16
+ACTIVITY_STRIDE = 64
 
 
 class LayerWeights(NamedTuple):
