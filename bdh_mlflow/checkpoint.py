@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ FORMAT = 1
 CONFIG_NAME = "config.yaml"
 PENDING = ".pending"
 LOCK_ATTEMPTS = 10
+WRITER_NICENESS = 10
 RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
 _FILE = re.compile(r"checkpoint_(\d+)\.pt")
 
@@ -217,6 +219,8 @@ class BackgroundWriter:
         self.check()
 
     def _run(self, state: State, val_loss: float | None) -> None:
+        if sys.platform == "linux":  # where a thread has a niceness of its own; the loop comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             self._write(state, val_loss)
         except Exception as error:  # whatever it is, it is raised where somebody listens

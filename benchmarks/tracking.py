@@ -1,14 +1,16 @@
-"""What tracking costs and loses: `python benchmarks/tracking.py [--pairs 12] [--window 300] [--targets sqlite server ...]`.
+"""What tracking costs and loses: `python benchmarks/tracking.py [--rounds 12] [--window 300] [--targets sqlite server ...]`.
 
-A toy step of 5-10 ms (one thread of matmuls) with six metrics at each, in one process that tells the tracker and does not by turns: pairs
-of neighbouring windows, whose first part is left out of the figures, so that what the sender does falls into the window that caused it.
+A toy step of 5-10 ms (one thread of matmuls) with six metrics at each, in one process that tells the tracker and does not by turns: rounds
+of three neighbouring windows (silent, told, silent), whose first part is left out of the figures, so that what the sender does falls into
+the window that caused it.
 Targets: `sqlite` (the store as a file), `server` (`mlflow server` on loopback), `slow` (the same behind 200 ms), `stopped` and `killed`
 (SIGSTOP or SIGKILL of the server in the middle; it goes on, or is started again, after the training has ended, and `sync` delivers).
 
-overhead: median over the pairs of the difference of median steps. p99/p99: median over the pairs of the ratio. all steps: the same of all
-told against all silent steps, those included that hand a 300 MB checkpoint over and run beside its writing. call: median of the tracker's.
-blocks/copy: how long that checkpoint holds the loop, against copying the same bytes in this process at that moment. exit: from the last
-step to the process being free. Run alone: the machine has to be quiet.
+overhead: median over the rounds of the difference of median steps, told against the silent window before. p99/p99: median over the rounds
+of the ratio. all steps: the same of all told against all silent steps, those included that hand a 300 MB checkpoint over and run beside
+its writing. After each stroke the same figure of the second silent window against the first: what the machine does by itself, with
+nothing told. call: median of the tracker's. blocks/copy: how long that checkpoint holds the loop, against copying the same bytes in this
+process at that moment. exit: from the last step to the process being free. Run alone: the machine has to be quiet.
 """
 
 import argparse
@@ -45,9 +47,9 @@ Work = tuple[torch.Tensor, torch.Tensor]
 
 
 class Figures(NamedTuple):
-    """Of one training.   pairs: steps of a silent and of a told window, in seconds."""
+    """Of one training.   rounds: steps of a silent window, a told one and a silent one, in seconds."""
 
-    pairs: list[tuple[list[float], list[float]]]
+    rounds: list[tuple[list[float], list[float], list[float]]]
     call_s: list[float]
     blocked_s: float
     copy_s: float
@@ -56,36 +58,41 @@ class Figures(NamedTuple):
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--pairs", type=int, default=12)
+    options.add_argument("--rounds", type=int, default=12)
     options.add_argument("--window", type=int, default=300, help="steps in a window")
     options.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     given = options.parse_args()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    steps = given.pairs * given.window
-    print(f"{steps} told steps of {len(METRICS)} metrics in {given.pairs} pairs; a checkpoint of {CHECKPOINT_BYTES / 1e6:.0f} MB")
-    heads = ("step ms", 8), ("overhead ms", 12), ("p99/p99", 8), ("all steps", 10), ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
+    steps = given.rounds * given.window
+    print(f"{steps} told steps of {len(METRICS)} metrics in {given.rounds} rounds; a checkpoint of {CHECKPOINT_BYTES / 1e6:.0f} MB")
+    heads = ("step ms", 8), ("overhead ms", 15), ("p99/p99", 11), ("all steps", 11), ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
     print(f"{'target':8} {' '.join(f'{head:>{width}}' for head, width in heads)} {'points':>14}")
     for target in given.targets:
         with tempfile.TemporaryDirectory() as folder, served(target, Path(folder)) as (uri, server):
-            figures, found = tracked(given.pairs, given.window, Path(folder), uri, target, server)
+            figures, found = tracked(given.rounds, given.window, Path(folder), uri, target, server)
             report(target, figures, found)
 
 
 def report(target: str, figures: Figures, found: str) -> None:
     median = statistics.median
-    over_ms = median(1e3 * (median(told) - median(silent)) for silent, told in figures.pairs)
-    tails = [quantile(told, 0.99) / quantile(silent, 0.99) for silent, told in figures.pairs]
-    silent, told = ([s for pair in figures.pairs for s in pair[which]] for which in (0, 1))
-    step_ms, whole = 1e3 * median(silent), quantile(told, 0.99) / quantile(silent, 0.99)
+    first, told, second = ([s for round_ in figures.rounds for s in round_[which]] for which in range(3))
+
+    def against_first(which: int, steps: list[float]) -> tuple[float, float, float]:
+        over_ms = median(1e3 * (median(round_[which]) - median(round_[0])) for round_ in figures.rounds)
+        tails = median(quantile(round_[which], 0.99) / quantile(round_[0], 0.99) for round_ in figures.rounds)
+        return over_ms, tails, quantile(steps, 0.99) / quantile(first, 0.99)
+
+    (over_ms, tails, whole), (drift_ms, drift_tails, drift_whole) = against_first(1, told), against_first(2, second)
     print(
-        f"{target:8} {step_ms:8.2f} {over_ms:+12.3f} {median(tails):8.2f} {whole:10.2f} "
-        f"{1e6 * median(figures.call_s):8.0f} {figures.blocked_s / figures.copy_s:12.2f} {figures.exit_s:7.1f} {found:>14}",
+        f"{target:8} {1e3 * median(first):8.2f} {over_ms:+7.3f}/{drift_ms:+7.3f} {tails:6.2f}/{drift_tails:4.2f} "
+        f"{whole:6.2f}/{drift_whole:4.2f} {1e6 * median(figures.call_s):8.0f} "
+        f"{figures.blocked_s / figures.copy_s:12.2f} {figures.exit_s:7.1f} {found:>14}",
         flush=True,
     )
 
 
-def tracked(pairs: int, window: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
+def tracked(rounds: int, window: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
     directory = RunDirectory.new(folder / "checkpoints", "", datetime.now())
     segment = {"number": 1, "training": "t" * 32, "continues": None, "wrapper": None, "experiment": "bdh", "run_name": None, "user": "me"}
     segment |= {"tracking_uri": uri, "mirror": True, "keep": None, "audit": list(REPLAYED), "host": "h", "pid": 0, "device": "cpu"}
@@ -101,7 +108,7 @@ def tracked(pairs: int, window: int, folder: Path, uri: str, target: str, server
         tracker.sync()
         tracker.checkpoint(directory.save(contents, provenance, val_loss).path, 1)
 
-    figures = train(pairs, window, tracker, BackgroundWriter(write), target, server)
+    figures = train(rounds, window, tracker, BackgroundWriter(write), target, server)
     directory.close()
     if server is not None and target in ("stopped", "killed"):
         if target == "stopped":
@@ -112,18 +119,18 @@ def tracked(pairs: int, window: int, folder: Path, uri: str, target: str, server
         assert done.left == 0, done
     client = MlflowClient(server.uri if server else uri)
     there = Counter((key, m.step) for key in METRICS for m in client.get_metric_history(identity.run_id, key))
-    assert set(there) <= {(key, step) for key in METRICS for step in range(pairs * window)}
-    once, all_of_them = sum(times == 1 for times in there.values()), len(METRICS) * pairs * window
+    assert set(there) <= {(key, step) for key in METRICS for step in range(rounds * window)}
+    once, all_of_them = sum(times == 1 for times in there.values()), len(METRICS) * rounds * window
     return figures, f"{once}/{all_of_them}" + (f" +{sum(there.values()) - once} again" if sum(there.values()) != once else "")
 
 
-def train(pairs: int, window: int, tracker: Tracker, writer: BackgroundWriter, target: str, server: Server | None) -> Figures:
+def train(rounds: int, window: int, tracker: Tracker, writer: BackgroundWriter, target: str, server: Server | None) -> Figures:
     """The loop. The time for which the checkpoint blocks it is a figure of its own, the steps beside its writing are in the windows."""
     work, state = toy(), {"step": 1, "tokens_seen": 0, "loss": 1.0, "model_state_dict": weights()}
     windows: list[list[float]] = []
     call_s, copy_s, blocked_s, step = [], 1.0, 0.0, 0
-    for number in range(2 * pairs):
-        told, times, began = number % 2 == 1, list[float](), time.perf_counter()
+    for number in range(3 * rounds):
+        told, times, began = number % 3 == 1, list[float](), time.perf_counter()
         for _ in range(window):
             started = time.perf_counter()
             loss = compute(work)
@@ -132,7 +139,7 @@ def train(pairs: int, window: int, tracker: Tracker, writer: BackgroundWriter, t
                 tracker.metrics(dict.fromkeys(METRICS, loss + step), step)
                 call_s.append(time.perf_counter() - before)
                 step += 1
-            if told and step == (pairs - 1) * window + window // 3:
+            if told and step == (rounds - 1) * window + window // 3:
                 pause = time.perf_counter()
                 copy_s = copying(state)
                 before = time.perf_counter()
@@ -143,13 +150,13 @@ def train(pairs: int, window: int, tracker: Tracker, writer: BackgroundWriter, t
             if ended - began > SETTLE_S:
                 times.append(ended - started)
         windows.append(times)
-        if server is not None and number == pairs - 1 and target in ("stopped", "killed"):
+        if server is not None and number == 3 * (rounds // 2) - 1 and target in ("stopped", "killed"):
             server.signal(signal.SIGSTOP if target == "stopped" else signal.SIGKILL)
     writer.finish()
     before = time.perf_counter()
     tracker.close("FINISHED", {}, step)
     exit_s = time.perf_counter() - before
-    return Figures(list(zip(windows[::2], windows[1::2], strict=True)), call_s, blocked_s, copy_s, exit_s)
+    return Figures(list(zip(windows[::3], windows[1::3], windows[2::3], strict=True)), call_s, blocked_s, copy_s, exit_s)
 
 
 @contextlib.contextmanager

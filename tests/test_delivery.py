@@ -70,17 +70,25 @@ class Told:
         self.directory.close()
         return left
 
-    def kill(self) -> None:
-        """As a SIGKILL of trainer and sender leaves it: no word of the end, and nothing delivered any more."""
+    @property
+    def host(self) -> delivery.InThread:
+        host = self.tracker._host
+        assert isinstance(host, delivery.InThread)
+        return host
+
+    def silence(self) -> None:
+        """What is told from now on is journalled and not delivered."""
 
         def dead(*args: Any) -> None:
             raise delivery._Abandoned
 
-        host = self.tracker._host
-        assert isinstance(host, delivery.InThread)
-        host._sender._tell = dead  # type: ignore[method-assign]
+        self.host._sender._tell = dead  # type: ignore[method-assign]
+
+    def kill(self) -> None:
+        """As a SIGKILL of trainer and sender leaves it: no word of the end, and nothing delivered any more."""
+        self.silence()
         self.directory.close()
-        host.close()
+        self.host.close()
 
 
 def quiet(said: dict[str, Any]) -> None:
@@ -231,8 +239,9 @@ def test_mean_over_another_span_is_no_difference(store: MlflowClient, tmp_path: 
 
 def test_points_that_a_killed_process_did_not_send_are_delivered_by_the_next(store: MlflowClient, tmp_path: Path) -> None:
     told = Told(tmp_path)
-    told.losses(1, 2)
     run_id = told.run_id
+    told.silence()
+    told.losses(1, 2)
     told.directory.make()
     told.kill()
     with (told.directory.path / journal.FILE_NAME).open("a") as file:
@@ -518,6 +527,7 @@ def test_large_file_is_waited_for_as_long_as_the_store_answers(
 ) -> None:
     told = Told(tmp_path)
     assert told.run_id
+    told.silence()
     saved = told.save(1)
     told.kill()
     monkeypatch.setattr(delivery, "DATABASE_PATIENCE_S", 0.3)
@@ -646,6 +656,7 @@ def test_what_the_next_process_appends_while_the_old_sender_ends_is_not_acknowle
 def test_end_that_the_store_was_not_told_is_left_to_do(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told(tmp_path)
     run_id = told.run_id
+    told.silence()
     told.losses(1)
     told.kill()
 
@@ -672,8 +683,7 @@ def test_experiment_name_that_the_store_refuses_ends_the_start_and_keeps_the_jou
 def test_points_of_a_deleted_run_wait_until_it_is_restored(store: MlflowClient, tmp_path: Path) -> None:
     told = Told(tmp_path)
     run_id = told.run_id
-    while not (journal.delivered(told.directory.folder) or journal.Delivered()).points:
-        time.sleep(0.01)
+    told.silence()
     told.losses(1)
     told.kill()
     store.delete_run(run_id)

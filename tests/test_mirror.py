@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from bdh_mlflow import checkpoint, delivery, mirror
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.mirror import link_or_copy
-from tests.test_delivery import Told, quiet
+from tests.test_checkpoint import state
+from tests.test_delivery import PROVENANCE, Told, quiet
 
 
 @pytest.fixture(autouse=True)
@@ -98,24 +99,12 @@ def test_retention_prunes_the_mirror_and_the_list_of_models(store: MlflowClient,
 
 def test_checkpoint_that_retention_removed_before_it_was_mirrored_is_passed_over(store: MlflowClient, tmp_path: Path) -> None:
     told = Told(tmp_path, keep=1)
-    first = told.directory.save(store_state(1), told_provenance(), None)
+    first = told.directory.save(state(1), PROVENANCE, None)
     checkpoint.remove(first)
     told.tracker.checkpoint(first.path, 1)
     told.losses(1)
     assert told.close() == 0
     assert told.notes == []
-
-
-def store_state(step: int) -> dict[str, Any]:
-    from tests.test_checkpoint import state
-
-    return state(step)
-
-
-def told_provenance() -> checkpoint.Provenance:
-    from tests.test_delivery import PROVENANCE
-
-    return PROVENANCE
 
 
 def test_best_checkpoint_of_all_runs_is_one_query(store: MlflowClient, tmp_path: Path) -> None:
@@ -170,8 +159,8 @@ def test_rewound_checkpoint_of_the_same_size_replaces_the_one_that_is_there(
     told.close("KILLED")
     again = Told(tmp_path, path=told.directory.path, number=2)
     assert again.run_id == run_id
-    other = {**store_state(1), "loss": 3.5}
-    saved = again.directory.save(other, told_provenance(), None)
+    other = {**state(1), "loss": 3.5}
+    saved = again.directory.save(other, PROVENANCE, None)
     again.tracker.checkpoint(saved.path, 1)
     assert again.close() == 0
     copied = Path(store.download_artifacts(run_id, f"checkpoints/{told.directory.path.name}", str(tmp_path)))
