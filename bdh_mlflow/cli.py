@@ -121,19 +121,25 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int) -> No
 @cli.command()
 @click.argument("run")
 @_config
-@click.option("--prompt", default="", help="Text to continue; read from standard input if it is -.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; - reads standard input. Several are continued together.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Bytes to write.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest byte.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(1), help="Choose among the k likeliest bytes.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose among the likeliest bytes that together reach this.")
+@click.option("--stop", default="", help="Text after which to write nothing more.")
 @click.option("--seed", type=int, help="Repeatable randomness.")
-def generate(run: str, config_path: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int | None) -> None:
+def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, **sampling: Any) -> None:
     """Continue a prompt with RUN: latest, a path, a run id or an artifact URI."""
     from bdh_mlflow import serve
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = _load(run, config_path)
-    click.echo(text, nl=False)
-    for piece in serve.write(loaded, text, max_new_tokens, temperature, top_k, seed):
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ("",)]
+    loaded, how = _load(run, config_path), serve.Sampling(**sampling)
+    if len(texts) > 1:
+        for text, written in zip(texts, serve.write_all(loaded, texts, max_new_tokens, how), strict=True):
+            click.echo(f"{text}{written}\n")
+        return
+    click.echo(texts[0], nl=False)
+    for piece in serve.write(loaded, texts[0], max_new_tokens, how):
         click.echo(piece, nl=False)
     click.echo()
 

@@ -97,6 +97,8 @@ class TrainingConfig:
     """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], or an artifact URI; null starts a new run."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: auto compiles on CUDA only."""
+    layer_form: Literal["auto", "blocked", "reference"] = "auto"
+    """How layers are computed; blocked needs least memory, reference is as published; auto is blocked on a CPU, reference on CUDA."""
     debug: bool = False
     """Anomaly detection, the first batch decoded, nothing compiled; slow."""
 

@@ -8,23 +8,26 @@ B rows, T tokens, V vocabulary, D n_embd, H n_head, N neurons per head, L n_laye
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bdh_mlflow import layer
+from bdh_mlflow import blocked, layer
 from bdh_mlflow.config import BDHConfig
 
 __all__ = ["BDH", "BDHConfig"]
 
 INIT_STD = 0.02  # pathwaycom/bdh, bdh.py
+STOPPED = -1  # the token of a row that is done
 PROJECTIONS = ("encoder", "encoder_v", "decoder")
 """Parameters that do nearly all the arithmetic; what precision works on."""
 
 WeightView = Callable[[str, Tensor], Tensor]
+Form = Literal["reference", "blocked"]
 
 
 class BDH(nn.Module):
@@ -49,8 +52,8 @@ class BDH(nn.Module):
         self.weight_view: WeightView | None = None
         """How projections are seen by the layers: (name, parameter) -> tensor; None = as they are. Set by `precision`."""
         self.recompute = False
-        """Compute activations again in the backward pass instead of keeping L layers of (B, H, T, N) tensors; the values are the same."""
-        self._layer = layer.reference_layer
+        """reference form: compute activations again in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
+        self.use("reference")
         self._activity: list[layer.Activity] | None = None
         self._tables: dict[tuple[int, int, torch.device], layer.RopeTable] = {}
 
@@ -59,19 +62,10 @@ class BDH(nn.Module):
 
         idx, targets: (B, T) integer ids.   Returns logits (B, T, V) and the loss in nats per token, fp32, or None.
         """
-        weights = self._layer_weights()
-        table = self._rope(0, idx.shape[1])
-        dropout = self.config.dropout if self.training else 0.0
-        x = self._embedded(idx)
-        for depth in range(self.config.n_layer):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(self._layer, x, weights, table, dropout, use_reentrant=False)
-            else:
-                x = self._layer(x, weights, table, dropout, self._activity[depth] if self._activity else None)
-        logits = x.squeeze(1) @ self.lm_head
+        logits = self._through_layers(self._embedded(idx)).squeeze(1) @ self.lm_head
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())
+        return logits, F.cross_entropy(_at_least_float(logits).flatten(0, 1), targets.flatten().long())
 
     @torch.no_grad()
     def generate(
@@ -81,42 +75,79 @@ class BDH(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         *,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue a prompt.   idx: (B, T) ids, T >= 1.   Returns (B, T + max_new_tokens).
+        """Continue prompts of one length.   idx: (B, T) ids, T >= 1.   Returns (B, T + max_new_tokens).
 
-        temperature: 0 is greedy.   top_k: sample among the k likeliest only.   generator: source of randomness, the global one if None.
-        Dropout is off and the cost of a token does not depend on the tokens before it.
+        temperature: 0 is greedy.   top_k: sample among the k likeliest only.   top_p: among the likeliest that together reach this
+        probability.   generator: source of randomness, the global one if None.   Dropout is off and the cost of a token does not depend on
+        the tokens before it.
         """
-        new = list(self.stream(idx, max_new_tokens, temperature, top_k, generator=generator))
+        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p=top_p, generator=generator))
         return torch.cat((idx, *new), dim=1) if new else idx
 
     @torch.no_grad()
     def stream(
         self,
-        idx: Tensor,
+        prompts: Tensor | Sequence[Tensor],
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         *,
+        top_p: float | None = None,
+        stop: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """The tokens of `generate` one by one, each (B, 1), as they are made."""
-        if idx.shape[1] == 0:
+        """The tokens of `generate` one by one, each (B, 1), as they are made.
+
+        prompts: (B, T) ids, or B one-dimensional tensors of any lengths.   stop: ids after which a row is done; it is STOPPED from the
+        token after them on, and nothing more comes when all rows are.
+        """
+        rows = list(prompts)
+        if not rows or any(row.shape[0] == 0 for row in rows):
             raise ValueError("generate needs a prompt of at least one token")
-        weights = self._layer_weights()
-        x, states = self._embedded(idx), []
-        table = self._rope(0, idx.shape[1])
-        for _ in range(self.config.n_layer):
-            states.append(layer.prefill_state(x, weights, table))
-            x = layer.reference_layer(x, weights, table, dropout=0.0)
-        for position in range(idx.shape[1], idx.shape[1] + max_new_tokens):
-            token = _sample(x[:, 0, -1] @ self.lm_head, temperature, top_k, generator)
+        if max_new_tokens < 1:
+            return
+        last, states = self._prefill(rows)
+        weights = self._weights_by_neuron()
+        position = torch.tensor([row.shape[0] for row in rows], device=last.device)
+        written: list[list[int]] = [[] for _ in rows]
+        done = torch.zeros(len(rows), 1, dtype=torch.bool, device=last.device)
+        for _ in range(max_new_tokens):
+            token = _sample(last @ self.lm_head, temperature, top_k, top_p, generator).masked_fill(done, STOPPED)
             yield token
-            table = layer.rope_table(position, position + 1, self.neurons, idx.device)
-            x = self._embedded(token)
+            if stop:
+                for row, text in enumerate(written):
+                    text.append(int(token[row]))
+                    done[row] |= text[-len(stop) :] == list(stop)
+                if done.all():
+                    return
+            table = layer.rope_at(position, self.neurons)
+            last = self._embedded(token.clamp_min(0))[:, 0, 0]
             for state in states:
-                x = layer.recurrent_layer(x, weights, table, state)
+                last = layer.recurrent_layer(last, weights, table, state)
+            position += 1
+
+    def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the layers make of the last token of each prompt, (B, D), and their states after it, (B, H, N, D) a layer."""
+        weights = self._layer_weights()
+        outs, states = [], []
+        for prompt in prompts:
+            x, own = self._embedded(prompt.unsqueeze(0)), []
+            cut = blocked.plan(1, x.shape[2], x.shape[3], self.neurons, x.device)
+            arranged = blocked.arrange(weights, x.dtype, cut)
+            table = self._rope(0, prompt.shape[0])
+            for _ in range(self.config.n_layer):
+                x, state = blocked.prefill(x, arranged, table)
+                own.append(state)
+            outs.append(x[0, 0, -1])
+            states.append(own)
+        return torch.stack(outs), [s[0] if len(s) == 1 else torch.cat(s) for s in zip(*states, strict=True)]
+
+    def _weights_by_neuron(self) -> layer.LayerWeights:
+        encoder, encoder_v, decoder = self._layer_weights()
+        return layer.LayerWeights(encoder, encoder_v.mT.contiguous(), decoder.view(encoder_v.mT.shape))
 
     @contextlib.contextmanager
     def observed(self) -> Iterator[dict[str, float]]:
@@ -144,9 +175,16 @@ class BDH(nn.Module):
                         facts[f"bdh/active_{name}_l{depth}"] = counts.mean().item() / self._looked_at
                         facts[f"bdh/dead_{name}_l{depth}"] = (counts == 0).float().mean().item()
 
-    def compile_layers(self) -> None:
-        """Let torch.compile fuse the layer. Quantisation stays outside: bitsandbytes' kernels are not traced rightly (0.50.2)."""
-        self._layer = torch.compile(layer.reference_layer)
+    def use(self, form: Form, compiled: bool = False) -> None:
+        """Choose how layers are computed; the values are the same.
+
+        reference: as published, several (B, H, T, N) tensors a layer.   blocked: see `blocked`.   compiled: let torch.compile fuse the
+        whole layer (reference) or its elementwise passes (blocked). Quantisation stays outside: bitsandbytes' kernels are not traced
+        rightly (0.50.2).
+        """
+        self.form: Form = form
+        self._compiled = compiled
+        self._layer = torch.compile(layer.reference_layer) if compiled and form == "reference" else layer.reference_layer
 
     def load_published(self, state: dict[str, Tensor]) -> None:
         """Load a published state dict; its `attn.freqs` is a constant that this model computes."""
@@ -155,6 +193,26 @@ class BDH(nn.Module):
     def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows, tokens = inputs[0].shape
         self._looked_at += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
+
+    def _through_layers(self, x: Tensor) -> Tensor:
+        """All layers.   x: (B, 1, T, D), normed.   Returns the same shape, normed."""
+        weights = self._layer_weights()
+        table = self._rope(0, x.shape[2])
+        dropout = self.config.dropout if self.training else 0.0
+        if self.form == "blocked":
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            cut = blocked.plan(x.shape[0], x.shape[2], x.shape[3], self.neurons, x.device)
+            arranged = blocked.arrange(weights, dtype, cut)
+        for depth in range(self.config.n_layer):
+            activity = self._activity[depth] if self._activity else None
+            if self.form == "blocked":
+                x = blocked.blocked_layer(x, arranged, table, dropout, activity, self._compiled)
+            elif self.recompute and torch.is_grad_enabled():
+                x = checkpoint(self._layer, x, weights, table, dropout, use_reentrant=False)
+            else:
+                x = self._layer(x, weights, table, dropout, activity)
+        return x
 
     def _embedded(self, idx: Tensor) -> Tensor:
         return layer.norm(self.embed(idx).unsqueeze(1))
@@ -173,6 +231,29 @@ class BDH(nn.Module):
         return self._tables[key]
 
 
+def choose_form(wish: Literal["auto"] | Form, device: torch.device) -> tuple[Form, str]:
+    """Which form runs, and why.   wish: `training.layer_form`."""
+    if wish != "auto":
+        return wish, "as configured"
+    return ("blocked", "auto on cpu") if device.type == "cpu" else ("reference", f"auto on {device.type}, where blocked was never measured")
+
+
+def useful_flops(config: BDHConfig, tokens: int) -> float:
+    """Floating-point operations that a training step must do for one token of a text of T, two for each multiplication and addition.
+
+    Forward, per token: 6 D H N a layer for the three projections; H (T - 1) (N + D) a layer for the causal half of the scores and what
+    they fetch, or beyond T = 4 D, where a state is cheaper, H ((D - 1) (N + D) + 4 N D) for chunks of D tokens with a state; 2 D V for the
+    logits. Backward is twice that. What a form computes again is not useful.
+    """
+    width, heads = config.n_embd, config.n_head
+    neurons = config.mlp_internal_dim_multiplier * width // heads
+    pairs = (tokens - 1) * (neurons + width)
+    if tokens > blocked.STATE_FROM * width:
+        pairs = (width - 1) * (neurons + width) + 4 * neurons * width
+    forward = config.n_layer * heads * (6 * width * neurons + pairs) + 2 * width * config.vocab_size
+    return 3.0 * forward
+
+
 def activation_bytes(config: BDHConfig, batch: int, tokens: int, itemsize: int) -> int:
     """Memory for the activations that a backward pass without recomputation keeps, in bytes.
 
@@ -181,7 +262,11 @@ def activation_bytes(config: BDHConfig, batch: int, tokens: int, itemsize: int) 
     return 8 * config.n_layer * batch * tokens * config.mlp_internal_dim_multiplier * config.n_embd * itemsize
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def _at_least_float(t: Tensor) -> Tensor:
+    return t if t.dtype is torch.float64 else t.float()
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
     """Next token of each row.   logits: (B, V).   Returns (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -189,4 +274,9 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: to
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    likelihood = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, order = likelihood.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest token always stays
+        likelihood = likelihood.masked_fill(beyond.scatter(-1, order, beyond), 0)
+    return torch.multinomial(likelihood, 1, generator=generator)

@@ -8,8 +8,10 @@ as something with a `weight_view`.
 import functools
 import importlib.util
 import logging
+import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from bdh_mlflow.config import Config, LowPrecisionConfig, Problem, TrainingConfig
 
 BLOCK = 64  # weights sharing one scale; the default of bitsandbytes and of QLoRA (arXiv:2305.14314)
+GEMM_PEAK_S = 0.3
 FP8_CAPABILITY = (8, 9)  # Ada; the oldest that Transformer Engine runs FP8 on
 
 
@@ -138,6 +141,22 @@ def round_to_4bit(weight: Tensor, quantization_type: str, double_quant: bool) ->
     )
     rounded: Tensor = functional.dequantize_4bit(packed, state)
     return rounded.reshape(weight.shape)
+
+
+@functools.cache
+def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Fastest matrix product seen here, in FLOP/s: the best of as many of side 1536 (CUDA: 8192) as fit into 0.3 s, once a process."""
+    side = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(left)
+    best_s, began = math.inf, time.perf_counter()
+    while time.perf_counter() - began < GEMM_PEAK_S or best_s == math.inf:
+        started = time.perf_counter()
+        torch.mm(left, right, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - started)
+    return 2 * side**3 / best_s
 
 
 def compiles(training: TrainingConfig, device: torch.device) -> tuple[bool, str]:

@@ -4,7 +4,7 @@ Takes the targets that resume takes. The model computes as it did in training: t
 """
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from bdh_mlflow.model import BDH
 from bdh_mlflow.precision import Precision
 from bdh_mlflow.trainer import evaluate
 
-LONGEST_PROMPT = 65_536  # bytes; attention over the prompt takes memory quadratic in it
+LONGEST_PROMPT = 65_536  # bytes; the default model reads them in minutes on a CPU
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,62 @@ def load(target: str, checkpoint_dir: Path, tracking: TrackingConfig) -> Loaded:
     network = BDH(config.to_bdh_config())
     network.load_published(found.state["model_state_dict"])
     network.to(device).eval()
+    network.use(model.choose_form(config.training.layer_form, device)[0])
     runs = Precision(device, config.low_precision)
     runs.prepare(network, model.PROJECTIONS)
     return Loaded(network, config, found.path, found.checkpoint.manifest.step, runs, found.notes)
 
 
-def write(
-    loaded: Loaded, prompt: str, max_new_tokens: int, temperature: float = 0.8, top_k: int | None = 50, seed: int | None = None
-) -> Iterator[str]:
+@dataclass(frozen=True)
+class Sampling:
+    """How the next byte is chosen.
+
+    temperature: 0 always takes the likeliest.   top_k: among the k likeliest.   top_p: among the likeliest that together reach this
+    probability.   seed: None for new randomness each time.   stop: text after which nothing more is written.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str = ""
+
+
+def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
     """Continue a prompt, piece by piece as it is made; a character of several bytes comes when it is whole."""
-    ids = tokenizer.encode(prompt) or [tokenizer.SEPARATOR]
-    if len(ids) > LONGEST_PROMPT:
-        raise InputError(f"prompt of {len(ids):,} bytes; at most {LONGEST_PROMPT:,} are taken")
-    device = loaded.runs.device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    idx = torch.tensor([ids], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in loaded.model.stream(idx, max_new_tokens, temperature, top_k, generator=generator):
+    for token in _stream(loaded, [prompt], max_new_tokens, sampling):
         piece = int(token)
         yield decoder.decode(bytes([piece])) if 0 < piece < tokenizer.VOCAB_SIZE else tokenizer.decode([piece])
     yield decoder.decode(b"", final=True)
+
+
+def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
+    """Continue several prompts of any lengths, together."""
+    tokens = torch.cat(list(_stream(loaded, prompts, max_new_tokens, sampling)), dim=1).tolist()
+    return [tokenizer.decode([token for token in row if token != model.STOPPED]) for row in tokens]
+
+
+def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling) -> Iterator[torch.Tensor]:
+    ids = [tokenizer.encode(prompt) or [tokenizer.SEPARATOR] for prompt in prompts]
+    longest = max(map(len, ids))
+    if longest > LONGEST_PROMPT:
+        raise InputError(f"prompt of {longest:,} bytes; at most {LONGEST_PROMPT:,} are taken")
+    device = loaded.runs.device
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return loaded.model.stream(
+        [torch.tensor(row, device=device) for row in ids],
+        max_new_tokens,
+        sampling.temperature,
+        sampling.top_k,
+        top_p=sampling.top_p,
+        stop=tokenizer.encode(sampling.stop),
+        generator=generator,
+    )
 
 
 def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:

@@ -111,6 +111,8 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     if origin.kind == "warm":
         _load_warm(network, origin)
 
+    peak = precision.gemm_peak(runs.dtype, device)
+
     door = tracking.knock(config.tracking, origin.run_id if origin.kind == "resumed" else None)
     stop.begun = True  # from here on there is a run to end properly
     commit, dirty, patch = host.source_state(Path(__file__).parent)
@@ -145,6 +147,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
                 validation=validation,
                 sample=_sampler(network, validation, config.training.seed, device) if validation else None,
                 observed=network.observed,
+                peak_tokens_per_s=peak / model.useful_flops(network.config, config.training.block_size),
                 saver=writer,
                 tracker=tracker,
                 progress=progress,
@@ -379,8 +382,11 @@ def _network(config: Config, runs: Precision, device: torch.device) -> tuple[BDH
     kept = model.activation_bytes(shape, config.training.batch_size, config.training.block_size, itemsize)
     network.recompute = kept > RECOMPUTE_ABOVE_BYTES
     compiled, why = precision.compiles(config.training, device)
-    if compiled:
-        network.compile_layers()
+    form, because = model.choose_form(config.training.layer_form, device)
+    network.use(form, compiled)
+    how = "neurons lit again in the backward pass"
+    if form == "reference":
+        how = f"activations {'recomputed' if network.recompute else 'kept'}, {kept / 2**30:.1f} GiB if kept"
     optimizer = optim.build_optimizer(network.parameters(), config.training)
     return (
         network,
@@ -388,7 +394,7 @@ def _network(config: Config, runs: Precision, device: torch.device) -> tuple[BDH
         {
             "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "bdh.precision": runs.prepare(network, model.PROJECTIONS, optimizer),
-            "bdh.layer_form": f"reference, activations {'recomputed' if network.recompute else 'kept'} ({kept / 2**30:.1f} GiB if kept)",
+            "bdh.layer_form": f"{form} ({because}; {how})",
             "bdh.compiled": f"{'yes' if compiled else 'no'} ({why})",
         },
     )

@@ -151,6 +151,8 @@ class Parts:
     sample: Callable[[Callable[[], bool]], str | None] | None
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
     """Around an evaluation: what else was seen of the model, complete at its end."""
+    peak_tokens_per_s: float
+    """If the machine did nothing but the model's useful arithmetic, at the fastest it was seen to do any."""
     saver: Saver
     tracker: Tracker
     progress: Progress
@@ -314,11 +316,13 @@ class Trainer:
 
     def _log(self) -> None:
         parts, step = self._parts, self.step
+        tokens_per_s = self._new_tokens / max(self._step_s, 1e-9)
         values = {
             "train/loss": self._loss_sum / max(1, self._loss_count),
             "optim/lr": parts.optimizer.param_groups[0]["lr"],
             "optim/grad_norm": self._grad_norm,
-            "perf/tokens_per_s": self._new_tokens / max(self._step_s, 1e-9),
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/mfu_pct": 100 * tokens_per_s / parts.peak_tokens_per_s,
             "perf/step_ms": 1e3 * self._step_s / max(1, self._new_steps),
             "mem/peak_gib": peak_gib(parts.device),
             "progress/tokens_seen": self.tokens_seen,

@@ -37,7 +37,16 @@ def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Pat
     saved = Config.from_yaml(directory / "config.yaml")
     assert saved == Config.from_yaml(tiny, ["tracking.tags.team=dragons", "tracking.log_system_metrics=true"]).resolved()
     assert run.data.params == {k: v if isinstance(v, str) else json.dumps(v) for k, v in saved.flat().items()}
-    for key in ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "mem/peak_gib", "progress/epoch"):
+    for key in (
+        "train/loss",
+        "optim/lr",
+        "optim/grad_norm",
+        "perf/tokens_per_s",
+        "perf/step_ms",
+        "perf/mfu_pct",
+        "mem/peak_gib",
+        "progress/epoch",
+    ):
         assert [step for step, _ in history(store, run.info.run_id, key)] == [1, 2, 3, 4, 5, 6], key
     for key in ("val/loss", "val/bpb", "ckpt/blocked_ms", "ckpt/upload_s"):
         assert [step for step, _ in history(store, run.info.run_id, key)] == [3, 6], key
@@ -255,6 +264,17 @@ def test_generate_and_evaluate_answer_for_a_run(store: MlflowClient, text: Path,
     output = run_cli("evaluate", run.info.run_id, "--batches", "2", *options).output
     logged = dict(history(store, run.info.run_id, "val/loss"))[6]
     assert f"val/loss {logged:.4f} nats per byte" in output
+
+
+def test_prompts_are_continued_together_to_their_stop(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny, "training.max_iters=1")
+    options = ("--config", str(tiny), "--temperature", "0", "--max-new-tokens", "9")
+    alone = [run_cli("generate", "latest", "--prompt", prompt, *options).output.rstrip("\n") for prompt in ("def ", "x")]
+    assert run_cli("generate", "latest", "--prompt", "def ", "--prompt", "x", *options).output == f"{alone[0]}\n\n{alone[1]}\n\n"
+    stop = alone[0][5]
+    assert (
+        run_cli("generate", "latest", "--prompt", "def ", "--stop", stop, *options).output == alone[0][: alone[0].index(stop, 4) + 1] + "\n"
+    )
 
 
 def test_prompt_that_is_too_long_is_refused(store: MlflowClient, text: Path, tiny: Path) -> None:

@@ -30,6 +30,7 @@ DEFAULTS = {
         "keep_checkpoints": None,
         "resume_from_checkpoint": None,
         "compile": "auto",
+        "layer_form": "auto",
         "debug": False,
     },
     "scheduler": {

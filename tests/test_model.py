@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from bdh_mlflow import layer
+from bdh_mlflow import blocked, layer
 from bdh_mlflow.config import TrainingConfig
-from bdh_mlflow.model import BDH, BDHConfig, activation_bytes
+from bdh_mlflow.model import BDH, STOPPED, BDHConfig, activation_bytes, useful_flops
 from bdh_mlflow.optim import build_optimizer
 
 PARITY = np.load(Path(__file__).parent / "data" / "bdh_reference_small.npz")
@@ -35,9 +36,18 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_logits_loss_and_every_gradient_are_the_published_ones(model: BDH, recompute: bool) -> None:
-    model.recompute = recompute
+@pytest.fixture(params=["reference", "recomputed", "blocked", "chunked"])
+def formed(request: pytest.FixtureRequest, model: BDH, monkeypatch: pytest.MonkeyPatch) -> BDH:
+    """The same network in each form; `chunked` is blocked with a state handed on every four tokens."""
+    model.use("reference" if request.param in ("reference", "recomputed") else "blocked")
+    model.recompute = request.param == "recomputed"
+    if request.param == "chunked":
+        monkeypatch.setattr(blocked, "plan", lambda *args: blocked.Plan(rows=1, span=8, chunk=4, neurons=6))
+    return model
+
+
+def test_logits_loss_and_every_gradient_are_the_published_ones(formed: BDH) -> None:
+    model = formed
     logits, loss = model(published("idx"), published("targets"))
     loss.backward()
     errors = {"logits": relative_error(logits.detach(), published("logits")), "loss": relative_error(loss.detach(), published("loss"))}
@@ -47,7 +57,8 @@ def test_logits_loss_and_every_gradient_are_the_published_ones(model: BDH, recom
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
 
 
-def test_twenty_adamw_losses_are_the_published_ones(model: BDH) -> None:
+def test_twenty_adamw_losses_are_the_published_ones(formed: BDH) -> None:
+    model = formed
     optimizer = build_optimizer(model.parameters(), TrainingConfig(learning_rate=1e-3, weight_decay=0.1))
     losses = []
     for _ in range(20):
@@ -67,7 +78,12 @@ def test_greedy_tokens_are_the_published_ones(model: BDH, how: dict) -> None:
 
 
 @pytest.mark.parametrize("prompt_length", [1, 2, 7, 30])
-def test_generation_gives_the_tokens_of_the_whole_forward_pass(model: BDH, prompt_length: int) -> None:
+@pytest.mark.parametrize("cut", [None, blocked.Plan(rows=1, span=6, chunk=3, neurons=10)], ids=str)
+def test_generation_gives_the_tokens_of_the_whole_forward_pass(
+    model: BDH, prompt_length: int, cut: blocked.Plan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cut is not None:
+        monkeypatch.setattr(blocked, "plan", lambda *args: cut)
     idx = published("idx")[:, :prompt_length]
     tokens = model.generate(idx, 12, temperature=0)
     for stop in range(prompt_length, tokens.shape[1]):
@@ -94,6 +110,71 @@ def test_top_k_never_takes_another_token(model: BDH) -> None:
     drawn = {int(model.generate(published("greedy_prompt"), 1, temperature=5.0, top_k=3)[0, -1]) for _ in range(50)}
     assert drawn <= allowed
     assert len(drawn) > 1
+
+
+def test_prompts_of_different_lengths_are_continued_as_if_alone(model: BDH) -> None:
+    whole = published("idx")
+    prompts = [whole[0, :3], whole[1, :11], whole[0, :1]]
+    together = torch.cat(list(model.stream(prompts, 9, temperature=0)), dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt.unsqueeze(0), 9, temperature=0)
+        assert torch.equal(alone[0, prompt.shape[0] :], together[row])
+
+
+def test_a_row_ends_after_its_stop_bytes_and_the_others_go_on(model: BDH) -> None:
+    prompts = list(published("idx")[:, :9])
+    free = torch.cat(list(model.stream(prompts, 12, temperature=0)), dim=1)
+    stop = free[0, 3:5].tolist()
+    at = next(i for i in range(1, 12) if free[0, i - 1 : i + 1].tolist() == stop)
+    found = torch.cat(list(model.stream(prompts, 12, temperature=0, stop=stop)), dim=1)
+    assert torch.equal(found[0, : at + 1], free[0, : at + 1])
+    assert (found[0, at + 1 :] == STOPPED).all()
+    assert torch.equal(found[1], free[1, : found.shape[1]])
+    alone = list(model.stream(prompts[:1], 12, temperature=0, stop=stop))
+    assert len(alone) == at + 1
+
+
+def test_top_p_keeps_the_likeliest_that_reach_it(model: BDH) -> None:
+    with torch.no_grad():
+        logits, _ = model(published("greedy_prompt"))
+    likelihood = (logits[0, -1] / 3).softmax(-1).sort(descending=True)
+    for top_p, kept in ((1e-6, 1), (float(likelihood.values[:3].sum()) - 1e-5, 3)):
+        allowed = set(likelihood.indices[:kept].tolist())
+        drawn = {int(token) for _ in range(40) for token in model.stream(published("greedy_prompt"), 1, 3.0, top_p=top_p)}
+        assert drawn <= allowed
+        assert len(drawn) > (kept > 1)
+
+
+def test_inactive_neurons_are_neither_read_nor_written() -> None:
+    torch.manual_seed(0)
+    weights = layer.LayerWeights(torch.randn(2, 4, 6), torch.randn(2, 6, 4), torch.randn(2, 6, 4))
+    weights.encoder[1] = 0  # no neuron of this head is ever active
+    state = torch.randn(1, 2, 6, 4)
+    state[:, 1] = torch.nan
+    weights.encoder_v[1] = weights.decoder[1] = torch.nan
+    table = layer.rope_at(torch.tensor([3]), 6)
+    before = state[0, 0].clone()
+    assert layer._few(torch.zeros(6)) is not None
+    out = layer.recurrent_layer(layer.norm(torch.randn(1, 4)), weights, table, state)
+    assert out.isfinite().all()
+    assert not torch.equal(state[0, 0], before)
+    assert state[0, 1].isnan().all()
+
+
+def test_useful_flops_are_those_of_the_published_form_less_the_half_above_the_diagonal() -> None:
+    config, tokens = BDHConfig(n_layer=2, n_embd=16, dropout=0.0, n_head=2, mlp_internal_dim_multiplier=8), 12
+    network, idx = BDH(config), torch.zeros(1, tokens, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        network(idx, idx)
+    neurons = 64
+    above = 2 * config.n_layer * config.n_head * (tokens * (tokens + 1) // 2) * (neurons + config.n_embd)
+    assert useful_flops(config, tokens) * tokens / 3 == counter.get_total_flops() - above
+
+
+def test_useful_flops_of_a_token_do_not_grow_beyond_where_a_state_is_cheaper() -> None:
+    config = BDHConfig()
+    assert useful_flops(config, 512) < useful_flops(config, 1024) < useful_flops(config, 1025) * 1.5
+    assert useful_flops(config, 1025) == useful_flops(config, 100_000)
 
 
 def test_first_token_attends_to_nothing() -> None:

@@ -143,6 +143,7 @@ def bench(*, batches: Iterator[Item] | None = None, scaler: bool = False, model:
         validation=[item.tokens for item, _ in zip(items(5000), range(3), strict=False)],
         sample=lambda stopped: "text",
         observed=lambda: nullcontext({"seen": 1.0}),
+        peak_tokens_per_s=1e6,
         saver=Disk(saved),
         tracker=told,
         progress=told,

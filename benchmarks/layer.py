@@ -1,0 +1,169 @@
+"""Training speed of the layer's forms, side by side: `python benchmarks/layer.py [--config configs/config.yaml] [--device cuda]`.
+
+Forward and backward of the whole network (no optimizer) on random bytes, all cases by turns in one process; medians. Every case is shown
+in tokens a second, as a ratio to the blocked form's best of each dtype, and as MFU: useful FLOPs (`model.useful_flops`) over the fastest
+matrix product of the same dtype in this process. `--lengths` adds the blocked form at longer texts with as many tokens a batch. `--curves`
+trains quickstart's network 100 steps in both forms and shows how far the losses come apart, in float64, and in float32 beside what another
+number of threads alone does there. `--memory` trains a step of the configuration in a process of its own for each length, with as many
+tokens a batch, and shows the most memory it held.
+"""
+
+import argparse
+import dataclasses
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from bdh_mlflow import model, precision
+from bdh_mlflow.config import Config, LowPrecisionConfig
+from bdh_mlflow.model import BDH, useful_flops
+from bdh_mlflow.optim import LearningRate, build_optimizer
+from bdh_mlflow.precision import Precision
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--config", default="configs/config.yaml")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--batch", type=int, help="of the blocked form, instead of the configuration's")
+    options.add_argument("--batches", type=int, nargs="*", default=[1, 2], help="of the reference form; the best counts")
+    options.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    options.add_argument("--forms", nargs="*", default=["reference", "reference compiled", "blocked", "blocked compiled"])
+    options.add_argument("--lengths", type=int, nargs="*", default=[])
+    options.add_argument("--curves", action="store_true")
+    options.add_argument("--memory", type=int, nargs="*", default=[], metavar="T")
+    options.add_argument("--remember", type=int, nargs=2, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    config = Config.from_yaml(given.config)
+    if given.remember:
+        remember(config, *given.remember)
+        return
+    if given.forms:
+        speeds(config, given)
+    if given.curves:
+        curves()
+    for tokens in given.memory:
+        rows = max(1, max(given.memory) // tokens, config.training.batch_size * config.training.block_size // tokens)
+        subprocess.run([sys.executable, __file__, "--config", given.config, "--remember", str(rows), str(tokens)], check=True)
+
+
+def speeds(config: Config, given: argparse.Namespace) -> None:
+    device, shape = torch.device(given.device), dataclasses.replace(config.to_bdh_config(), dropout=0.0)
+    tokens, batch = config.training.block_size, given.batch or config.training.batch_size
+    network = BDH(shape).to(device)
+    peaks = {name: precision.gemm_peak(getattr(torch, name), device) for name in given.dtypes}
+    print(", ".join(f"{name} matrix product {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items()), flush=True)
+    cases: list[tuple[str, str, int, int]] = []
+    for name in given.dtypes:
+        for form in given.forms:
+            cases += [(form, name, b, tokens) for b in (given.batches if form.startswith("reference") else [batch])]
+        cases += [(given.forms[-1], name, max(1, batch * tokens // length), length) for length in given.lengths]
+    times: dict[Any, list[float]] = {case: [] for case in cases}
+    for turn in range(given.rounds + 1):  # the first warms up, and compiles
+        for case in cases:
+            seconds = step(network, *case, device)
+            if turn:
+                times[case].append(seconds)
+    speed = {case: case[2] * case[3] / statistics.median(took) for case, took in times.items()}
+    best = {n: max(speed[c] for c in cases if c[0].startswith("blocked") and c[1] == n and c[3] == tokens) for n in given.dtypes}
+    heads = "".join(f"{f'{name} blocked / it':>24}" for name in best)
+    print(f"{'form':20} {'dtype':9} {'B x T':>9} {'tokens/s':>9} {'MFU %':>6}{heads}")
+    for case in cases:
+        form, name, rows, length = case
+        mfu = 100 * speed[case] * useful_flops(shape, length) / peaks[name]
+        ratios = "".join(f"{value / speed[case]:24.2f}" for value in best.values())
+        print(f"{form:20} {name:9} {f'{rows} x {length}':>9} {speed[case]:9.1f} {mfu:6.1f}{ratios}", flush=True)
+
+
+def step(network: BDH, form: str, name: str, rows: int, tokens: int, device: torch.device) -> float:
+    kind, _, compiled = form.partition(" ")
+    if (network.form, network._compiled) != (kind, bool(compiled)):
+        network.use(kind, bool(compiled))  # type: ignore[arg-type]
+    idx = torch.randint(0, 256, (rows, tokens + 1), device=device)
+    runs = Precision(device, LowPrecisionConfig(use_4bit=False, compute_dtype=name))  # type: ignore[arg-type]
+    settle(device)
+    started = time.perf_counter()
+    with runs.autocast():
+        _, loss = network(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    settle(device)
+    took = time.perf_counter() - started
+    network.zero_grad()
+    return took
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def curves(steps: int = 100) -> None:
+    """As quickstart trains, with its schedule, clipping and seed, on this program's own sources."""
+    config = Config.from_yaml("configs/quickstart.yaml").resolved()
+    text = torch.frombuffer(bytearray(b"".join(p.read_bytes() for p in sorted(Path("bdh_mlflow").glob("*.py")))), dtype=torch.uint8)
+    reference, blocked, alone = (losses(config, text, steps, *how) for how in (("reference", 0), ("blocked", 0), ("reference", 1)))
+    exact = [losses(config, text, steps, form, 0, torch.float64) for form in ("reference", "blocked")]
+
+    def apart(one: list[float], other: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+    print(f"quickstart, {steps} steps, loss {blocked[0]:.4f} to {blocked[-1]:.4f}; most that losses come apart:")
+    print(f"  blocked from reference {apart(*exact):.1e} in float64, {apart(reference, blocked):.1e} in float32")
+    print(f"  reference from reference on one thread {apart(reference, alone):.1e} in float32")
+
+
+def losses(config: Config, text: torch.Tensor, steps: int, form: str, threads: int, dtype: torch.dtype = torch.float32) -> list[float]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads or usual)
+    torch.manual_seed(config.training.seed)
+    network = BDH(config.to_bdh_config()).to(dtype)
+    network.use(form)  # type: ignore[arg-type]
+    optimizer = build_optimizer(network.parameters(), config.training)
+    schedule = LearningRate(config.training.learning_rate, config.scheduler)
+    batch, tokens, found = config.training.batch_size, config.training.block_size, []
+    for number in range(steps):
+        idx = torch.stack([text[s : s + tokens + 1] for s in torch.randint(0, len(text) - tokens - 1, (batch,))]).long()
+        _, loss = network(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.training.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(number)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    torch.set_num_threads(usual)
+    return found
+
+
+def remember(config: Config, rows: int, tokens: int) -> None:
+    """A step as training makes it; prints the most memory this process has held."""
+    device = torch.device("cpu")
+    runs = Precision(device, config.low_precision)
+    network = BDH(config.to_bdh_config())
+    network.use("blocked")
+    optimizer = build_optimizer(network.parameters(), config.training)
+    runs.prepare(network, model.PROJECTIONS, optimizer)
+    forward: Callable[..., Any] = network
+    for shape in ((1, 64), (rows, tokens)):  # the first makes the optimizer's states
+        idx = torch.randint(0, 256, (shape[0], shape[1] + 1))
+        with runs.autocast():
+            _, loss = forward(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{rows} x {tokens} tokens, {config.low_precision.compute_dtype}: peak resident memory {peak:.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
