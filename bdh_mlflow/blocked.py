@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from bdh_mlflow.layer import ACTIVITY_STRIDE, Activity, LayerWeights, RopeTable, norm
+from bdh_mlflow.layer import ACTIVITY_STRIDE, Activity, LayerWeights, RopeTable, norm, rope_table
 
 STATE_FROM = 4  # times D: from this many tokens on, a state costs less than all pairs
 BLOCK_TOKENS = {"cpu": 2**9, "cuda": 2**15}
@@ -45,12 +46,12 @@ class Plan(NamedTuple):
 
 def plan(batch: int, tokens: int, width: int, neurons: int, device: torch.device) -> Plan:
     """Block sizes for T tokens in B rows of width D and N neurons a head."""
-    chunk = span = tokens
+    chunk = span = max(1, tokens)
     if tokens > STATE_FROM * width:
         chunk = -(-width // ACTIVITY_STRIDE) * ACTIVITY_STRIDE
         span = STATE_FROM * chunk
-    rows = max(1, min(batch, BLOCK_TOKENS[device.type] // span))
-    block = BLOCK_ELEMENTS[device.type] // (rows * span) // 2 * 2
+    rows = max(1, min(batch, BLOCK_TOKENS.get(device.type, BLOCK_TOKENS["cpu"]) // span))
+    block = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"]) // (rows * span) // 2 * 2
     return Plan(rows, span, chunk, max(2, min(block, neurons)))
 
 
@@ -78,13 +79,13 @@ def arrange(weights: LayerWeights, dtype: torch.dtype, cut: Plan) -> Arranged:
 
 
 def blocked_layer(
-    x: Tensor, weights: Arranged, table: RopeTable, dropout: float, activity: Activity | None = None, compiled: bool = False
+    x: Tensor, weights: Arranged, table: RopeTable | None, dropout: float, activity: Activity | None = None, compiled: bool = False
 ) -> Tensor:
     """One layer; values and gradients of `layer.reference_layer`.
 
-    x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   table: T positions.   dropout: probability, 0 outside training;
-    its seed is drawn from torch's global CPU generator.   activity: added to, if given.   compiled: fuse elementwise work by
-    torch.compile.   Returns (B, 1, T, D), normed.
+    x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   table: T positions; None to make it span by span.   dropout:
+    probability, 0 outside training; its seed is drawn from torch's global CPU generator.   activity: added to, if given.   compiled: fuse
+    elementwise work by torch.compile.   Returns (B, 1, T, D), normed; differentiable once.
     """
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
     task = _Task(x.squeeze(1), weights.compute, table, weights.cut, _kernels(compiled), dropout, seed)
@@ -93,7 +94,7 @@ def blocked_layer(
 
 
 @torch.no_grad()
-def prefill(x: Tensor, weights: Arranged, table: RopeTable) -> tuple[Tensor, Tensor]:
+def prefill(x: Tensor, weights: Arranged, table: RopeTable | None) -> tuple[Tensor, Tensor]:
     """One layer over a prompt, and the state from which generation goes on.
 
     x: (B, 1, T, D), normed.   Returns the layer's output, the same shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
@@ -116,7 +117,7 @@ class _Task(NamedTuple):
 
     x: Tensor
     compute: tuple[Tensor, Tensor, Tensor]
-    table: RopeTable
+    table: RopeTable | None
     cut: Plan
     kernels: "_Kernels"
     dropout: float = 0.0
@@ -126,6 +127,12 @@ class _Task(NamedTuple):
     def last_chunk(self) -> int:
         """Where the last chunk begins."""
         return (self.x.shape[1] - 1) // self.cut.chunk * self.cut.chunk
+
+    def turns(self, start: int, stop: int) -> RopeTable:
+        """Of a span."""
+        if self.table is None:
+            return rope_table(start, stop, self.compute[0].shape[2], self.x.device)
+        return RopeTable(self.table.cos[start:stop], self.table.sin[start:stop])
 
     def mask(self, block: int, start: int, first: int, like: Tensor) -> Tensor:
         """Of the neurons from `first` on, for the tokens from `start` on."""
@@ -148,7 +155,7 @@ class _Pass(NamedTuple):
 
 def _forward(task: _Task, activity: Activity | None, keep_scores: bool, hand_on: bool) -> _Pass:
     """hand_on: make the state after the last token too."""
-    x, (to_x, to_y, to_out), table, cut, kernels = task[:5]
+    x, (to_x, to_y, to_out), _, cut, kernels = task[:5]
     batch, tokens, width = x.shape
     heads, _, neurons = to_x.shape
     dtype = to_x.dtype
@@ -162,14 +169,14 @@ def _forward(task: _Task, activity: Activity | None, keep_scores: bool, hand_on:
     for block, head, rows in cut.blocks(batch, heads):
         state = states[rows, head].zero_() if states is not None else None
         for start, stop in _ranges(0, tokens, cut.span):
-            v = values[rows, start:stop].contiguous()
+            v, table = values[rows, start:stop].contiguous(), task.turns(start, stop)
             chunks = [(slice(begin - start, end - start), begin) for begin, end in _ranges(start, stop, cut.chunk)]
             pairs = [x.new_zeros(v.shape[0], inside.stop - inside.start, inside.stop - inside.start) for inside, _ in chunks]
             found = torch.zeros_like(v, dtype=x.dtype)
             for first, end in _ranges(0, neurons, cut.neurons):
                 xs, q = work.lit(v, first, end), work.of(0, v, end - first)
                 torch.matmul(v, to_x[head, :, first:end], out=xs)
-                kernels.light(xs, q, *_turns(table, start, stop, first, end))
+                kernels.light(xs, q, *_turns(table, first, end))
                 for (inside, begin), sums in zip(chunks, pairs, strict=True):
                     queries = q[:, inside]
                     _add_causal(sums, queries)
@@ -205,15 +212,16 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, task: _Task, activity: Activity | None) -> Tensor:
         done = _forward(task, activity, keep_scores=any(ctx.needs_input_grad), hand_on=False)
-        ctx.save_for_backward(*done)
-        ctx.task = task
+        ctx.save_for_backward(*done, task.x, *task.compute)
+        ctx.rest = task[2:]  # no weights and activations: those are freed by the backward pass, this is not
         return _residual(x, done.read)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, attended, scores, states = ctx.saved_tensors
-        task: _Task = ctx.task
-        x, (to_x, to_y, to_out), table, cut, kernels = task[:5]
+        read, attended, scores, states, x, to_x, to_y, to_out = ctx.saved_tensors
+        task = _Task(x, (to_x, to_y, to_out), *ctx.rest)
+        cut, kernels = task.cut, task.kernels
         batch, tokens, _ = x.shape
         heads, _, neurons = to_x.shape
         dtype, last = to_x.dtype, task.last_chunk
@@ -228,6 +236,7 @@ class _Blocked(torch.autograd.Function):
             d_state = torch.zeros_like(state) if state is not None else None
             for start, stop in reversed(list(_ranges(0, tokens, cut.span))):
                 v, d = (t[rows, start:stop].contiguous() for t in (values, d_out))
+                table = task.turns(start, stop)
                 found = attended[rows, head, start:stop]
                 asked = norm(found).to(dtype)
                 d_asked = torch.zeros_like(v, dtype=x.dtype)
@@ -259,7 +268,7 @@ class _Blocked(torch.autograd.Function):
                 for first, end in _ranges(0, neurons, cut.neurons):
                     xs, d_xs = work.lit(v, first, end), shares.lit(v, first, end)
                     q, d_q = (work.of(i, v, end - first) for i in (0, 1))
-                    turns = _turns(table, start, stop, first, end)
+                    turns = _turns(table, first, end)
                     kernels.light(xs, q, *turns)
                     for inside, begin, d_both in chunks:
                         queries = q[:, inside]
@@ -342,7 +351,7 @@ def _light_backward(d_q: Tensor, d_xs: Tensor, xs: Tensor, cos: Tensor, sin: Ten
 
 def _into(out: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, sign: int) -> None:
     """out = a * b + sign * c * d, rounded once."""
-    if out.dtype == b.dtype:
+    if out.dtype == b.dtype and not torch.compiler.is_compiling():  # it would not trace an `out` with gaps
         torch.mul(a, b, out=out).addcmul_(c, d, value=sign)
     else:
         out.copy_((a * b).addcmul_(c, d, value=sign))
@@ -367,8 +376,9 @@ def _kernels(compiled: bool) -> _Kernels:
     return _Kernels(*(wrap(kernel) for kernel in (_light, _gate, _gate_backward, _light_backward)))
 
 
-def _turns(table: RopeTable, start: int, stop: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-    return table.cos[start:stop, first // 2 : end // 2], table.sin[start:stop, first // 2 : end // 2]
+def _turns(table: RopeTable, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Of the neurons first <= n < end."""
+    return table.cos[:, first // 2 : end // 2], table.sin[:, first // 2 : end // 2]
 
 
 def _add_causal(sums: Tensor, queries: Tensor) -> None:

@@ -132,6 +132,10 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
     """Continue a prompt with RUN: latest, a path, a run id or an artifact URI."""
     from bdh_mlflow import serve
 
+    if prompts.count("-") > 1:
+        raise click.UsageError("standard input can be one --prompt only")
+    if any(value != value for value in sampling.values()):
+        raise click.UsageError("--temperature and --top-p must be numbers")
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ("",)]
     loaded, how = _load(run, config_path), serve.Sampling(**sampling)
     if len(texts) > 1:

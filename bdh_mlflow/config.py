@@ -286,8 +286,12 @@ class Config:
     def resolved(self, continued: "Config | None" = None) -> "Config":
         """Settings that another one decides are given their value, so that the saved file says everything.
 
-        continued: the configuration of the run that is resumed. Its decay_steps stays, so a longer run does not bend the schedule.
+        continued: the configuration of the run that is resumed. Its decay_steps stays, so a longer run does not bend the schedule, and so
+        does its layer_form, which `auto` leaves to the device otherwise.
         """
+        if continued and self.training.layer_form == "auto" != continued.training.layer_form:
+            training = dataclasses.replace(self.training, layer_form=continued.training.layer_form)
+            return dataclasses.replace(self, training=training).resolved(continued)
         if self.scheduler.decay_steps is not None:
             return self
         own = max(self.training.max_iters, self.scheduler.warmup_steps + 1)

@@ -131,7 +131,12 @@ def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: T
 
 
 def _few(neurons: Tensor) -> Tensor | None:
-    """Which are active, if so few that going to each costs less than going through all; else None.   neurons: (N,)."""
+    """Which are active, if so few that going to each costs less than going through all; else None.   neurons: (N,).
+
+    On CUDA nobody looks: the device would have to be waited for.
+    """
+    if neurons.is_cuda:
+        return None
     active = neurons.nonzero().squeeze(1)
     return active if active.numel() < FEW * neurons.numel() else None
 

@@ -22,6 +22,7 @@ from bdh_mlflow.config import BDHConfig
 __all__ = ["BDH", "BDHConfig"]
 
 INIT_STD = 0.02  # pathwaycom/bdh, bdh.py
+KEPT_TURNS = 2**26  # T * N of a table that is kept, 256 MiB
 STOPPED = -1  # the token of a row that is done
 PROJECTIONS = ("encoder", "encoder_v", "decoder")
 """Parameters that do nearly all the arithmetic; what precision works on."""
@@ -55,7 +56,7 @@ class BDH(nn.Module):
         """reference form: compute activations again in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
         self.use("reference")
         self._activity: list[layer.Activity] | None = None
-        self._tables: dict[tuple[int, int, torch.device], layer.RopeTable] = {}
+        self._tables: dict[tuple[int, torch.device], layer.RopeTable] = {}
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits for the byte after each position and, given targets, their mean cross-entropy.
@@ -131,19 +132,20 @@ class BDH(nn.Module):
 
     def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """What the layers make of the last token of each prompt, (B, D), and their states after it, (B, H, N, D) a layer."""
-        weights = self._layer_weights()
-        outs, states = [], []
-        for prompt in prompts:
-            x, own = self._embedded(prompt.unsqueeze(0)), []
-            cut = blocked.plan(1, x.shape[2], x.shape[3], self.neurons, x.device)
-            arranged = blocked.arrange(weights, x.dtype, cut)
-            table = self._rope(0, prompt.shape[0])
-            for _ in range(self.config.n_layer):
-                x, state = blocked.prefill(x, arranged, table)
-                own.append(state)
-            outs.append(x[0, 0, -1])
-            states.append(own)
-        return torch.stack(outs), [s[0] if len(s) == 1 else torch.cat(s) for s in zip(*states, strict=True)]
+        weights, lengths = self._layer_weights(), [prompt.shape[0] for prompt in prompts]
+        embedded = self.embed.weight
+        outs = embedded.new_empty(len(prompts), embedded.shape[1])
+        shape = (len(prompts), self.config.n_head, self.neurons, embedded.shape[1])
+        states = [embedded.new_empty(shape) for _ in range(self.config.n_layer)]
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            x = self._embedded(torch.stack([prompts[row] for row in rows]))
+            cut = self._plan(x)
+            arranged, table = blocked.arrange(weights, x.dtype, cut), self._turns(length)
+            for state in states:
+                x, state[rows] = blocked.prefill(x, arranged, table)
+            outs[rows] = x[:, 0, -1]
+        return outs, states
 
     def _weights_by_neuron(self) -> layer.LayerWeights:
         encoder, encoder_v, decoder = self._layer_weights()
@@ -197,17 +199,17 @@ class BDH(nn.Module):
     def _through_layers(self, x: Tensor) -> Tensor:
         """All layers.   x: (B, 1, T, D), normed.   Returns the same shape, normed."""
         weights = self._layer_weights()
-        table = self._rope(0, x.shape[2])
         dropout = self.config.dropout if self.training else 0.0
         if self.form == "blocked":
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            cut = blocked.plan(x.shape[0], x.shape[2], x.shape[3], self.neurons, x.device)
-            arranged = blocked.arrange(weights, dtype, cut)
+            arranged, turns = blocked.arrange(weights, dtype, self._plan(x)), self._turns(x.shape[2])
+        else:
+            table = self._rope(x.shape[2])
         for depth in range(self.config.n_layer):
             activity = self._activity[depth] if self._activity else None
             if self.form == "blocked":
-                x = blocked.blocked_layer(x, arranged, table, dropout, activity, self._compiled)
+                x = blocked.blocked_layer(x, arranged, turns, dropout, activity, self._compiled)
             elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self._layer, x, weights, table, dropout, use_reentrant=False)
             else:
@@ -224,10 +226,17 @@ class BDH(nn.Module):
 
         return layer.LayerWeights(*map(seen, PROJECTIONS))
 
-    def _rope(self, start: int, stop: int) -> layer.RopeTable:
-        key = (start, stop, self.embed.weight.device)
+    def _plan(self, x: Tensor) -> blocked.Plan:
+        return blocked.plan(x.shape[0], x.shape[2], x.shape[3], self.neurons, x.device)
+
+    def _turns(self, tokens: int) -> layer.RopeTable | None:
+        """For the blocked form, which makes what is too large to keep span by span."""
+        return self._rope(tokens) if tokens * self.neurons <= KEPT_TURNS else None
+
+    def _rope(self, tokens: int) -> layer.RopeTable:
+        key = (tokens, self.embed.weight.device)
         if key not in self._tables:
-            self._tables = {key: layer.rope_table(start, stop, self.neurons, key[2])}
+            self._tables = {key: layer.rope_table(0, tokens, self.neurons, key[1])}
         return self._tables[key]
 
 
@@ -270,13 +279,14 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     """Next token of each row.   logits: (B, V).   Returns (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     likelihood = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = likelihood.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest token always stays
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p
+        beyond[:, 0] = False
         likelihood = likelihood.masked_fill(beyond.scatter(-1, order, beyond), 0)
     return torch.multinomial(likelihood, 1, generator=generator)

@@ -1,6 +1,7 @@
 """A trained run as something that answers: prompt in, text out; and its loss on text it has not seen.
 
-Takes the targets that resume takes. The model computes as it did in training: the same number formats, 4-bit weights included.
+Takes the targets that resume takes. Weights are those of training, 4-bit included; evaluation computes
+in the number format of training, generation in float32.
 """
 
 import codecs
@@ -43,7 +44,7 @@ def load(target: str, checkpoint_dir: Path, tracking: TrackingConfig) -> Loaded:
     network = BDH(config.to_bdh_config())
     network.load_published(found.state["model_state_dict"])
     network.to(device).eval()
-    network.use(model.choose_form(config.training.layer_form, device)[0])
+    network.use(model.choose_form("auto", device)[0])
     runs = Precision(device, config.low_precision)
     runs.prepare(network, model.PROJECTIONS)
     return Loaded(network, config, found.path, found.checkpoint.manifest.step, runs, found.notes)

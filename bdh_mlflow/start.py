@@ -101,17 +101,18 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
         raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
     origin = _origin(config, checkpoint_dir, progress, fork)
     config = config.resolved(origin.saved if origin.kind == "resumed" else None)
+    form, why = model.choose_form(config.training.layer_form, device)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_form=form))
+    runs = Precision(device, config.low_precision)
+    peak = precision.gemm_peak(runs.dtype, device)
     text = _text(config, progress)
     batches = _batches(config, text, _position(origin, config, text, progress), device)
     validation = text.validation_batches(config.training.test_iters, config.training.batch_size, config.training.block_size)
 
     torch.manual_seed(config.training.seed)
-    runs = Precision(device, config.low_precision)
-    network, optimizer, facts = _network(config, runs, device)
+    network, optimizer, facts = _network(config, runs, device, why)
     if origin.kind == "warm":
         _load_warm(network, origin)
-
-    peak = precision.gemm_peak(runs.dtype, device)
 
     door = tracking.knock(config.tracking, origin.run_id if origin.kind == "resumed" else None)
     stop.begun = True  # from here on there is a run to end properly
@@ -317,7 +318,9 @@ def _origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool
         progress.note(f"passed over {note}")
     if found.checkpoint is None:
         return Origin("warm", found)
-    saved = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
+    settings = found.state["config"]
+    settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
+    saved = Config.from_dict(settings, origin=f"{found.path} (its configuration)")
     changes = [d for d in saved.differences(config.resolved(None if fork else saved)) if changes_trajectory(d, saved)]
     if fork:
         changes = [d for d in changes if d.key in SHAPES]
@@ -374,15 +377,15 @@ def _batches(config: Config, text: ParquetText, position: data.Position | None, 
     return itertools.chain([next(batches)], batches)
 
 
-def _network(config: Config, runs: Precision, device: torch.device) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
+def _network(config: Config, runs: Precision, device: torch.device, why_form: str) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
     """The network on its device, its optimizer, and what was decided about how it is computed, as tags."""
+    form, _ = model.choose_form(config.training.layer_form, device)
     shape = config.to_bdh_config()
     network = BDH(shape).to(device)
     itemsize = runs.dtype.itemsize
     kept = model.activation_bytes(shape, config.training.batch_size, config.training.block_size, itemsize)
     network.recompute = kept > RECOMPUTE_ABOVE_BYTES
     compiled, why = precision.compiles(config.training, device)
-    form, because = model.choose_form(config.training.layer_form, device)
     network.use(form, compiled)
     how = "neurons lit again in the backward pass"
     if form == "reference":
@@ -394,7 +397,7 @@ def _network(config: Config, runs: Precision, device: torch.device) -> tuple[BDH
         {
             "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "bdh.precision": runs.prepare(network, model.PROJECTIONS, optimizer),
-            "bdh.layer_form": f"{form} ({because}; {how})",
+            "bdh.layer_form": f"{form} ({why_form}; {how})",
             "bdh.compiled": f"{'yes' if compiled else 'no'} ({why})",
         },
     )

@@ -17,8 +17,8 @@ BYTES_PER_TOKEN = 1.0
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of `text`: its UTF-8 bytes."""
-    return list(text.encode("utf-8"))
+    """Token ids of `text`: its UTF-8 bytes; bytes of a command line that are not UTF-8 stay what they are."""
+    return list(text.encode("utf-8", "surrogateescape"))
 
 
 def decode(tokens: list[int]) -> str:

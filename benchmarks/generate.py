@@ -35,7 +35,7 @@ def main() -> None:
         else BDH(Config.from_yaml(given.config).to_bdh_config())
     )
     network.eval()
-    text = torch.randint(0, 256, (1, max([*given.contexts, given.against])))
+    text = torch.randint(0, 256, (1, max([*given.contexts, given.against])), device=network.embed.weight.device)
     with torch.no_grad(), network.observed() as facts:
         network(text[:, :256])
     active = [share for name, share in facts.items() if name.startswith("bdh/active_x_")]

@@ -67,7 +67,7 @@ def speeds(config: Config, given: argparse.Namespace) -> None:
     for name in given.dtypes:
         for form in given.forms:
             cases += [(form, name, b, tokens) for b in (given.batches if form.startswith("reference") else [batch])]
-        cases += [(given.forms[-1], name, max(1, batch * tokens // length), length) for length in given.lengths]
+        cases += [("blocked", name, max(1, batch * tokens // length), length) for length in given.lengths]
     times: dict[Any, list[float]] = {case: [] for case in cases}
     for turn in range(given.rounds + 1):  # the first warms up, and compiles
         for case in cases:

@@ -1,6 +1,7 @@
 """The blocked form against the definition: values, gradients, masks, memory."""
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,6 +154,36 @@ def test_fused_passes_give_the_same_values(dtype: torch.dtype) -> None:
     given = tuple(t.float() for t in inputs(2, 2, 40, neurons=64))
     found = errors(results(given, by_blocks(dtype=dtype, compiled=True)), results(given, by_blocks(dtype=dtype)))
     assert max(found.values()) < (FP32 if dtype is torch.float32 else 0.01), found  # bf16: rounded at fewer places
+
+
+def test_turns_made_span_by_span_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "plan", lambda *args: Plan(1, 12, 4, 8))
+    given = inputs(2, 2, 33)
+
+    def without_table(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
+        return blocked.blocked_layer(x, blocked.arrange(weights, x.dtype, blocked.plan()), None, 0.0)  # type: ignore[call-arg]
+
+    assert max(errors(results(given, without_table), results(given, by_definition)).values()) < FP64
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    x, *weights, _ = inputs(1, 1, 4)
+    x.requires_grad_()
+    out = by_blocks()(x, LayerWeights(*weights), layer.rope_table(0, 4, 30, CPU))
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_weights_and_texts_are_free_after_the_backward_pass() -> None:
+    x, *weights, grad = inputs(1, 1, 4)
+    arranged = blocked.arrange(LayerWeights(*(w.requires_grad_() for w in weights)), torch.float32, blocked.plan(1, 4, 24, 30, CPU))
+    copy = weakref.ref(arranged.compute[0])
+    out = blocked.blocked_layer(x, arranged, layer.rope_table(0, 4, 30, CPU), 0.0)
+    del arranged
+    assert copy() is not None
+    out.backward(grad)
+    assert copy() is None
 
 
 def test_activity_is_counted_as_in_the_definition() -> None:

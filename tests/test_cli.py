@@ -35,7 +35,8 @@ def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Pat
     assert {f.path for f in store.list_artifacts(run.info.run_id)} >= {"checkpoints", "config.yaml", "data", "environment.txt", "samples"}
     assert [f.path for f in store.list_artifacts(run.info.run_id, "samples")] == ["samples/step_3.txt", "samples/step_6.txt"]
     saved = Config.from_yaml(directory / "config.yaml")
-    assert saved == Config.from_yaml(tiny, ["tracking.tags.team=dragons", "tracking.log_system_metrics=true"]).resolved()
+    settings = ["tracking.tags.team=dragons", "tracking.log_system_metrics=true", "training.layer_form=blocked"]
+    assert saved == Config.from_yaml(tiny, settings).resolved()
     assert run.data.params == {k: v if isinstance(v, str) else json.dumps(v) for k, v in saved.flat().items()}
     for key in (
         "train/loss",
@@ -275,6 +276,11 @@ def test_prompts_are_continued_together_to_their_stop(store: MlflowClient, text:
     assert (
         run_cli("generate", "latest", "--prompt", "def ", "--stop", stop, *options).output == alone[0][: alone[0].index(stop, 4) + 1] + "\n"
     )
+
+
+@pytest.mark.parametrize("wrong", [("--top-p", "nan"), ("--temperature", "nan"), ("--prompt", "-", "--prompt", "-")], ids=str)
+def test_generation_that_makes_no_sense_is_refused(wrong: tuple[str, ...], tiny: Path) -> None:
+    assert run_cli("generate", "latest", *wrong, "--config", str(tiny)).exit_code == 2
 
 
 def test_prompt_that_is_too_long_is_refused(store: MlflowClient, text: Path, tiny: Path) -> None:

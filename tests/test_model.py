@@ -145,6 +145,23 @@ def test_top_p_keeps_the_likeliest_that_reach_it(model: BDH) -> None:
         assert len(drawn) > (kept > 1)
 
 
+def test_extreme_sampling_still_takes_the_likeliest(model: BDH) -> None:
+    with torch.no_grad():
+        likeliest = model(published("greedy_prompt"))[0][0, -1].argmax()
+    for how in ({"temperature": 1e-40}, {"temperature": 1.0, "top_p": 0.0}):
+        (token,) = model.stream(published("greedy_prompt"), 1, **how)
+        assert token[0, 0] == likeliest
+
+
+def test_long_texts_have_no_table_of_all_their_turns(model: BDH, monkeypatch: pytest.MonkeyPatch) -> None:
+    idx = published("idx")
+    expected = model.generate(idx, 3, temperature=0)
+    monkeypatch.setattr("bdh_mlflow.model.KEPT_TURNS", 1)
+    model._tables.clear()
+    assert torch.equal(model.generate(idx, 3, temperature=0), expected)
+    assert not model._tables
+
+
 def test_inactive_neurons_are_neither_read_nor_written() -> None:
     torch.manual_seed(0)
     weights = layer.LayerWeights(torch.randn(2, 4, 6), torch.randn(2, 6, 4), torch.randn(2, 6, 4))

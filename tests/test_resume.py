@@ -67,6 +67,25 @@ def test_every_form_continues_the_same_run_in_the_same_directory(
     assert not list(CHECKPOINTS.glob(".download-*"))
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named in the checkpoint", "from before there was a choice"])
+def test_form_of_the_layers_stays_that_of_the_run(
+    store: MlflowClient, text: Path, tiny: Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(tiny, "training.layer_form=reference", "training.max_iters=3").exit_code == 0
+    real = resume.find
+
+    def find(*args: Any) -> resume.Found:
+        found = real(*args)
+        if not named:
+            del found.state["config"]["training"]["layer_form"]
+        return found
+
+    monkeypatch.setattr(resume, "find", find)
+    assert train(tiny, resume="latest").exit_code == 0
+    assert only_run(store).data.tags["bdh.layer_form"].startswith("reference (as configured")
+    assert loaded(6)["config"]["training"]["layer_form"] == "reference"
+
+
 def test_extending_a_finished_run_goes_on_where_it_ended(store: MlflowClient, tiny: Path, half: Any) -> None:
     assert train(tiny, "training.max_iters=4", resume=half.info.run_id).exit_code == 0
     run = only_run(store)
