@@ -137,8 +137,8 @@ def _few(neurons: Tensor) -> Tensor | None:
     """
     if neurons.is_cuda:
         return None
-    active = neurons.nonzero().squeeze(1)
-    return active if active.numel() < FEW * neurons.numel() else None
+    few = int(neurons.count_nonzero()) < FEW * neurons.numel()
+    return neurons.nonzero().squeeze(1) if few else None
 
 
 def _rows(t: Tensor, which: Tensor | None) -> Tensor:
