@@ -38,11 +38,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(params=["reference", "recomputed", "blocked", "chunked"])
 def formed(request: pytest.FixtureRequest, model: BDH, monkeypatch: pytest.MonkeyPatch) -> BDH:
-    """The same network in each form; `chunked` is blocked with a state handed on every four tokens."""
+    """The same network in each form; `chunked` is blocked with a state handed on every eight tokens."""
     model.use("reference" if request.param in ("reference", "recomputed") else "blocked")
     model.recompute = request.param == "recomputed"
     if request.param == "chunked":
-        monkeypatch.setattr(blocked, "plan", lambda *args: blocked.Plan(rows=1, span=8, chunk=4, neurons=6))
+        monkeypatch.setattr(blocked, "plan", lambda *args: blocked.Plan(rows=1, span=16, chunk=8, neurons=46))
     return model
 
 
