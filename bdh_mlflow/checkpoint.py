@@ -220,7 +220,8 @@ class BackgroundWriter:
 
     def _run(self, state: State, val_loss: float | None) -> None:
         if sys.platform == "linux":  # where a thread has a niceness of its own; the loop comes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             self._write(state, val_loss)
         except Exception as error:  # whatever it is, it is raised where somebody listens

@@ -110,7 +110,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     validation = text.validation_batches(config.training.test_iters, config.training.batch_size, config.training.block_size)
 
     torch.manual_seed(config.training.seed)
-    network, optimizer, facts = _network(config, runs, device, why)
+    network, optimizer, facts = _network(config, runs, device, form, why)
     if origin.kind == "warm":
         _load_warm(network, origin)
 
@@ -377,9 +377,10 @@ def _batches(config: Config, text: ParquetText, position: data.Position | None, 
     return itertools.chain([next(batches)], batches)
 
 
-def _network(config: Config, runs: Precision, device: torch.device, why_form: str) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
+def _network(
+    config: Config, runs: Precision, device: torch.device, form: model.Form, why_form: str
+) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
     """The network on its device, its optimizer, and what was decided about how it is computed, as tags."""
-    form, _ = model.choose_form(config.training.layer_form, device)
     shape = config.to_bdh_config()
     network = BDH(shape).to(device)
     itemsize = runs.dtype.itemsize

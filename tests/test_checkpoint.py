@@ -131,6 +131,18 @@ def test_failed_background_write_is_raised_once_by_whoever_asks_next() -> None:
         writer.check()
 
 
+def test_state_is_written_though_the_system_refuses_the_niceness(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: int) -> None:
+        raise PermissionError("setpriority")
+
+    monkeypatch.setattr(os, "setpriority", refused)
+    written = []
+    writer = BackgroundWriter(lambda given, val_loss: written.append(val_loss))
+    writer.save({}, 1.5)
+    writer.finish()
+    assert written == [1.5]
+
+
 def test_retention_leaves_files_of_other_runs_alone(tmp_path: Path) -> None:
     run = new(tmp_path)
     for step, provenance in ((1, PROVENANCE), (2, dataclasses.replace(PROVENANCE, mlflow_run_id="b" * 32))):
