@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from bdh_mlflow.errors import CheckpointError, ResumeError, SaveError
 
@@ -35,10 +35,14 @@ CONFIG_NAME = "config.yaml"
 PENDING = ".pending"
 LOCK_ATTEMPTS = 10
 WRITER_NICENESS = 10
+PIECE_BYTES = 2**18
+REST = 3  # seconds that a writer beside the loop rests for each second of writing: the two share caches, memory and cores
 RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
 _FILE = re.compile(r"checkpoint_(\d+)\.pt")
 
 State = dict[str, Any]
+Rest = Callable[[float], object]
+"""What a writer does after a piece that took it so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,11 @@ class RunDirectory:
         """Whether the run directory exists."""
         return self.folder.parent.name != PENDING
 
-    def save(self, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
+    def save(self, state: State, provenance: Provenance, val_loss: float | None, rest: Rest = lambda worked_s: None) -> Checkpoint:
         """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
         self.make()
         try:
-            return _write(self.path, {"format": FORMAT, **state}, provenance, val_loss)
+            return _write(self.path, {"format": FORMAT, **state}, provenance, val_loss, rest)
         except (OSError, RuntimeError) as error:
             raise _not_saved(self.path / file_name(state["step"]), error) from error
 
@@ -187,21 +191,24 @@ class RunDirectory:
 
 
 class BackgroundWriter:
-    """Writes states behind the caller, one at a time.
+    """Writes states behind the caller, one at a time, and not faster than the loop beside it can bear.
 
-    write: what is done with a state; its errors are raised by the next call here.   `save` waits for the one before it and then only for a
-    copy, so there are never more than two states in memory, the living one and its copy.
+    write: what is done with a state and its val loss, with the rest to take between pieces; its errors are raised by the next call here.
+    `save` waits for the one before it and then only for a copy, so there are never more than two states in memory, the living one and its
+    copy.
     """
 
-    def __init__(self, write: Callable[[State, float | None], None]) -> None:
+    def __init__(self, write: Callable[[State, float | None, Rest], None]) -> None:
         self._write = write
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._awaited = threading.Event()
 
     def save(self, state: State, val_loss: float | None) -> None:
         """Copy `state` and return.   Raises the SaveError of the write before, if that failed."""
         self.finish()
         copy = _copied(state)
+        self._awaited.clear()
         self._thread = threading.Thread(target=self._run, args=(copy, val_loss), name="checkpoint")
         self._thread.start()
 
@@ -214,6 +221,7 @@ class BackgroundWriter:
     def finish(self) -> None:
         """Wait until everything is written.   Raises the error of a write that failed."""
         if self._thread is not None:
+            self._awaited.set()  # nobody is held up by rests
             self._thread.join()
             self._thread = None
         self.check()
@@ -223,7 +231,7 @@ class BackgroundWriter:
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
-            self._write(state, val_loss)
+            self._write(state, val_loss, lambda worked_s: self._awaited.wait(REST * worked_s))
         except Exception as error:  # whatever it is, it is raised where somebody listens
             self._error = error
 
@@ -399,21 +407,44 @@ def _not_saved(path: Path, error: Exception) -> SaveError:
     return SaveError(f"{path}: not saved: {reason}. Earlier checkpoints are untouched")
 
 
-def _write(run_dir: Path, state: State, provenance: Provenance, val_loss: float | None) -> Checkpoint:
+class _Pieces:
+    """A file for torch.save: written and digested piece by piece, with a rest after each."""
+
+    def __init__(self, file: BinaryIO, rest: Rest) -> None:
+        self._file = file
+        self._rest = rest
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        whole = memoryview(content).cast("B")
+        for start in range(0, len(whole), PIECE_BYTES):
+            began = time.perf_counter()
+            piece = whole[start : start + PIECE_BYTES]
+            self.digest.update(piece)
+            self._file.write(piece)
+            self._rest(time.perf_counter() - began)
+        return len(whole)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write(run_dir: Path, state: State, provenance: Provenance, val_loss: float | None, rest: Rest) -> Checkpoint:
     import torch
 
     path = run_dir / file_name(state["step"])
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            torch.save(state, file)
+            pieces = _Pieces(file, rest)
+            torch.save(state, cast("IO[bytes]", pieces))
             file.flush()
             os.fsync(file.fileno())
         manifest = Manifest(
             step=state["step"],
             tokens_seen=state["tokens_seen"],
             bytes=partial.stat().st_size,
-            sha256=file_digest(partial),
+            sha256=pieces.digest.hexdigest(),
             loss=state["loss"],
             val_loss=val_loss,
             run_dir=run_dir.name,

@@ -264,10 +264,10 @@ def _segment(config: Config, origin: Origin, door: tracking.Door, folder: Path, 
 
 def _save_into(
     run_dir: RunDirectory, tracker: Tracker, provenance: Provenance, config: Config, likely_run: str | None, note: Callable[[str], None]
-) -> Callable[[dict[str, Any], float | None], None]:
+) -> Callable[[dict[str, Any], float | None, checkpoint.Rest], None]:
     """How a state becomes a checkpoint: journal first, so that who resumes from it finds every point up to it."""
 
-    def save(contents: dict[str, Any], val_loss: float | None) -> None:
+    def save(contents: dict[str, Any], val_loss: float | None, rest: checkpoint.Rest) -> None:
         started = time.perf_counter()
         run_dir.make()
         try:
@@ -275,7 +275,8 @@ def _save_into(
         except OSError as error:
             raise SaveError(f"{run_dir.path}: the journal cannot be written: {error}") from error
         run_id = tracker.identity.run_id if tracker.identity else likely_run
-        saved = run_dir.save({**contents, "config": config.to_dict()}, dataclasses.replace(provenance, mlflow_run_id=run_id), val_loss)
+        whole = {**contents, "config": config.to_dict()}
+        saved = run_dir.save(whole, dataclasses.replace(provenance, mlflow_run_id=run_id), val_loss, rest)
         tracker.metrics({"ckpt/save_s": time.perf_counter() - started}, saved.manifest.step)
         tracker.checkpoint(saved.path, saved.manifest.step)
         try:

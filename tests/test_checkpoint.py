@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
+from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, Rest, RunDirectory
 from bdh_mlflow.errors import CheckpointError, ResumeError, SaveError
 
 AT = datetime(2025, 11, 8, 14, 30, 22)
@@ -86,7 +86,7 @@ def test_background_write_holds_what_the_state_was_when_it_was_handed_over() -> 
     written: list[dict[str, Any]] = []
     go_on = threading.Event()
 
-    def slow(given: dict[str, Any], val_loss: float | None) -> None:
+    def slow(given: dict[str, Any], val_loss: float | None, rest: Rest) -> None:
         go_on.wait(10)
         written.append(given)
 
@@ -105,7 +105,7 @@ def test_background_write_holds_what_the_state_was_when_it_was_handed_over() -> 
 def test_next_save_waits_for_the_one_before_it() -> None:
     at_work, most = 0, 0
 
-    def write(given: dict[str, Any], val_loss: float | None) -> None:
+    def write(given: dict[str, Any], val_loss: float | None, rest: Rest) -> None:
         nonlocal at_work, most
         at_work += 1
         most = max(most, at_work)
@@ -119,8 +119,24 @@ def test_next_save_waits_for_the_one_before_it() -> None:
     assert most == 1
 
 
+def test_writer_rests_between_pieces_until_it_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "REST", 1e9)  # a rest that ends only when somebody waits
+    run = new(tmp_path)
+
+    def keep(given: dict[str, Any], val_loss: float | None, rest: Rest) -> None:
+        run.save(given, PROVENANCE, val_loss, rest)
+
+    writer = BackgroundWriter(keep)
+    writer.save(state(1), None)
+    time.sleep(0.2)
+    assert not checkpoint.list_run(run.path).checkpoints
+    writer.finish()
+    (saved,) = checkpoint.list_run(run.path).checkpoints
+    assert saved.manifest.sha256 == checkpoint.file_digest(saved.path)
+
+
 def test_failed_background_write_is_raised_once_by_whoever_asks_next() -> None:
-    def full(given: dict[str, Any], val_loss: float | None) -> None:
+    def full(given: dict[str, Any], val_loss: float | None, rest: Rest) -> None:
         raise SaveError("disk full")
 
     writer = BackgroundWriter(full)
@@ -137,7 +153,7 @@ def test_state_is_written_though_the_system_refuses_the_niceness(monkeypatch: py
 
     monkeypatch.setattr(os, "setpriority", refused)
     written = []
-    writer = BackgroundWriter(lambda given, val_loss: written.append(val_loss))
+    writer = BackgroundWriter(lambda given, val_loss, rest: written.append(val_loss))
     writer.save({}, 1.5)
     writer.finish()
     assert written == [1.5]
