@@ -25,6 +25,7 @@ from bdh_mlflow.config import BDHConfig, Config, Problem
 from bdh_mlflow.errors import BdhError, InputError, ResumeError, TrackingError
 
 if TYPE_CHECKING:
+    from bdh_mlflow.export import Format
     from bdh_mlflow.serve import Loaded
     from bdh_mlflow.start import Outcome
 
@@ -391,6 +392,34 @@ def checkpoints_pull(target: str, config_path: str) -> None:
     config = Config.from_yaml(config_path)
     found = resume.find(target, Path(config.training.checkpoint_dir), config.tracking)
     click.echo(str(found.path))
+
+
+@checkpoints.command("export")
+@click.argument("target")
+@click.option("--format", "kind", type=click.Choice(["4bit", "safetensors"]), required=True, help="Packed in 4 bits, or plain float32.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write; beside the checkpoint if not given.")
+@_config
+def checkpoints_export(target: str, kind: "Format", output: str | None, config_path: str) -> None:
+    """Write the model of TARGET (as for resume) to one safetensors file, which generate and evaluate take in place of a run."""
+    from bdh_mlflow import checkpoint, export, resume
+
+    config = Config.from_yaml(config_path)
+    found = resume.find(target, Path(config.training.checkpoint_dir), config.tracking)
+    if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
+        raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
+    path = Path(output) if output else export.default_path(found.checkpoint, kind)
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: there is no folder {path.parent}")
+    done = export.write(path, found.state, found.checkpoint.manifest.val_loss, kind)
+    formats = Config.from_dict(found.state["config"]).low_precision
+    weights = "float32"
+    if done.bits is not None:
+        nested = "with" if formats.use_double_quant else "without"
+        weights = f"{formats.quantization_type} {nested} double-quantised scales, {done.bits:.3f} bits a quantised weight"
+    click.echo(f"{done.path}: {done.bytes / 1e6:.2f} MB of step {found.checkpoint.manifest.step}; {weights}")
+    if done.bits is not None and not formats.use_4bit:
+        click.echo("This run was not trained for 4-bit weights (low_precision.use_4bit: false): expect a higher loss than its val/loss.")
+    click.echo(f"Next: bdh-mlflow evaluate {done.path} (or generate {done.path} --prompt 'def ')")
 
 
 @cli.group("config")

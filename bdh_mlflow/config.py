@@ -40,6 +40,14 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
+
+class Refused(NamedTuple):
+    """A value that somebody might well ask for, and why it is not among the accepted ones."""
+
+    value: str
+    reason: str
+
+
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -156,11 +164,13 @@ class LowPrecisionConfig:
     """Number formats."""
 
     use_fp8: bool = False
-    """FP8 matmuls by Transformer Engine."""
+    """FP8 matmuls of the three projections by Transformer Engine, or emulated (fp8.emulate)."""
     use_4bit: bool = True
     """Train for 4-bit weights: encoder, encoder_v and decoder pass through 4-bit quantisation in every forward pass."""
     use_4bit_optimizer: bool = False
-    """AdamW with 4-bit states."""
+    """AdamW with 4-bit states; the same as optimizer_bits 4."""
+    optimizer_bits: Literal[32, 8, 4] | None = None
+    """Bits of AdamW's states: 32 by torch, 8 by bitsandbytes, 4 by torchao; null = 4 with use_4bit_optimizer, else 32."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit format of the weights."""
     use_double_quant: bool = True
@@ -173,12 +183,16 @@ class LowPrecisionConfig:
 class Fp8Config:
     """Recipe of delayed scaling for FP8."""
 
-    format: Literal["hybrid", "e4m3"] = "hybrid"
+    format: Annotated[Literal["hybrid", "e4m3"], Refused("e5m2", "its 2 bits of mantissa are too few for weights and activations")] = (
+        "hybrid"
+    )
     """hybrid: e4m3 forward, e5m2 backward; e4m3: both."""
     amax_history_len: Count = 1024
     """Steps of absolute maxima that a scale is computed from."""
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     """How a scale is computed from that history."""
+    emulate: bool = False
+    """Carry FP8 out in torch, on any device: slow, but it shows whether a run trains in FP8."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -242,6 +256,28 @@ HARMLESS = frozenset(
 )
 """Settings that a resumed run may change: they leave the trajectory as it was. Anything new is harmful until listed here."""
 
+
+class Clash(NamedTuple):
+    """Two settings that cannot both be carried out: the second is reported with what to do."""
+
+    key: str
+    value: Any
+    other: str
+    values: tuple[Any, ...]
+    remedy: str
+
+
+CLASHES = (
+    Clash("low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"),
+    Clash("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
+    Clash("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
+    Clash("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
+    Clash(
+        "low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"
+    ),
+)
+"""Every other combination of number formats, layer form and compilation works."""
+
 Check = Callable[["Config"], Iterable[Problem]]
 
 
@@ -289,14 +325,15 @@ class Config:
         continued: the configuration of the run that is resumed. Its decay_steps stays, so a longer run does not bend the schedule, and so
         does its layer_form, which `auto` leaves to the device otherwise.
         """
-        if continued and self.training.layer_form == "auto" != continued.training.layer_form:
-            training = dataclasses.replace(self.training, layer_form=continued.training.layer_form)
-            return dataclasses.replace(self, training=training).resolved(continued)
-        if self.scheduler.decay_steps is not None:
-            return self
-        own = max(self.training.max_iters, self.scheduler.warmup_steps + 1)
-        decay_steps = continued.scheduler.decay_steps if continued else own
-        return dataclasses.replace(self, scheduler=dataclasses.replace(self.scheduler, decay_steps=decay_steps))
+        training, scheduler, formats = self.training, self.scheduler, self.low_precision
+        if continued and training.layer_form == "auto":
+            training = dataclasses.replace(training, layer_form=continued.training.layer_form)
+        if scheduler.decay_steps is None:
+            own = max(training.max_iters, scheduler.warmup_steps + 1)
+            scheduler = dataclasses.replace(scheduler, decay_steps=continued.scheduler.decay_steps if continued else own)
+        bits = formats.optimizer_bits or (4 if formats.use_4bit_optimizer else 32)
+        formats = dataclasses.replace(formats, optimizer_bits=bits, use_4bit_optimizer=bits == 4)
+        return dataclasses.replace(self, training=training, scheduler=scheduler, low_precision=formats)
 
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""
@@ -477,6 +514,11 @@ def _consistency(config: Config) -> Iterable[Problem]:
         yield Problem("scheduler.decay_steps", f"{scheduler.decay_steps} is not above scheduler.warmup_steps {scheduler.warmup_steps}")
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
+    settings = config.flat()
+    for clash in CLASHES:
+        if settings[clash.key] == clash.value and settings[clash.other] in clash.values:
+            found = f"{_yaml_scalar(settings[clash.other])} with {clash.key} {_yaml_scalar(clash.value)}"
+            yield Problem(clash.other, f"{found} cannot be had: {clash.remedy}")
     uri = config.tracking.tracking_uri
     if uri and masked(uri) != uri:
         yield Problem(
@@ -488,7 +530,9 @@ def _consistency(config: Config) -> Iterable[Problem]:
 def _explain(section: Any, key: str, value: object) -> str:
     if key not in section.__pydantic_fields__:
         return f"unknown key{_nearest(key, section.__pydantic_fields__)}"
-    return f"found {_found(value)}; accepted: {_accepted(section, key)}"
+    kind = typing.get_type_hints(section, include_extras=True)[key]
+    known = [r.reason for r in typing.get_args(kind) if isinstance(r, Refused) and r.value == value]
+    return "; ".join([f"found {_found(value)}", *known, f"accepted: {_accepted(section, key)}"])
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -5,6 +5,8 @@ Knows nothing of a run: facts go out as text and numbers.
 
 import contextlib
 import importlib.util
+import os
+import shutil
 import subprocess
 import threading
 import time
@@ -34,6 +36,11 @@ def source_state(folder: Path) -> tuple[str | None, bool, str]:
         elif name:
             patch += f"# not in the repository, not shown: {name}\n"
     return commit.strip(), bool(patch), patch
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU, if there is one."""
+    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
 def environment() -> str:

@@ -10,6 +10,7 @@ Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,10 @@ class LayerWeights(NamedTuple):
     encoder: Tensor
     encoder_v: Tensor
     decoder: Tensor
+
+
+Product = Callable[[str, Tensor, Tensor], Tensor]
+"""x @ weight for a projection, named as in LayerWeights; who computes in another number format takes its place."""
 
 
 class Activity(NamedTuple):
@@ -90,15 +95,34 @@ def attend(q: Tensor, v: Tensor) -> Tensor:
     return scores @ v
 
 
-def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout: float, activity: Activity | None = None) -> Tensor:
+def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
+    """In the number format of the tensors, or of autocast."""
+    return x @ weight
+
+
+def reference_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    table: RopeTable,
+    dropout: float,
+    activity: Activity | None = None,
+    product: Product = plain_product,
+) -> Tensor:
     """One layer as the equations are written; the definition every other form is tested against.
 
     x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   activity: added to, if given.
-    Returns (B, 1, T, D), normed.   Holds several (B, H, T, N) tensors at a time.
+    product: carries out the projections.   Returns (B, 1, T, D), normed.   Holds several (B, H, T, N) tensors at a time.
     """
-    xs = F.relu(x @ weights.encoder)
+    xs = F.relu(product("encoder", x, weights.encoder))
     attended = attend(rotate(xs, table), x)
-    return _read_out(x, xs, attended, weights, dropout, activity)
+    ys = F.relu(product("encoder_v", norm(attended), weights.encoder_v))
+    gated = xs * ys
+    if activity is not None:
+        for total, neurons in ((activity.x, xs), (activity.xy, gated)):
+            total += (neurons[:, :, ::ACTIVITY_STRIDE] > 0).sum(dim=(0, 2))
+    xy = F.dropout(gated, dropout)
+    read = product("decoder", xy.transpose(1, 2).flatten(2).unsqueeze(1), weights.decoder)
+    return norm(x + norm(read))
 
 
 def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor) -> Tensor:
@@ -143,15 +167,3 @@ def _few(neurons: Tensor) -> Tensor | None:
 
 def _rows(t: Tensor, which: Tensor | None) -> Tensor:
     return t if which is None else t[which]
-
-
-def _read_out(x: Tensor, xs: Tensor, attended: Tensor, weights: LayerWeights, dropout: float, activity: Activity | None = None) -> Tensor:
-    """What attention found, gated by the neurons that asked, added to the stream."""
-    ys = F.relu(norm(attended) @ weights.encoder_v)
-    gated = xs * ys
-    if activity is not None:
-        for total, neurons in ((activity.x, xs), (activity.xy, gated)):
-            total += (neurons[:, :, ::ACTIVITY_STRIDE] > 0).sum(dim=(0, 2))
-    xy = F.dropout(gated, dropout)
-    read = xy.transpose(1, 2).flatten(2).unsqueeze(1) @ weights.decoder
-    return norm(x + norm(read))

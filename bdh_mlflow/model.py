@@ -52,6 +52,8 @@ class BDH(nn.Module):
 
         self.weight_view: WeightView | None = None
         """How projections are seen by the layers: (name, parameter) -> tensor; None = as they are. Set by `precision`."""
+        self.product: layer.Product = layer.plain_product
+        """reference form: who carries the projections out. Set by `precision`."""
         self.recompute = False
         """reference form: compute activations again in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
         self.use("reference")
@@ -211,9 +213,9 @@ class BDH(nn.Module):
             if self.form == "blocked":
                 x = blocked.blocked_layer(x, arranged, turns, dropout, activity, self._compiled)
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(self._layer, x, weights, table, dropout, use_reentrant=False)
+                x = checkpoint(self._layer, x, weights, table, dropout, None, self.product, use_reentrant=False)
             else:
-                x = self._layer(x, weights, table, dropout, activity)
+                x = self._layer(x, weights, table, dropout, activity, self.product)
         return x
 
     def _embedded(self, idx: Tensor) -> Tensor:
@@ -240,10 +242,12 @@ class BDH(nn.Module):
         return self._tables[key]
 
 
-def choose_form(wish: Literal["auto"] | Form, device: torch.device) -> tuple[Form, str]:
-    """Which form runs, and why.   wish: `training.layer_form`."""
+def choose_form(wish: Literal["auto"] | Form, device: torch.device, fp8: bool = False) -> tuple[Form, str]:
+    """Which form runs, and why.   wish: `training.layer_form`.   fp8: whether projections run in FP8."""
     if wish != "auto":
         return wish, "as configured"
+    if fp8:
+        return "reference", "auto with FP8, whose products only this form hands over"
     return ("blocked", "auto on cpu") if device.type == "cpu" else ("reference", f"auto on {device.type}, where blocked was never measured")
 
 

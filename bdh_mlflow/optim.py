@@ -1,24 +1,172 @@
 """The optimizer and its learning rate.
 
-AdamW with fp32 states, and a learning rate that is recomputed from the step each time rather than remembered; only `plateau`, which
-listens to the validation loss, has a small state to save. Knows nothing of the loop.
+AdamW with states of 32, 8 or 4 bits, and a learning rate that is recomputed from the step each time rather than remembered; only
+`plateau`, which listens to the validation loss, has a small state to save. Whatever their bits, states are saved as plain tensors. Knows
+nothing of the loop.
 """
 
+import functools
+import importlib
+import importlib.util
+import logging
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bdh_mlflow.config import SchedulerConfig, TrainingConfig
+from bdh_mlflow import host
+from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig
 
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as improvement; torch's ReduceLROnPlateau
+SMALLEST_QUANTISED = 4096  # elements; both libraries keep smaller tensors' states in fp32
+BLOCK_4BIT = 128  # state values that share a scale in torchao's AdamW4bit, which keeps tensors that are no multiple of it in fp32
+LIBRARIES = {8: "bitsandbytes", 4: "torchao"}
+CODES, LEVELS, SIGNED = "codes", "levels", "signed"
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters (every parameter of BDH is a matrix, so weight decay spares none), as the published training does."""
-    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+def problems(config: Config) -> Iterable[Problem]:
+    """What the configuration asks of the optimizer that cannot be had here."""
+    bits = config.resolved().low_precision.optimizer_bits
+    if bits not in LIBRARIES:
+        return
+    key = "low_precision.use_4bit_optimizer" if config.low_precision.use_4bit_optimizer else "low_precision.optimizer_bits"
+    if importlib.util.find_spec(LIBRARIES[bits]) is None:
+        yield Problem(key, f"{bits}-bit AdamW needs {LIBRARIES[bits]}, which is not installed: pip install {LIBRARIES[bits]}")
+    m = config.model
+    wide = m.mlp_internal_dim_multiplier * m.n_embd
+    largest = max(wide, m.vocab_size) * m.n_embd
+    if not any(_quantised(size, bits) for size in (wide * m.n_embd, m.vocab_size * m.n_embd)):
+        yield Problem(
+            key,
+            f"{bits}-bit states are kept for tensors of {SMALLEST_QUANTISED} elements and more; the largest here has {largest}. "
+            f"Set optimizer_bits to 32 (and use_4bit_optimizer to false), or a larger model",
+        )
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], training: TrainingConfig, bits: int = 32) -> torch.optim.Optimizer:
+    """AdamW over all parameters (every parameter of BDH is a matrix, so weight decay spares none), as the published training does.
+
+    bits: of its states. 32 is torch's, fused; 8 bitsandbytes' AdamW8bit (arXiv:2110.02861); 4 torchao's AdamW4bit (arXiv:2309.01507).
+    """
+    lr, decay = training.learning_rate, training.weight_decay
+    if bits == 32:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+    if bits == 8:
+        with _quiet():
+            kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
+        optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, weight_decay=decay)
+    else:
+        optimizer = _adamw_4bit()(parameters, lr=lr, weight_decay=decay, block_size=BLOCK_4BIT)
+    return optimizer
+
+
+def described(parameters: Sequence[Tensor], bits: int) -> str:
+    """What truly runs, in a sentence, counted."""
+    if bits == 32:
+        return "AdamW with 32-bit states (torch, fused), 8.00 bytes a parameter"
+    low = [p.numel() for p in parameters if _quantised(p.numel(), bits)]
+    whole = sum(p.numel() for p in parameters)
+    # bitsandbytes: two codes, and an fp32 scale for each 256; torchao: two codes of half a byte, and an fp32 scale for each 128
+    each = 2 + 8 / 256 if bits == 8 else 1 + 8 / BLOCK_4BIT
+    mean = (each * sum(low) + 8 * (whole - sum(low))) / whole
+    how = "" if bits == 8 or host.compiler() else ", not compiled (no C++ compiler): slower"
+    return (
+        f"AdamW with {bits}-bit states ({LIBRARIES[bits]}{how}) in {len(low)} of {len(parameters)} parameters, {mean:.2f} bytes a parameter"
+    )
+
+
+def state_bytes(state_dict: Mapping[str, Any]) -> int:
+    """Bytes of the tensors that an optimizer keeps for its parameters, step counters and value tables left out."""
+    total = 0
+    for state in state_dict["state"].values():
+        for name, value in _flattened(state):
+            if name not in ("step", LEVELS, "qmap1", "qmap2"):
+                total += value.numel() * value.element_size()
+    return total
+
+
+def _flattened(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value)
+        elif isinstance(value, Tensor):
+            yield name, value
+
+
+def _quantised(size: int, bits: int) -> bool:
+    return size >= SMALLEST_QUANTISED and (bits == 8 or size % BLOCK_4BIT == 0)
+
+
+def _adamw_4bit() -> Any:
+    """torchao's AdamW4bit, with a learning rate that is a number and states that are saved as plain tensors."""
+    with _quiet():
+        from torchao.optim import AdamW4bit
+        from torchao.optim.subclass_4bit import OptimState4bit
+
+    stance = nullcontext if host.compiler() else functools.partial(torch.compiler.set_stance, "force_eager")
+
+    class AdamW4bitPlain(AdamW4bit):  # type: ignore[misc]
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            self.param_groups[-1]["lr"] = float(self.param_groups[-1]["lr"])
+
+        def step(self, closure: Any = None) -> Any:
+            """One update; compiled where a compiler is there (each shape once), else operation by operation."""
+            rates = [group["lr"] for group in self.param_groups]
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = torch.tensor(rate)  # the compiled step takes it as a tensor
+            try:
+                with _quiet(), stance():
+                    return super().step(closure)
+            finally:
+                for group, rate in zip(self.param_groups, rates, strict=True):
+                    group["lr"] = rate
+
+        def state_dict(self) -> dict[str, Any]:
+            """States as dicts of plain tensors: who opens a checkpoint needs no torchao."""
+
+            def plain(value: Any) -> Any:
+                if not isinstance(value, OptimState4bit):
+                    return value
+                return {CODES: value.codes, "scale": value.scale, LEVELS: value.qmap, SIGNED: value.signed, "shape": list(value.shape)}
+
+            whole = super().state_dict()
+            states = {number: {name: plain(value) for name, value in state.items()} for number, state in whole["state"].items()}
+            return {**whole, "state": states}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Continue from what `state_dict` gave."""
+
+            def packed(value: Any) -> Any:
+                if not isinstance(value, Mapping):
+                    return value
+                tensors = (value[name].clone() for name in (CODES, "scale", LEVELS))
+                return OptimState4bit(*tensors, value[SIGNED], tuple(value["shape"]), dtype=torch.float32)
+
+            states = {number: {name: packed(value) for name, value in state.items()} for number, state in state_dict["state"].items()}
+            super().load_state_dict({**state_dict, "state": states})
+
+    return AdamW4bitPlain
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Notes of the libraries about kernels that are not used here; errors stay."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes.backends.cpu.ops")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class LearningRate:

@@ -1,31 +1,27 @@
 """Number formats: what was asked for either runs, and is said in a sentence, or is refused with the reason.
 
 Master weights, gradients sums, LayerNorm and loss stay fp32 whatever is chosen. `problems` answers before anything is built, `Precision`
-carries the choice out: an autocast context, a loss scaler, and a view through which the model sees its projections. Knows the model only
-as something with a `weight_view`.
+carries the choice out: an autocast context, a loss scaler, a view through which the model sees its projections, and FP8 products. Knows
+the model only as something with a `weight_view` and a `product`.
 """
 
 import functools
 import importlib.util
-import logging
 import math
-import os
-import shutil
 import time
-import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bdh_mlflow.config import Config, LowPrecisionConfig, Problem, TrainingConfig
+from bdh_mlflow import fourbit, fp8, host, optim
+from bdh_mlflow.config import Config, LowPrecisionConfig, Problem
+from bdh_mlflow.fp8 import Fp8
 
-BLOCK = 64  # weights sharing one scale; the default of bitsandbytes and of QLoRA (arXiv:2305.14314)
 GEMM_PEAK_S = 0.3
-FP8_CAPABILITY = (8, 9)  # Ada; the oldest that Transformer Engine runs FP8 on
 
 
 def pick_device() -> torch.device:
@@ -36,33 +32,45 @@ def pick_device() -> torch.device:
 def problems(config: Config) -> Iterable[Problem]:
     """What the configuration asks of number formats and compilation that this machine or version cannot do."""
     wish, device = config.low_precision, pick_device()
+    yield from optim.problems(config)
     if wish.use_fp8:
-        yield Problem("low_precision.use_fp8", _fp8_refusal(config, device))
-    if wish.use_4bit_optimizer:
-        yield Problem(
-            "low_precision.use_4bit_optimizer", "true cannot be carried out by this version: AdamW runs with fp32 states. Set it to false."
-        )
+        yield from _fp8_problems(config, device)
     if wish.use_4bit and importlib.util.find_spec("bitsandbytes") is None:
         yield Problem("low_precision.use_4bit", "true needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if wish.compute_dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Problem(
             "low_precision.compute_dtype", f"bfloat16 needs CUDA capability 8.0 or newer; {_described(device)}. float16 works here."
         )
-    if config.training.compile is True and not config.training.debug and device.type == "cpu" and _compiler() is None:
+    if wish.compute_dtype == "float16" and (reason := _no_float16(device)):
+        yield Problem("low_precision.compute_dtype", f"float16 matmuls do not run here: {reason}. bfloat16 or float32 may.")
+    if config.training.compile is True and not config.training.debug and device.type == "cpu" and host.compiler() is None:
         yield Problem("training.compile", "true needs a C++ compiler; none was found (g++, clang++, $CXX). Install one, or set it to auto.")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The formats that run."""
+    """The formats that run.   fp8: who carries out FP8 products; None where none was asked for."""
 
     device: torch.device
     wish: LowPrecisionConfig
+    fp8: Fp8 | None = None
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Matmuls inside run in compute_dtype."""
+    @classmethod
+    def asked(cls, config: Config, device: torch.device) -> "Precision":
+        """What a configuration without `problems` asks for."""
+        if not config.low_precision.use_fp8:
+            return cls(device, config.low_precision)
+        return cls(device, config.low_precision, fp8.Emulated(config.fp8) if config.fp8.emulate else fp8.Engine(config.fp8))
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Matmuls inside run in compute_dtype, projections in FP8 if asked for."""
         dtype = self.dtype
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
+        with (
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32),
+            self.fp8.region() if self.fp8 else nullcontext(),
+        ):
+            yield
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,9 +93,12 @@ class Precision:
             matmuls = f"{self.wish.compute_dtype} matmuls by autocast"
         if self.dtype is torch.float16:
             matmuls += " with dynamic loss scaling"
+        if self.fp8 is not None:
+            model.product = self.fp8.product  # type: ignore[assignment]
+            matmuls = f"{self.fp8} in {len(projections)} of {len(projections)} projections, other {matmuls}"
         weights = "float32 weights"
         if self.wish.use_4bit:
-            view = FourBitView(self.wish.quantization_type, self.wish.use_double_quant)
+            view = fourbit.FourBitView(self.wish.quantization_type, self.wish.use_double_quant)
             for name in projections:
                 view(name, model.get_parameter(name))
             model.weight_view = view  # type: ignore[assignment]
@@ -97,50 +108,14 @@ class Precision:
             weights = f"{self.wish.quantization_type} weights{nested} in {len(view)} of {len(projections)} projections, float32 masters"
         return f"{matmuls}; {weights}; {_described(self.device)}"
 
+    def state_dict(self) -> dict[str, Any]:
+        """What number formats remember from step to step: scales of FP8; empty without."""
+        return self.fp8.state_dict() if self.fp8 else {}
 
-class FourBitView:
-    """Projections as a 4-bit file would hold them, with gradients straight through to the fp32 parameter.
-
-    Quantised again only after the parameter has changed, so once per optimizer step. torch's version counter tells of changes such as
-    loading a checkpoint, but fused optimizers do not count theirs: whoever steps must `forget`.
-    """
-
-    def __init__(self, quantization_type: str, double_quant: bool) -> None:
-        self._quantization_type = quantization_type
-        self._double_quant = double_quant
-        self._seen: dict[str, tuple[int, int, Tensor]] = {}
-
-    def __len__(self) -> int:
-        """Parameters seen so far."""
-        return len(self._seen)
-
-    def forget(self) -> None:
-        """The parameters have changed."""
-        self._seen.clear()
-
-    def __call__(self, name: str, parameter: Tensor) -> Tensor:
-        """The quantised values of `parameter`, same shape and dtype, differentiable as if it were the parameter."""
-        version, address = parameter._version, parameter.data_ptr()
-        known = self._seen.get(name)
-        if known is None or known[:2] != (version, address):
-            known = (version, address, round_to_4bit(parameter.detach(), self._quantization_type, self._double_quant))
-            self._seen[name] = known
-        quantised: Tensor = _StraightThrough.apply(parameter, known[2])  # type: ignore[no-untyped-call]
-        return quantised
-
-
-def round_to_4bit(weight: Tensor, quantization_type: str, double_quant: bool) -> Tensor:
-    """Quantise and dequantise by bitsandbytes in blocks of 64.   weight: any shape with an even number of elements.
-
-    The weight is handed over flat: the CPU kernel of bitsandbytes 0.50.2 finds the scales of a matrix row by row and takes wrong ones
-    where a row is not a multiple of the block (relative error 0.22 instead of 0.09).
-    """
-    functional = _bitsandbytes()
-    packed, state = functional.quantize_4bit(
-        weight.reshape(-1), blocksize=BLOCK, quant_type=quantization_type, compress_statistics=double_quant
-    )
-    rounded: Tensor = functional.dequantize_4bit(packed, state)
-    return rounded.reshape(weight.shape)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        if self.fp8 is not None:
+            self.fp8.load_state_dict(state)
 
 
 @functools.cache
@@ -161,38 +136,16 @@ def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / best_s
 
 
-def compiles(training: TrainingConfig, device: torch.device) -> tuple[bool, str]:
+def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
     """Whether the model is compiled, and why."""
+    training = config.training
     if training.debug:
         return False, "debug"
+    if config.low_precision.use_fp8 and training.compile == "auto":
+        return False, "auto with FP8, whose delayed scaling is not traced"
     if training.compile == "auto":
         return device.type == "cuda", f"auto on {device.type}"
     return training.compile, "as configured"
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-@functools.cache
-def _bitsandbytes() -> Any:
-    """bitsandbytes.functional, without its note about a kernel for inference that is not used here."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import bitsandbytes.functional
-
-    return bitsandbytes.functional
-
-
-def _compiler() -> str | None:
-    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
 def _described(device: torch.device) -> str:
@@ -202,10 +155,28 @@ def _described(device: torch.device) -> str:
     return f"{device} has CUDA capability {major}.{minor} ({torch.cuda.get_device_name(device)})"
 
 
-def _fp8_refusal(config: Config, device: torch.device) -> str:
-    recipe = config.fp8
-    wished = f"true ({recipe.format}, amax {recipe.amax_compute_algo} of {recipe.amax_history_len} steps)"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
-        return f"{wished} cannot be carried out by this version: no matmul runs in FP8 yet. Set it to false."
-    found = _described(device) if device.type == "cuda" else "this machine has no CUDA device"
-    return f"{wished} needs CUDA capability 8.9 or newer; {found}. Set it to false (compute_dtype: bfloat16 works here)."
+def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:
+    wished = f"true ({config.fp8.format}, amax {config.fp8.amax_compute_algo} of {config.fp8.amax_history_len} steps)"
+    if not config.fp8.emulate and (reason := fp8.unavailable(device)):
+        yield Problem(
+            "low_precision.use_fp8",
+            f"{wished} {reason}. Set fp8.emulate to true (slow: FP8 values on any device), or use_fp8 to false "
+            f"(compute_dtype: bfloat16 works here).",
+        )
+    m, t = config.model, config.training
+    sides = {
+        "model.n_embd": (m.n_embd, "D"),
+        "model.mlp_internal_dim_multiplier": (m.mlp_internal_dim_multiplier * m.n_embd // m.n_head, "N, neurons a head,"),
+        "training.block_size": (t.batch_size * t.block_size, "batch_size * block_size"),
+    }
+    for key, (size, name) in sides.items():
+        if size % fp8.ALIGNMENT:
+            yield Problem(key, f"{name} is {size}; FP8 products need a multiple of {fp8.ALIGNMENT}")
+
+
+def _no_float16(device: torch.device) -> str | None:
+    try:
+        _ = torch.ones(2, 2, dtype=torch.float16, device=device) @ torch.ones(2, 2, dtype=torch.float16, device=device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None

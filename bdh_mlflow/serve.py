@@ -5,13 +5,16 @@ in the number format of training, generation in float32.
 """
 
 import codecs
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from bdh_mlflow import checkpoint, model, precision, resume, tokenizer
+from bdh_mlflow import checkpoint, export, fp8, model, precision, resume, tokenizer
 from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
 from bdh_mlflow.data import ParquetText
 from bdh_mlflow.errors import CheckpointError, InputError
@@ -35,19 +38,34 @@ class Loaded:
 
 
 def load(target: str, checkpoint_dir: Path, tracking: TrackingConfig) -> Loaded:
-    """The model of a run or checkpoint (grammar of `resume`).   Raises ResumeError or CheckpointError."""
+    """The model of a run or checkpoint (grammar of `resume`), or of an exported file.   Raises ResumeError or CheckpointError."""
+    if target.endswith(export.SUFFIX):
+        path = Path(target)
+        exported = export.read(path)
+        config = export.as_rounded(exported.config) if exported.rounded else exported.config
+        return _loaded(exported.weights, config, {}, path, exported.step, ())
     found = resume.find(target, checkpoint_dir, tracking)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
-    device = precision.pick_device()
     config = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
+    formats = found.state.get("precision_state_dict", {})
+    return _loaded(found.state["model_state_dict"], config, formats, found.path, found.checkpoint.manifest.step, found.notes)
+
+
+def _loaded(weights: dict[str, Tensor], config: Config, formats: dict[str, Any], path: Path, step: int, notes: tuple[str, ...]) -> Loaded:
+    """formats: what the training's number formats remembered."""
+    device = precision.pick_device()
+    if config.low_precision.use_fp8 and not config.fp8.emulate and (reason := fp8.unavailable(device)):
+        notes += (f"trained in FP8, which {reason}; evaluation emulates it",)
+        config = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, emulate=True))
     network = BDH(config.to_bdh_config())
-    network.load_published(found.state["model_state_dict"])
+    network.load_published(weights)
     network.to(device).eval()
-    network.use(model.choose_form("auto", device)[0])
-    runs = Precision(device, config.low_precision)
+    network.use(model.choose_form("auto", device, config.low_precision.use_fp8)[0])
+    runs = Precision.asked(config, device)
     runs.prepare(network, model.PROJECTIONS)
-    return Loaded(network, config, found.path, found.checkpoint.manifest.step, runs, found.notes)
+    runs.load_state_dict(formats)
+    return Loaded(network, config, path, step, runs, notes)
 
 
 @dataclass(frozen=True)

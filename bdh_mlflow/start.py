@@ -101,9 +101,9 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
         raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
     origin = _origin(config, checkpoint_dir, progress, fork)
     config = config.resolved(origin.saved if origin.kind == "resumed" else None)
-    form, why = model.choose_form(config.training.layer_form, device)
+    form, why = model.choose_form(config.training.layer_form, device, config.low_precision.use_fp8)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_form=form))
-    runs = Precision(device, config.low_precision)
+    runs = Precision.asked(config, device)
     peak = precision.gemm_peak(runs.dtype, device)
     text = _text(config, progress)
     batches = _batches(config, text, _position(origin, config, text, progress), device)
@@ -143,6 +143,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
                 schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
                 scaler=runs.scaler(),
                 autocast=runs.autocast,
+                formats=runs,
                 device=device,
                 batches=_shown(batches, progress) if config.training.debug else batches,
                 validation=validation,
@@ -321,7 +322,7 @@ def _origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool
         return Origin("warm", found)
     settings = found.state["config"]
     settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
-    saved = Config.from_dict(settings, origin=f"{found.path} (its configuration)")
+    saved = Config.from_dict(settings, origin=f"{found.path} (its configuration)").resolved()
     changes = [d for d in saved.differences(config.resolved(None if fork else saved)) if changes_trajectory(d, saved)]
     if fork:
         changes = [d for d in changes if d.key in SHAPES]
@@ -386,19 +387,23 @@ def _network(
     network = BDH(shape).to(device)
     itemsize = runs.dtype.itemsize
     kept = model.activation_bytes(shape, config.training.batch_size, config.training.block_size, itemsize)
-    network.recompute = kept > RECOMPUTE_ABOVE_BYTES
-    compiled, why = precision.compiles(config.training, device)
+    engine = config.low_precision.use_fp8 and not config.fp8.emulate  # recomputed products would leave its region
+    network.recompute = kept > RECOMPUTE_ABOVE_BYTES and not engine
+    compiled, why = precision.compiles(config, device)
     network.use(form, compiled)
     how = "neurons lit again in the backward pass"
     if form == "reference":
         how = f"activations {'recomputed' if network.recompute else 'kept'}, {kept / 2**30:.1f} GiB if kept"
-    optimizer = optim.build_optimizer(network.parameters(), config.training)
+    bits = config.low_precision.optimizer_bits
+    assert bits is not None, "the configuration is resolved before it gets here"
+    optimizer = optim.build_optimizer(network.parameters(), config.training, bits)
     return (
         network,
         optimizer,
         {
             "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "bdh.precision": runs.prepare(network, model.PROJECTIONS, optimizer),
+            "bdh.optimizer": optim.described(list(network.parameters()), bits),
             "bdh.layer_form": f"{form} ({why_form}; {how})",
             "bdh.compiled": f"{'yes' if compiled else 'no'} ({why})",
         },
@@ -478,7 +483,7 @@ def _headline(
     tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
     identity, uri = tracker.identity, journal.masked(door.tracking_uri)
     lines = [
-        f"BDH with {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step; {facts['bdh.precision']}",
+        f"BDH with {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step; {facts['bdh.precision']}; {facts['bdh.optimizer']}",
         f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
         if identity
@@ -522,7 +527,7 @@ def _shown(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "mlflow", "bitsandbytes", "pyarrow", "numpy")
+    names = ("torch", "mlflow", "bitsandbytes", "torchao", "pyarrow", "numpy")
     return {"bdh-mlflow": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 

@@ -57,6 +57,16 @@ class Schedule(Protocol):
         """Continue from `state`."""
 
 
+class Remembering(Protocol):
+    """Something whose state the next update depends on."""
+
+    def state_dict(self) -> State:
+        """All of it."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from `state`."""
+
+
 class Tracker(Protocol):
     """Who is told about the run. Calls return at once and never fail."""
 
@@ -145,6 +155,7 @@ class Parts:
     schedule: Schedule
     scaler: torch.amp.GradScaler
     autocast: Callable[[], AbstractContextManager[Any]]
+    formats: Remembering
     device: torch.device
     batches: Iterator[Item]
     validation: list[Tensor]
@@ -220,6 +231,7 @@ class Trainer:
             "optimizer_state_dict": parts.optimizer.state_dict(),
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
+            "precision_state_dict": parts.formats.state_dict(),
             "rng": self._rng(),
             "data_position": self._position,
             "loss": self._loss,
@@ -235,6 +247,8 @@ class Trainer:
         parts.schedule.load_state_dict(state["scheduler_state_dict"])
         if state["scaler_state_dict"]:  # empty where losses were not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])
+        if state.get("precision_state_dict"):  # empty without FP8; older checkpoints have none
+            parts.formats.load_state_dict(state["precision_state_dict"])
         self._set_rng(state["rng"])
         self.step = self._saved_step = state["step"]
         self.tokens_seen = state["tokens_seen"]

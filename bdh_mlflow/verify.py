@@ -30,6 +30,7 @@ PIECES = {
     "optimizer": "optimizer_state_dict",
     "scheduler": "scheduler_state_dict",
     "scaler": "scaler_state_dict",
+    "number formats": "precision_state_dict",
     "RNG": "rng",
     "data position": "data_position",
     "tokens seen": "tokens_seen",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdh_mlflow import blocked, layer, precision
+from bdh_mlflow import blocked, host, layer
 from bdh_mlflow.blocked import Plan
 from bdh_mlflow.layer import LayerWeights
 from bdh_mlflow.model import BDH, BDHConfig
@@ -148,7 +148,7 @@ def test_gradients_are_finite_differences(tokens: int, cut: Plan, monkeypatch: p
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.skipif(precision._compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
 def test_fused_passes_give_the_same_values() -> None:
     given = tuple(t.float() for t in inputs(2, 2, 40, neurons=64))
     found = errors(results(given, by_blocks(compiled=True)), results(given, by_blocks()))

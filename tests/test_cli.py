@@ -136,8 +136,14 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "range": (("model.dropout=1.5",), "model.dropout: found 1.5; accepted: number >= 0 and < 1"),
     "several": (("model.dropout=1.5", "training.seed=x", "low_precision.use_fp8=true"), "3 problems"),
     "divide": (("model.n_head=3",), "model.mlp_internal_dim_multiplier: 4 * n_embd 16 is not a multiple of 2 * n_head 3"),
-    "fp8": (("low_precision.use_fp8=true",), "low_precision.use_fp8: true (hybrid, amax max of 1024 steps) needs CUDA capability 8.9"),
-    "4-bit optimizer": (("low_precision.use_4bit_optimizer=true",), "AdamW runs with fp32 states. Set it to false."),
+    "fp8": (
+        ("low_precision.use_fp8=true", "model.n_embd=32"),
+        "low_precision.use_fp8: true (hybrid, amax max of 1024 steps) needs CUDA capability 8.9",
+    ),
+    "4-bit optimizer": (
+        ("low_precision.use_4bit_optimizer=true", "low_precision.optimizer_bits=8"),
+        "optimizer_bits: 8 with low_precision",
+    ),
     "no data": (("dataset.parquet_dir=nowhere",), "nowhere: no such folder (dataset.parquet_dir). Set dataset.source"),
     "empty data": (("dataset.parquet_dir=hollow",), "hollow: no parquet files in it"),
     "column": (("dataset.text_column=body",), "text/part-0.parquet: no column `body`; it has text. Set dataset.text_column"),

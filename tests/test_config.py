@@ -54,11 +54,12 @@ DEFAULTS = {
         "use_fp8": False,
         "use_4bit": True,
         "use_4bit_optimizer": False,
+        "optimizer_bits": None,
         "quantization_type": "nf4",
         "use_double_quant": True,
         "compute_dtype": "bfloat16",
     },
-    "fp8": {"format": "hybrid", "amax_history_len": 1024, "amax_compute_algo": "max"},
+    "fp8": {"format": "hybrid", "amax_history_len": 1024, "amax_compute_algo": "max", "emulate": False},
     "tracking": {
         "experiment": "bdh",
         "run_name": None,

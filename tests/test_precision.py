@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from bdh_mlflow import precision
+from bdh_mlflow import fourbit, host, precision
 from bdh_mlflow.config import Config, LowPrecisionConfig
 from bdh_mlflow.errors import ConfigError
+from bdh_mlflow.fourbit import FourBitView, round_to_4bit
 from bdh_mlflow.model import BDH, PROJECTIONS, BDHConfig
 from bdh_mlflow.optim import build_optimizer
-from bdh_mlflow.precision import FourBitView, Precision, round_to_4bit
+from bdh_mlflow.precision import Precision
 
 CPU = torch.device("cpu")
 SHAPE = BDHConfig(n_layer=2, n_embd=16, dropout=0.0, n_head=2, mlp_internal_dim_multiplier=4)
@@ -31,6 +32,19 @@ def test_4bit_rounding_has_the_error_of_the_format_for_rows_of_any_length(kind: 
     rounded = round_to_4bit(weight, kind, nested)
     assert rounded.shape == weight.shape
     assert float((rounded - weight).norm() / weight.norm()) == pytest.approx(error, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_4bit_values_are_those_of_the_library_to_the_bit(kind: str, nested: bool) -> None:
+    """Also at and beside the bounds between levels, for zeros, and over several pieces."""
+    levels = fourbit._bitsandbytes().get_4bit_type(kind, device="cpu").sort().values
+    bounds = (levels[1:] + levels[:-1]) / 2
+    edges = [torch.nextafter(bounds, torch.tensor(side)) for side in (-2.0, 2.0)]
+    hard = torch.cat([bounds, *edges, levels, torch.zeros(2), torch.ones(1)])[:64]
+    weight = torch.cat([hard, torch.zeros(64), torch.full((64,), 1e-30), torch.randn(3 * fourbit.PIECE)])
+    packed, state = fourbit._quantised(weight, kind, nested)
+    assert torch.equal(round_to_4bit(weight, kind, nested), fourbit._bitsandbytes().dequantize_4bit(packed, state).view(-1))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -70,8 +84,8 @@ def test_weights_are_quantised_once_an_update(monkeypatch: pytest.MonkeyPatch) -
     optimizer = build_optimizer(model.parameters(), Config().training)
     runs.prepare(model, PROJECTIONS, optimizer)
     calls: list[int] = []
-    real = precision.round_to_4bit
-    monkeypatch.setattr(precision, "round_to_4bit", lambda *a: calls.append(1) or real(*a))
+    real = fourbit.round_to_4bit
+    monkeypatch.setattr(fourbit, "round_to_4bit", lambda *a: calls.append(1) or real(*a))
     for _ in range(3):
         for _ in range(2):
             idx = torch.randint(0, 256, (1, 5))
@@ -105,25 +119,38 @@ def test_compute_dtype_is_the_one_of_the_matmuls_and_masters_stay_fp32(dtype: st
 
 
 def test_fp8_without_a_capable_device_is_refused_with_what_was_asked() -> None:
-    tree = {"low_precision": {"use_fp8": True}, "fp8": {"format": "e4m3", "amax_history_len": 16, "amax_compute_algo": "most_recent"}}
+    recipe = {"format": "e4m3", "amax_history_len": 16, "amax_compute_algo": "most_recent"}
+    tree = {"low_precision": {"use_fp8": True, "use_4bit": False}, "fp8": recipe}
     with pytest.raises(ConfigError, match=r"use_fp8: true \(e4m3, amax most_recent of 16 steps\) needs CUDA capability 8.9 or newer; this"):
         Config.from_dict(tree, checks=[precision.problems])
 
 
-@pytest.mark.parametrize(("capability", "message"), [((8, 0), "cuda:0 has CUDA capability 8.0"), ((9, 0), "no matmul runs in FP8 yet")])
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [((8, 0), "cuda:0 has CUDA capability 8.0"), ((9, 0), "needs Transformer Engine, which cannot be imported")],
+)
 def test_fp8_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], message: str) -> None:
     monkeypatch.setattr(precision, "pick_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(precision, "_no_float16", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    (problem,) = precision.problems(Config.from_dict({"low_precision": {"use_fp8": True}}))
+    (problem,) = precision.problems(Config.from_dict({"low_precision": {"use_fp8": True, "use_4bit": False}}))
     assert message in problem.message
+    assert "fp8.emulate" in problem.message
 
 
-def test_4bit_optimizer_is_refused_rather_than_ignored() -> None:
-    (problem,) = precision.problems(Config.from_dict({"low_precision": {"use_4bit_optimizer": True}}))
-    assert problem.key == "low_precision.use_4bit_optimizer"
-    assert "Set it to false" in problem.message
+def test_float16_on_a_device_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.from_dict({"low_precision": {"compute_dtype": "float16"}})
+    assert list(precision.problems(config)) == []
+    monkeypatch.setattr(precision.torch, "ones", lambda *shape, **how: _refusing())
+    (problem,) = precision.problems(config)
+    assert problem.key == "low_precision.compute_dtype"
+    assert "not implemented for 'Half'" in problem.message
+
+
+def _refusing() -> None:
+    raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
 
 
 def test_missing_bitsandbytes_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,26 +160,31 @@ def test_missing_bitsandbytes_is_refused_with_the_install_line(monkeypatch: pyte
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
+    monkeypatch.setattr(host, "compiler", lambda: None)
     (problem,) = precision.problems(Config.from_dict({"training": {"compile": True}}))
     assert problem.key == "training.compile"
 
 
 @pytest.mark.parametrize(
-    ("training", "device", "expected"),
+    ("settings", "device", "expected"),
     [
         ({}, "cpu", (False, "auto on cpu")),
         ({}, "cuda", (True, "auto on cuda")),
-        ({"compile": True}, "cpu", (True, "as configured")),
-        ({"compile": True, "debug": True}, "cuda", (False, "debug")),
+        ({"training": {"compile": True}}, "cpu", (True, "as configured")),
+        ({"training": {"compile": True, "debug": True}}, "cuda", (False, "debug")),
+        (
+            {"low_precision": {"use_fp8": True, "use_4bit": False}},
+            "cuda",
+            (False, "auto with FP8, whose delayed scaling is not traced"),
+        ),
     ],
 )
-def test_what_is_compiled_and_why(training: dict, device: str, expected: tuple[bool, str]) -> None:
-    assert precision.compiles(Config.from_dict({"training": training}).training, torch.device(device)) == expected
+def test_what_is_compiled_and_why(settings: dict, device: str, expected: tuple[bool, str]) -> None:
+    assert precision.compiles(Config.from_dict(settings), torch.device(device)) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(precision._compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore:The .grad attribute:UserWarning")  # torch's own, while tracing
 def test_compiled_layers_with_4bit_weights_give_the_same_loss() -> None:
     model, _, _ = prepared(use_4bit=True, compute_dtype="float32")

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mlflow.projects import _project_spec
 
 from bdh_mlflow.cli import cli
-from bdh_mlflow.config import Config, documentation
+from bdh_mlflow.config import CLASHES, Config, documentation
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text()
@@ -51,6 +51,21 @@ def settings_table() -> str:
 
     rows = [f"| `{key}` | {cell(default)} | {cell(accepted)} | {cell(meaning)} |" for key, default, accepted, meaning in documentation()]
     return "\n".join(["| setting | default | accepted | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+def test_readme_table_of_clashes_is_the_configurations() -> None:
+    table = re.search(r"<!-- clashes:.*?-->\n(.*?)<!-- end of clashes -->", README, re.S)
+    assert table is not None
+
+    def word(value: object) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    rows = []
+    for c in CLASHES:
+        first, *others = (word(v) for v in c.values)
+        values = ", ".join([f"`{c.other}: {first}`", *(f"`{v}`" for v in others)])
+        rows.append(f"| `{c.key}: {word(c.value)}` | {values} | {c.remedy} |")
+    assert table[1].splitlines()[2:] == rows
 
 
 def test_gate_runs_the_test_command_of_the_readme() -> None:

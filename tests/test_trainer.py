@@ -138,6 +138,7 @@ def bench(*, batches: Iterator[Item] | None = None, scaler: bool = False, model:
         schedule=rate,
         scaler=torch.amp.GradScaler("cpu", enabled=scaler),
         autocast=nullcontext,
+        formats=rate,
         device=CPU,
         batches=batches or items(),
         validation=[item.tokens for item, _ in zip(items(5000), range(3), strict=False)],

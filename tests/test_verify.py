@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from bdh_mlflow import start, verify
+from bdh_mlflow import host, start, verify
 from bdh_mlflow.config import Config
 from bdh_mlflow.trainer import Trainer
 from bdh_mlflow.verify import bitwise_difference
 from tests.conftest import run_cli, tiny_config
 
 PLATEAU = {"type": "plateau", "patience": 0, "factor": 0.5}
+FP8 = {"use_fp8": True, "use_4bit": False}
 NEVER_BETTER = {"type": "plateau", "patience": 100}  # with a tiny rate: every evaluation counts
 
 
@@ -30,13 +31,12 @@ def verified(config: Config, tmp_path: Path, *, steps: int = 12, interruptions: 
     "sections",
     [
         {},
-        {"low_precision": {"compute_dtype": "bfloat16", "use_4bit": False}},
+        {"low_precision": {"compute_dtype": "bfloat16", "use_4bit": False, "optimizer_bits": 8}},
         {"low_precision": {"compute_dtype": "float16", "use_4bit": False}},
-        {"low_precision": {"compute_dtype": "float32", "use_4bit": True}},
-        {"training": {"gradient_accumulation_steps": 3}},
-        {"scheduler": {"type": "cosine", "warmup_steps": 2}},
-        {"scheduler": {"type": "linear"}},
+        {"low_precision": {"compute_dtype": "float32", "use_4bit": True}, "scheduler": {"type": "linear"}},
+        {"training": {"gradient_accumulation_steps": 3}, "scheduler": {"type": "cosine", "warmup_steps": 2}},
         {"scheduler": {"type": "exponential", "gamma": 0.9}},
+        {"low_precision": FP8, "fp8": {"emulate": True, "amax_history_len": 4}},
         {"scheduler": PLATEAU, "training": {"learning_rate": 0.5}},
         {"dataset": {"max_cached_files": 1}, "training": {"block_size": 70, "log_freq": 4}},
     ],
@@ -47,6 +47,13 @@ def test_resume_is_bit_exact_after_a_stop_and_a_kill(text: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_resume_with_4bit_states_is_bit_exact(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "compiler", lambda: None)  # compiling takes half a minute a process
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the same for the child that is killed
+    assert verified(tiny_config(low_precision={"optimizer_bits": 4}), tmp_path) == {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("piece", "sections", "steps", "seen_in"),
     [
@@ -54,6 +61,7 @@ def test_resume_is_bit_exact_after_a_stop_and_a_kill(text: Path, tmp_path: Path,
         ("optimizer_state_dict", {}, 12, "optimizer"),
         ("scheduler_state_dict", {"scheduler": NEVER_BETTER, "training": {"learning_rate": 1e-9}}, 12, "scheduler"),
         ("scaler_state_dict", {"low_precision": {"compute_dtype": "float16", "use_4bit": False}}, 12, "scaler"),
+        ("precision_state_dict", {"low_precision": FP8, "fp8": {"emulate": True}}, 12, "number formats"),
         ("rng", {}, 12, "RNG"),
         ("data_position", {}, 12, "data position"),
         ("tokens_seen", {}, 12, "tokens seen"),
