@@ -7,6 +7,7 @@ import difflib
 import functools
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -26,10 +27,11 @@ from bdh_mlflow.errors import BdhError, InputError, ResumeError, TrackingError
 
 if TYPE_CHECKING:
     from bdh_mlflow.export import Format
-    from bdh_mlflow.serve import Loaded
+    from bdh_mlflow.generation import Loaded, Sampling
     from bdh_mlflow.start import Outcome
 
 DEFAULT_CONFIG = "configs/config.yaml"
+SHOWN_RUNS = 8  # columns that a terminal holds
 
 
 class _Commands(click.Group):
@@ -104,8 +106,9 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
 @_config
 @click.option("--data", "folder", metavar="DIR", help="Folder of parquet files; the one it was trained on if not given.")
 @click.option("--batches", default=32, show_default=True, type=click.IntRange(1), help="Validation batches to take.")
-def evaluate(run: str, config_path: str, folder: str | None, batches: int) -> None:
-    """Loss and bits per byte of RUN on validation text."""
+@click.option("--log/--no-log", default=True, show_default=True, help="Log the result to the MLflow run, under eval/.")
+def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: bool) -> None:
+    """Loss and bits per byte of RUN on validation text, logged to its MLflow run."""
     import dataclasses
 
     from bdh_mlflow import serve
@@ -117,6 +120,9 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int) -> No
     loss = serve.validation_loss(loaded, dataset, batches)
     click.echo(f"{loaded.path}: step {loaded.step}")
     click.echo(f"val/loss {loss:.4f} nats per byte, val/bpb {tokenizer.bits_per_byte(loss):.4f} on {dataset.parquet_dir}")
+    if log and loaded.run_id is not None:
+        names = serve.record(loaded, dataset, loss, Config.from_yaml(config_path).tracking)
+        click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}")
 
 
 @cli.command()
@@ -129,22 +135,53 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int) -> No
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose among the likeliest bytes that together reach this.")
 @click.option("--stop", default="", help="Text after which to write nothing more.")
 @click.option("--seed", type=int, help="Repeatable randomness.")
-def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, **sampling: Any) -> None:
-    """Continue a prompt with RUN: latest, a path, a run id or an artifact URI."""
-    from bdh_mlflow import serve
+@click.option("--interactive", is_flag=True, help="Ask for one prompt after the other; an empty end of input (Ctrl-D) leaves.")
+def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **sampling: Any) -> None:
+    """Continue a prompt with RUN: latest, a path, a run id, an artifact URI or an exported file.
 
+    Without --prompt the prompt is read from standard input, if something is piped into it.
+    """
+    from bdh_mlflow import generation
+
+    if interactive and prompts:
+        raise click.UsageError("--interactive asks for prompts itself; give it without --prompt")
     if prompts.count("-") > 1:
         raise click.UsageError("standard input can be one --prompt only")
     if any(value != value for value in sampling.values()):
         raise click.UsageError("--temperature and --top-p must be numbers")
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ("",)]
-    loaded, how = _load(run, config_path), serve.Sampling(**sampling)
+    how = generation.Sampling(**sampling)
+    if interactive:
+        _converse(_load(run, config_path), max_new_tokens, how)
+        return
+    piped = not prompts and not sys.stdin.isatty()
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ("-" if piped else "",)]
+    loaded = _load(run, config_path)
     if len(texts) > 1:
-        for text, written in zip(texts, serve.write_all(loaded, texts, max_new_tokens, how), strict=True):
+        for text, written in zip(texts, generation.write_all(loaded, texts, max_new_tokens, how), strict=True):
             click.echo(f"{text}{written}\n")
         return
-    click.echo(texts[0], nl=False)
-    for piece in serve.write(loaded, texts[0], max_new_tokens, how):
+    _stream(loaded, texts[0], max_new_tokens, how)
+
+
+def _converse(loaded: "Loaded", max_new_tokens: int, how: "Sampling") -> None:
+    """Prompt and answer by turns, until the input ends. Each prompt stands for itself."""
+    click.echo(f"{loaded.path}, step {loaded.step}. A line is a prompt; Ctrl-D leaves.", err=True)
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        try:
+            _stream(loaded, prompt, max_new_tokens, how)
+        except InputError as error:
+            click.echo(f"Error: {error}", err=True)
+
+
+def _stream(loaded: "Loaded", prompt: str, max_new_tokens: int, how: "Sampling") -> None:
+    from bdh_mlflow import generation
+
+    click.echo(prompt, nl=False)
+    for piece in generation.write(loaded, prompt, max_new_tokens, how):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -152,16 +189,34 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
 @cli.command()
 @click.argument("runs", nargs=-1, required=True)
 @_config
-@click.option("--out", default="compare.html", show_default=True, type=click.Path(dir_okay=False), help="Report to write.")
-def compare(runs: tuple[str, ...], config_path: str, out: str) -> None:
-    """What differs between RUNS (ids or names), and their curves at equal steps and tokens."""
+@click.option(
+    "--out", default="compare.html", show_default=True, type=click.Path(dir_okay=False), help="Report to write; its plots beside it."
+)
+@click.option("--log/--no-log", default=True, show_default=True, help="Keep the report among the first run's artifacts, too.")
+def compare(runs: tuple[str, ...], config_path: str, out: str, log: bool) -> None:
+    """What differs between RUNS, and their curves on steps, tokens and active time.
+
+    A run is given by id, name or `latest`; an experiment's name stands for all its runs, and so does a filter such as
+    "metrics.`val/loss` < 2" or "params.`model.n_layer` = '6'".
+    """
     from bdh_mlflow import compare as report
 
     tracking = Config.from_yaml(config_path).tracking
-    comparison = report.read(_split(runs), tracking)
-    _print_table(["", *(run.label for run in comparison.runs)], report.rows(comparison))
-    Path(out).write_text(report.page(comparison), encoding="utf-8")
-    click.echo(f"Report with curves: {Path(out).absolute()}")
+    comparison = report.read(_split(runs, report.FILTER), tracking)
+    table = report.rows(comparison)
+    shown = comparison.runs[:SHOWN_RUNS]
+    _print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in table])
+    if len(shown) < len(comparison.runs):
+        click.echo(f"... and {len(comparison.runs) - len(shown)} more runs in the report")
+    path = Path(out)
+    path.write_text(report.page(comparison), encoding="utf-8")
+    files = [path]
+    for metric, png in report.pictures(comparison).items():
+        files.append(path.with_name(f"{path.stem}_{metric.replace('/', '_')}.png"))
+        files[-1].write_bytes(png)
+    if log:
+        report.keep(comparison, files, tracking)
+    click.echo(f"Report with curves: {path.absolute()}")
 
 
 @cli.command("verify-resume", context_settings=_open_ended)
@@ -422,6 +477,29 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
     click.echo(f"Next: bdh-mlflow evaluate {done.path} (or generate {done.path} --prompt 'def ')")
 
 
+@checkpoints.command("register")
+@click.argument("target")
+@click.option("--name", required=True, help="Registered model to make a version of.")
+@click.option("--alias", help="Name that points to this version from now on: champion, say.")
+@click.option(
+    "--format", "kind", type=click.Choice(["4bit", "safetensors"]), help="Packed in 4 bits, or float32; as it was trained if not given."
+)
+@_config
+def checkpoints_register(target: str, name: str, alias: str | None, kind: "Format | None", config_path: str) -> None:
+    """Make the model of TARGET (as for resume) a version of a registered model that `mlflow models serve` serves."""
+    from bdh_mlflow import registry
+
+    config = Config.from_yaml(config_path)
+    version, uri = registry.register(
+        target, name, alias, kind, Path(config.training.checkpoint_dir), config.tracking, lambda text: click.echo(text, err=True)
+    )
+    click.echo(f"{name}, version {version}: {uri}")
+    click.echo(f"Serve: mlflow models serve -m {uri} --env-manager local --port 5001")
+    click.echo(
+        """Ask:   curl -H 'Content-Type: application/json' -d '{"inputs": {"prompt": ["def "]}}' http://127.0.0.1:5001/invocations"""
+    )
+
+
 @cli.group("config")
 def config_group() -> None:
     """Configuration files."""
@@ -490,7 +568,7 @@ def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) ->
     ending, identity = outcome.ending, outcome.identity
     lines = [""]
     if ending.sample:
-        lines += ["Sample (what stands in \u27e6 \u27e7 is the model's):", ending.sample]
+        lines += ["Sample (what stands in \u27e6 \u27e7 is the model's):", str(ending.sample)]
     val = f", val/loss {ending.val_loss:.4f}, val/bpb {tokenizer.bits_per_byte(ending.val_loss):.4f}" if ending.val_loss is not None else ""
     how = "Finished" if ending.reason == "finished" else f"Stopped by {ending.reason}"
     lines.append(f"{how} at step {ending.step}{val}; peak memory {outcome.peak_gib:.2f} GiB")
@@ -535,9 +613,9 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def _split(runs: Sequence[str]) -> list[str]:
-    """Runs as separate words, also when `mlflow run` hands them over in one parameter."""
-    return [word for run in runs for word in run.split()]
+def _split(runs: Sequence[str], whole: re.Pattern[str]) -> list[str]:
+    """Runs as separate words, also when `mlflow run` hands them over in one parameter.   whole: what is not to be split."""
+    return [word for run in runs for word in ([run] if whole.search(run) else run.split())]
 
 
 def _quiet_libraries() -> None:
@@ -547,3 +625,4 @@ def _quiet_libraries() -> None:
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.utils.requirements_utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\..*")
+    warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)  # of its own classes, when mlflow.pyfunc is imported

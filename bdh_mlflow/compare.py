@@ -1,62 +1,131 @@
-"""Finished or running trainings read back: what differs in their settings, where they stand, their curves at equal steps and tokens.
+"""Finished or running trainings read back: what differs in their settings, where they stand, their curves on equal axes, what they write.
 
-Reads only MLflow. One self-contained HTML page; the plots are pictures in it.
+Reads only MLflow, at full resolution. One self-contained HTML page; its plots are pictures, which `pictures` also gives one by one. Runs
+whose settings differ in the seed alone are drawn as one mean with a band.
 """
 
 import base64
+import contextlib
+import difflib
 import html
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import mlflow
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
 
 from bdh_mlflow import tracking
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.remote import SAMPLES, SEGMENTS
 
 CURVES = ("train/loss", "val/loss", "val/bpb")
-LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/tokens_per_s", "mem/peak_gib")
+LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/tokens_per_s", "perf/mfu_pct", "perf/step_ms", "mem/peak_gib")
+AXES = ("step", "tokens", "active hours")
+DRAWN_POINTS = 800  # of a curve; beyond that neighbours are averaged for the picture
+MOST_SAMPLES = 4  # steps, and runs side by side
+SAME_BUT_SEED = re.compile(r"training\.(seed|checkpoint_dir|resume_from_checkpoint)|tracking\..*")
+FILTER = re.compile(r"[=<>]|\b(I?LIKE|IN)\b")
 
-Curve = list[tuple[int, float]]
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric by step, one value each.   steps, values: (n,).   at_ms: (n,), when each was measured."""
+
+    steps: Numbers
+    values: Numbers
+    at_ms: Numbers
+
+    def __len__(self) -> int:
+        """Points."""
+        return len(self.steps)
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """One training.   curves: metric to (step, value) by step.   tokens_per_step: 0 where the run does not say."""
+    """One training.   tokens_per_step: 0 where the run does not say.   segments: rows of `segments.json`.   samples: step to text."""
 
     label: str
     run: Run
     curves: dict[str, Curve]
     tokens_per_step: float
+    segments: list[dict[str, Any]]
+    samples: dict[int, str]
+
+    def axis(self, name: str, curve: Curve) -> Numbers | None:
+        """A curve's places on one of AXES; None where they are not known."""
+        if name == "step":
+            return curve.steps
+        if name == "tokens":
+            return curve.steps * self.tokens_per_step if self.tokens_per_step else None
+        return self._active_hours(curve.at_ms)
+
+    def _active_hours(self, at_ms: Numbers) -> Numbers:
+        """Time in which a process worked on the run, without the gaps between segments."""
+        hours = np.zeros_like(at_ms)
+        spans = [(s["started_at_ms"], s["ended_at_ms"] or s["last_seen_ms"]) for s in self.segments] or [(self.run.info.start_time, np.inf)]
+        spans[-1] = (spans[-1][0], np.inf)  # it may be running
+        for start, end in spans:
+            hours += np.clip(np.minimum(at_ms, end) - start, 0, None) / 3.6e6
+        return hours
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trainings side by side.   differing: settings that are not the same in all of them."""
+    """Trainings side by side.
+
+    differing: settings that are not the same in all of them.   families: runs that differ in nothing but the seed, together.
+    """
 
     runs: tuple[RunCurves, ...]
     differing: tuple[str, ...]
+    families: tuple[tuple[RunCurves, ...], ...] = field(default=())
 
 
 def read(names: Sequence[str], config: TrackingConfig) -> Comparison:
-    """The runs named by id or by name in the configured experiment.   Raises InputError for one that is not there."""
+    """The runs that names stand for: ids, run names, `latest`, experiments, or filter strings on the configured experiment.
+
+    Raises InputError for one that stands for nothing, with what is near.
+    """
     client = tracking.connect(config)
-    runs = tuple(_curves(client, _find(client, name, config.experiment)) for name in dict.fromkeys(names))
+    chosen = {run.info.run_id: run for name in names for run in _find(client, name, config.experiment)}
+    runs = tuple(_curves(client, run) for run in chosen.values())
     keys = dict.fromkeys(key for r in runs for key in r.run.data.params if "." in key)
     differing = tuple(key for key in keys if len({r.run.data.params.get(key) for r in runs}) > 1)
-    return Comparison(runs, differing)
+    families: dict[str, list[RunCurves]] = {}
+    for r in runs:
+        same = {key: value for key, value in sorted(r.run.data.params.items()) if "." in key and not SAME_BUT_SEED.fullmatch(key)}
+        families.setdefault(json.dumps(same) if same else r.run.info.run_id, []).append(r)
+    return Comparison(runs, differing, tuple(tuple(family) for family in families.values()))
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
-    """A table: status, last values, best validation, then the settings that differ; one column per run."""
+    """A table: status, history, last values, best validation, then the settings that differ; one column per run."""
     runs = comparison.runs
     table = [["status", *(r.run.info.status for r in runs)]]
     for key in LAST:
-        table.append([f"last {key}", *(_number(r.run.data.metrics.get(key)) for r in runs)])
+        if any(key in r.run.data.metrics for r in runs):
+            table.append([f"last {key}", *(_number(r.run.data.metrics.get(key)) for r in runs)])
     table.append(["best val/loss", *(_best(r.curves["val/loss"]) for r in runs)])
+    table.append(["best checkpoint", *(r.run.data.tags.get("bdh.best_checkpoint", "").rpartition("/")[2] for r in runs)])
+    if any(len(r.segments) > 1 for r in runs):
+        table.append(["segments", *(_history(r) for r in runs)])
+    drift = [{k.removeprefix("drift."): v for k, v in r.run.data.tags.items() if k.startswith("drift.")} for r in runs]
+    if any(drift):
+        table.append(["changed on resume", *("; ".join(f"{k}: {v}" for k, v in d.items()) for d in drift)])
     table += [[key, *(r.run.data.params.get(key, "") for r in runs)] for key in comparison.differing]
     return table
 
@@ -64,68 +133,190 @@ def rows(comparison: Comparison) -> list[list[str]]:
 def page(comparison: Comparison) -> str:
     """The report as one HTML page without anything to fetch."""
     head = "".join(f"<th>{html.escape(r.label)}</th>" for r in comparison.runs)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(comparison))
+    body = "".join(
+        f"<tr><th>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows(comparison)
+    )
+    plots = "".join(
+        f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in pictures(comparison).items()
+    )
     return (
-        "<!doctype html><meta charset=utf-8><title>BDH runs compared</title>"
-        "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}</style>"
-        f"<h1>BDH runs compared</h1><table><tr><th></th>{head}</tr>{body}</table>"
-        f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(plot(comparison)).decode()}">'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>BDH runs compared</title><style>'
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1500px;padding:0 1em;color:#1c2733}"
+        "h1{font-size:1.5em}h2{font-size:1.1em;margin:2em 0 .5em}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92em}"
+        "th,td{padding:.3em .9em;text-align:left;border-bottom:1px solid #dde3ea;vertical-align:top;white-space:nowrap}"
+        "tr th:first-child{position:sticky;left:0;background:#fff;font-weight:500;color:#51606f}thead th{background:#f2f5f8}"
+        "pre{white-space:pre-wrap;width:26em;margin:0;font-size:.85em}b{background:#fff1c2;font-weight:400}img{max-width:100%}"
+        "</style><h1>BDH runs compared</h1>"
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{plots}{_samples(comparison)}</html>"
     )
 
 
-def plot(comparison: Comparison) -> bytes:
-    """PNG: a row of axes per metric, on steps and on tokens."""
-    figure = Figure(figsize=(13, 4 * len(CURVES)), layout="constrained")
-    axes = figure.subplots(len(CURVES), 2, squeeze=False)
-    for row, metric in zip(axes, CURVES, strict=True):
-        for axis, name in zip(row, ("step", "tokens seen"), strict=True):
-            for r in comparison.runs:
-                scale = 1.0 if name == "step" else r.tokens_per_step
-                points = r.curves[metric]
-                if points and scale:
-                    axis.plot([step * scale for step, _ in points], [value for _, value in points], label=r.label, marker=".")
-            axis.set(xlabel=name, ylabel=metric)
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend()
+def pictures(comparison: Comparison) -> dict[str, bytes]:
+    """A PNG per metric that any run has: on steps, on tokens and on the time in which the runs were worked on."""
+    return {metric: _picture(comparison, metric) for metric in CURVES if any(len(r.curves[metric]) for r in comparison.runs)}
+
+
+def keep(comparison: Comparison, files: Sequence[Path], config: TrackingConfig) -> None:
+    """The report as artifacts of the first run, under `compare/`.   Raises TrackingError."""
+    client = tracking.connect(config)
+    run_id = comparison.runs[0].run.info.run_id
+    with tracking.reported(f"run {run_id}: the report cannot be kept there"):
+        for file in files:
+            client.log_artifact(run_id, str(file), "compare")
+
+
+def _picture(comparison: Comparison, metric: str) -> bytes:
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    axes = figure.subplots(1, len(AXES), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, AXES, strict=True):
+        for number, family in enumerate(comparison.families):
+            _draw(axis, name, metric, family, f"C{number % 10}", number // 10 % 4)
+        axis.set(xlabel=name)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=metric)
+    drawn = axes[0].get_legend_handles_labels()
+    if 0 < len(drawn[0]) <= 12:
+        axes[-1].legend(*drawn, fontsize="small")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
+    figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
 
 
-def _find(client: MlflowClient, name: str, experiment: str) -> Run:
+def _draw(axis: Axes, name: str, metric: str, family: tuple[RunCurves, ...], colour: str, style: int) -> None:
+    """A run's curve; of several seeds the mean with a band from the lowest to the highest, at the steps that all of them have."""
+    dash = ("-", "--", ":", "-.")[style]
+    curves = [r.curves[metric] for r in family]
+    common = sorted(set.intersection(*(set(c.steps) for c in curves)))
+    if len(family) > 1 and len(common) > 1:
+        places = [np.isin(c.steps, common) for c in curves]
+        values = np.stack([c.values[p] for c, p in zip(curves, places, strict=True)])
+        across = [r.axis(name, c) for r, c in zip(family, curves, strict=True)]
+        if any(x is None for x in across):
+            return
+        x = np.mean([x[p] for x, p in zip(across, places, strict=True) if x is not None], axis=0)
+        at, mean, low, high = _thinned(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+        axis.plot(at, mean, dash, color=colour, label=f"{family[0].label}, {len(family)} seeds")
+        axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+        return
+    for r, curve in zip(family, curves, strict=True):
+        place = r.axis(name, curve)
+        if place is not None and len(curve):
+            axis.plot(*_thinned(place, curve.values), dash, color=colour, label=r.label, marker="." if len(curve) < 40 else "")
+
+
+def _thinned(*columns: Numbers) -> list[Numbers]:
+    """At most DRAWN_POINTS of each column, as means of neighbours."""
+    size = -(-len(columns[0]) // DRAWN_POINTS)
+    if size <= 1:
+        return list(columns)
+    edges = np.arange(0, len(columns[0]), size)
+    counts = np.diff(np.append(edges, len(columns[0])))
+    return [np.add.reduceat(column, edges) / counts for column in columns]
+
+
+def _samples(comparison: Comparison) -> str:
+    """What runs wrote at equal steps, side by side; the last steps that at least two of them (or the only one) have."""
+    runs = [r for r in comparison.runs if r.samples][:MOST_SAMPLES]
+    if not runs:
+        return ""
+    steps = sorted({step for r in runs for step in r.samples if sum(step in other.samples for other in runs) >= min(2, len(runs))})
+    head = "".join(f"<th>{html.escape(r.label)}</th>" for r in runs)
+    body = ""
+    for step in steps[-MOST_SAMPLES:]:
+        cells = "".join(f"<td><pre>{r.samples.get(step, '')}</pre></td>" for r in runs)
+        body += f"<tr><th>step {step}</th>{cells}</tr>"
+    return f'<h2>Samples</h2><div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _find(client: MlflowClient, name: str, experiment: str) -> list[Run]:
     with tracking.reported(f"run {name} cannot be read"):
         if run := tracking.find_run(client, name):
-            return run
+            return [run]
         found = client.get_experiment_by_name(experiment)
-        runs = client.search_runs([found.experiment_id]) if found else []
-    matches = [run for run in runs if run.info.run_name == name]
-    if len(matches) == 1:
-        return matches[0]
-    known = ", ".join(str(run.info.run_name) for run in runs[:10]) or "none"
-    problem = f"{len(matches)} runs have this name, give an id" if matches else f"no such run; experiment {experiment} has {known}"
-    raise InputError(f"{name}: {problem}")
+        if FILTER.search(name):
+            try:
+                runs = _trainings(client, found.experiment_id, name) if found else []
+            except MlflowException as error:
+                raise InputError(f"{name}: not a filter that MLflow takes: {tracking.first_line(error)}") from None
+            if not runs:
+                raise InputError(f"{name}: no run of experiment {experiment} is like this")
+            return runs
+        own = _trainings(client, found.experiment_id) if found else []
+        if name == "latest" and own:
+            return own[:1]
+        matches = [run for run in own if run.info.run_name == name]
+        if len(matches) == 1:
+            return matches
+        other = client.get_experiment_by_name(name)
+        if not matches and other is not None and (runs := _trainings(client, other.experiment_id)):
+            return runs
+        experiments = [e.name for e in client.search_experiments()] if not matches else []
+    if matches:
+        raise InputError(f"{name}: {len(matches)} runs have this name, give an id: {', '.join(run.info.run_id for run in matches[:5])}")
+    known = [str(run.info.run_name) for run in own]
+    near = difflib.get_close_matches(name, [*known, *experiments, *["latest"] * bool(own)], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"experiment {experiment} has {', '.join(known[:10]) or 'no runs'}"
+    raise InputError(f"{name}: no run, experiment or filter; {hint}")
+
+
+def _trainings(client: MlflowClient, experiment_id: str, wanted: str = "") -> list[Run]:
+    """Runs of an experiment that are trainings, not their segments or sweeps, newest first."""
+    runs: list[Run] = []
+    page = client.search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"])
+    runs += page
+    while page.token:
+        page = client.search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"], page_token=page.token)
+        runs += page
+    return [run for run in runs if "bdh.training" in run.data.tags or "training.seed" in run.data.params]
 
 
 def _curves(client: MlflowClient, run: Run) -> RunCurves:
     with tracking.reported(f"run {run.info.run_id} cannot be read"):
         curves = {key: _curve(client, run, key) for key in CURVES}
-        seen = _curve(client, run, "progress/tokens_seen")
-    tokens_per_step = seen[-1][1] / seen[-1][0] if seen else 0.0
-    return RunCurves(f"{run.info.run_name} ({run.info.run_id[:6]})", run, curves, tokens_per_step)
+        segments: list[dict[str, Any]] = []
+        samples: dict[int, str] = {}
+        if int(run.data.tags.get("bdh.segment", 0)) > 1:
+            segments = _artifact(run, SEGMENTS) or []
+        if SAMPLES in run.data.tags.get("mlflow.loggedArtifacts", ""):
+            table = _artifact(run, SAMPLES) or {"data": []}
+            samples = {step: f"{html.escape(prompt)}<b>{html.escape(written)}</b>" for step, prompt, written in table["data"]}
+    params = run.data.params
+    sizes = [params.get(f"training.{key}") for key in ("batch_size", "block_size", "gradient_accumulation_steps")]
+    tokens = float(np.prod([int(size) for size in sizes if size])) if all(sizes) else 0.0
+    return RunCurves(f"{run.info.run_name} ({run.info.run_id[:6]})", run, curves, tokens, segments, samples)
+
+
+def _artifact(run: Run, path: str) -> Any:
+    """A JSON file among a run's artifacts; None if it is not there (yet)."""
+    with contextlib.suppress(MlflowException, OSError, ValueError):
+        return json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{path}"))
+    return None
 
 
 def _curve(client: MlflowClient, run: Run, key: str) -> Curve:
-    if key not in run.data.metrics:
-        return []
-    return sorted({m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}.items())
+    points = client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
+    by_step = {m.step: m for m in sorted(points, key=lambda m: (m.step, m.timestamp))}  # of a step told twice, the later
+    columns: list[Callable[[Any], float]] = [lambda m: m.step, lambda m: m.value, lambda m: m.timestamp]
+    return Curve(*(np.array([column(m) for m in by_step.values()], dtype=float) for column in columns))
+
+
+def _history(r: RunCurves) -> str:
+    """Segments in words: how many, how long nobody worked on the run, on which machines."""
+    if len(r.segments) < 2:
+        return "1"
+    down_s = sum(segment["downtime_s"] for segment in r.segments)
+    hosts = ", ".join(dict.fromkeys(segment["host"] for segment in r.segments))
+    return f"{len(r.segments)} ({hosts}), {down_s / 3600:.2f} h between them"
 
 
 def _best(curve: Curve) -> str:
-    if not curve:
+    if not len(curve):
         return ""
-    step, value = min(curve, key=lambda point: point[1])
-    return f"{value:.4f} at step {step}"
+    lowest = int(np.argmin(curve.values))
+    return f"{curve.values[lowest]:.4f} at step {int(curve.steps[lowest])}"
 
 
 def _number(value: float | None) -> str:

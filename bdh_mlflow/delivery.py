@@ -257,7 +257,7 @@ class Sender:
             case "input":
                 remote.input(record)
             case "text":
-                remote.text(record.fields["text"], record.fields["artifact"])
+                remote.text(record)
             case "checkpoint":
                 self._mirror(record)
             case "end" if lane.name == POINTS:

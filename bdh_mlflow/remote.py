@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import load_text
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from bdh_mlflow import tracking
 from bdh_mlflow.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from bdh_mlflow.mirror import Mirror
 from bdh_mlflow.tracking import RunIdentity
 
 SEGMENTS = "segments.json"
+SAMPLES = "samples.json"
 AUDIT = "resume/replay_max_abs_diff"
 SHARED_STEPS = ("by_tokens/", "tracker/", "ckpt/")  # curves whose points say nothing of whether a step was replayed
 
@@ -125,9 +127,26 @@ class RemoteRun:
         data = Dataset(name=told["name"], digest=told["digest"], source_type="local", source=told["source"], profile=told["profile"])
         self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", told["context"])])])
 
-    def text(self, text: str, artifact: str) -> None:
-        """A small text file among the artifacts."""
-        self._client.log_text(self.run_id, text, artifact)
+    def text(self, record: Record) -> None:
+        """A small text file among the artifacts, and its row in the table of samples if it has one."""
+        self._client.log_text(self.run_id, record.fields["text"], record.fields["artifact"])
+        row = record.fields.get("row")
+        if row is not None:
+            self._add_sample(row)
+
+    def _add_sample(self, row: dict[str, Any]) -> None:
+        """A row by its step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append it twice."""
+        rows = {row["step"]: row}
+        if any(f.path == SAMPLES for f in self._client.list_artifacts(self.run_id)):
+            table = json.loads(load_text(f"runs:/{self.run_id}/{SAMPLES}"))
+            there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+            rows = {old["step"]: old for old in there} | rows
+        ordered = [list(rows[step].values()) for step in sorted(rows)]
+        self._client.log_text(self.run_id, json.dumps({"columns": list(row), "data": ordered}), SAMPLES)
+        told = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        entry = {"path": SAMPLES, "type": "table"}
+        if entry not in told:
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*told, entry]))
 
     def checkpoint(self, saved: Checkpoint, evaluation: dict[str, Any] | None, mirror: bool, keep: int | None, *, newest: bool) -> None:
         """Mirror a checkpoint.

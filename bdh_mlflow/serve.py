@@ -1,123 +1,35 @@
-"""A trained run as something that answers: prompt in, text out; and its loss on text it has not seen.
+"""A run, a checkpoint or an exported file as a model ready to answer, and its loss on text it has not seen.
 
-Takes the targets that resume takes. Weights are those of training, 4-bit included; evaluation computes
-in the number format of training, generation in float32.
+Takes the targets that resume takes. Evaluation computes in the number format of training.
 """
 
-import codecs
-import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import re
+import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
-from bdh_mlflow import checkpoint, export, fp8, model, precision, resume, tokenizer
+from bdh_mlflow import checkpoint, export, generation, resume, tokenizer, tracking
 from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
 from bdh_mlflow.data import ParquetText
 from bdh_mlflow.errors import CheckpointError, InputError
-from bdh_mlflow.model import BDH
-from bdh_mlflow.precision import Precision
+from bdh_mlflow.generation import Loaded
+from bdh_mlflow.journal import masked
 from bdh_mlflow.trainer import evaluate
-
-LONGEST_PROMPT = 65_536  # bytes; the default model reads them in minutes on a CPU
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model ready to answer, where it came from and how it computes."""
-
-    model: BDH
-    config: Config
-    path: Path
-    step: int
-    runs: Precision
-    notes: tuple[str, ...]
 
 
 def load(target: str, checkpoint_dir: Path, tracking: TrackingConfig) -> Loaded:
     """The model of a run or checkpoint (grammar of `resume`), or of an exported file.   Raises ResumeError or CheckpointError."""
     if target.endswith(export.SUFFIX):
-        path = Path(target)
-        exported = export.read(path)
-        config = export.as_rounded(exported.config) if exported.rounded else exported.config
-        return _loaded(exported.weights, config, {}, path, exported.step, ())
+        return generation.from_file(Path(target))
     found = resume.find(target, checkpoint_dir, tracking)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     config = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
     formats = found.state.get("precision_state_dict", {})
-    return _loaded(found.state["model_state_dict"], config, formats, found.path, found.checkpoint.manifest.step, found.notes)
-
-
-def _loaded(weights: dict[str, Tensor], config: Config, formats: dict[str, Any], path: Path, step: int, notes: tuple[str, ...]) -> Loaded:
-    """formats: what the training's number formats remembered."""
-    device = precision.pick_device()
-    if config.low_precision.use_fp8 and not config.fp8.emulate and (reason := fp8.unavailable(device)):
-        notes += (f"trained in FP8, which {reason}; evaluation emulates it",)
-        config = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, emulate=True))
-    network = BDH(config.to_bdh_config())
-    network.load_published(weights)
-    network.to(device).eval()
-    network.use(model.choose_form("auto", device, config.low_precision.use_fp8)[0])
-    runs = Precision.asked(config, device)
-    runs.prepare(network, model.PROJECTIONS)
-    runs.load_state_dict(formats)
-    return Loaded(network, config, path, step, runs, notes)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next byte is chosen.
-
-    temperature: 0 always takes the likeliest.   top_k: among the k likeliest.   top_p: among the likeliest that together reach this
-    probability.   seed: None for new randomness each time.   stop: text after which nothing more is written.
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = 50
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str = ""
-
-
-def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
-    """Continue a prompt, piece by piece as it is made; a character of several bytes comes when it is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in _stream(loaded, [prompt], max_new_tokens, sampling):
-        piece = int(token)
-        yield decoder.decode(bytes([piece])) if 0 < piece < tokenizer.VOCAB_SIZE else tokenizer.decode([piece])
-    yield decoder.decode(b"", final=True)
-
-
-def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
-    """Continue several prompts of any lengths, together."""
-    tokens = torch.cat(list(_stream(loaded, prompts, max_new_tokens, sampling)), dim=1).tolist()
-    return [tokenizer.decode([token for token in row if token != model.STOPPED]) for row in tokens]
-
-
-def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling) -> Iterator[torch.Tensor]:
-    ids = [tokenizer.encode(prompt) or [tokenizer.SEPARATOR] for prompt in prompts]
-    longest = max(map(len, ids))
-    if longest > LONGEST_PROMPT:
-        raise InputError(f"prompt of {longest:,} bytes; at most {LONGEST_PROMPT:,} are taken")
-    device = loaded.runs.device
-    generator = torch.Generator(device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    return loaded.model.stream(
-        [torch.tensor(row, device=device) for row in ids],
-        max_new_tokens,
-        sampling.temperature,
-        sampling.top_k,
-        top_p=sampling.top_p,
-        stop=tokenizer.encode(sampling.stop),
-        generator=generator,
-    )
+    step, run_id = found.checkpoint.manifest.step, found.run_id or resume.run_of(found.checkpoint)
+    return generation.from_weights(found.state["model_state_dict"], config, formats, found.path, step, found.notes, run_id)
 
 
 def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:
@@ -129,3 +41,21 @@ def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> flo
     loss = evaluate(loaded.model, windows, loaded.runs.autocast, loaded.runs.device)
     assert loss is not None, "nothing asks this evaluation to stop"
     return loss
+
+
+def record(loaded: Loaded, dataset: DatasetConfig, loss: float, config: TrackingConfig) -> list[str]:
+    """Log an evaluation to the run it is of, at the checkpoint's step and with its data.   Returns the names of the metrics.
+
+    Raises TrackingError.
+    """
+    assert loaded.run_id is not None, "only a run has somewhere to log to"
+    text = ParquetText(dataset)
+    name = re.sub(r"[^\w.-]", "_", text.root.name)
+    values = {f"eval/{name}_loss": loss, f"eval/{name}_bpb": tokenizer.bits_per_byte(loss)}
+    client, now_ms = tracking.connect(config), int(1000 * time.time())
+    with tracking.reported(f"run {loaded.run_id}: the evaluation cannot be logged"):
+        client.log_batch(loaded.run_id, [Metric(key, value, now_ms, loaded.step) for key, value in values.items()], synchronous=True)
+        source = json.dumps({"uri": masked(str(text.root.absolute()))})
+        data = Dataset(f"{text.root.name} (evaluation)", text.digest, "local", source, profile=json.dumps({"num_rows": text.rows}))
+        client.log_inputs(loaded.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "evaluation")])])
+    return list(values)

@@ -30,6 +30,7 @@ from bdh_mlflow.data import Batch, ParquetText, TrainingBatches
 from bdh_mlflow.errors import ConfigError, ResumeError, SaveError, TrackingError
 from bdh_mlflow.model import BDH
 from bdh_mlflow.precision import Precision
+from bdh_mlflow.tokenizer import Sample
 from bdh_mlflow.tracking import RunIdentity, Tracker
 from bdh_mlflow.trainer import Ending, Parts, Progress, StopRequest, Trainer, peak_gib
 
@@ -37,7 +38,10 @@ RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for th
 PROMPT_BYTES = 48  # of validation text that a sample continues
 SAMPLE_BYTES = 256
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
-SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"}
+SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"} | {
+    "low_precision.optimizer_bits",
+    "low_precision.use_4bit_optimizer",
+}
 """Settings that weights and optimizer states depend on; even a fork cannot change them."""
 ORDER = frozenset({"training.seed", "training.block_size", "dataset.max_cached_files", "dataset.text_column", "dataset.val_fraction"})
 """Settings that a position in the data depends on."""
@@ -500,11 +504,13 @@ def _headline(
     return "\n".join(lines)
 
 
-def _sampler(network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device) -> Callable[[Callable[[], bool]], str | None]:
+def _sampler(
+    network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device
+) -> Callable[[Callable[[], bool]], Sample | None]:
     """Continues the beginning of the validation text, always with the same random numbers, so that samples of a run compare."""
     prompt = validation[0][:1, 1 : PROMPT_BYTES + 1].long().to(device)
 
-    def sample(stopped: Callable[[], bool]) -> str | None:
+    def sample(stopped: Callable[[], bool]) -> Sample | None:
         generator = torch.Generator(device).manual_seed(seed)
         training = network.training
         network.eval()
@@ -514,7 +520,7 @@ def _sampler(network: BDH, validation: list[torch.Tensor], seed: int, device: to
                 break
             written.append(int(token))
         network.train(training)
-        return None if stopped() else f"{tokenizer.decode(prompt[0].tolist())}\u27e6{tokenizer.decode(written)}\u27e7\n"
+        return None if stopped() else Sample(tokenizer.decode(prompt[0].tolist()), tokenizer.decode(written))
 
     return sample
 

@@ -5,6 +5,7 @@ text does not contain. Knows nothing of tensors or files.
 """
 
 import math
+from typing import NamedTuple
 
 VOCAB_SIZE = 256
 """Smallest vocabulary that holds every byte."""
@@ -30,3 +31,13 @@ def decode(tokens: list[int]) -> str:
 def bits_per_byte(loss: float) -> float:
     """Bits per byte of text for a loss in nats per token."""
     return loss / math.log(2) / BYTES_PER_TOKEN
+
+
+class Sample(NamedTuple):
+    """What the model made of a beginning; shown with its part in brackets."""
+
+    prompt: str
+    written: str
+
+    def __str__(self) -> str:
+        return f"{self.prompt}\u27e6{self.written}\u27e7\n"

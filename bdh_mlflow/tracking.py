@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import BdhError, SaveError, TrackingError
 from bdh_mlflow.journal import Journal, masked
+from bdh_mlflow.tokenizer import Sample
 
 DOOR_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
@@ -211,9 +212,10 @@ class Tracker:
             }
             self._journal.append("points", values=own, step=step)
 
-    def sample(self, text: str, step: int) -> None:
-        """What the model writes, as artifact `samples/step_N.txt`."""
-        self.text(text, f"samples/step_{step}.txt")
+    def sample(self, sample: Sample, step: int) -> None:
+        """What the model writes, as artifact `samples/step_N.txt` and as a row of the run's table of samples."""
+        row = {"step": step, "prompt": masked(sample.prompt), "written": masked(sample.written)}
+        self._journal.append("text", artifact=f"samples/step_{step}.txt", text=masked(str(sample)), row=row)
 
     def text(self, text: str, artifact: str) -> None:
         """A small text file among the artifacts."""

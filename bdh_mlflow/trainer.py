@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bdh_mlflow import tokenizer
 from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.errors import BdhError, InputError, NonFiniteError, SaveError, StoppedError
+from bdh_mlflow.tokenizer import Sample
 
 State = dict[str, Any]
 SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scaling: the run has diverged
@@ -73,7 +74,7 @@ class Tracker(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Points of several curves."""
 
-    def sample(self, text: str, step: int) -> None:
+    def sample(self, sample: Sample, step: int) -> None:
         """What the model writes."""
 
 
@@ -109,7 +110,7 @@ class NullTracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
-    def sample(self, text: str, step: int) -> None:
+    def sample(self, sample: Sample, step: int) -> None:
         """Nothing."""
 
 
@@ -143,7 +144,7 @@ class Ending:
     reason: str
     step: int
     val_loss: float | None
-    sample: str | None
+    sample: Sample | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ class Parts:
     device: torch.device
     batches: Iterator[Item]
     validation: list[Tensor]
-    sample: Callable[[Callable[[], bool]], str | None] | None
+    sample: Callable[[Callable[[], bool]], Sample | None] | None
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
     """Around an evaluation: what else was seen of the model, complete at its end."""
     peak_tokens_per_s: float
@@ -190,7 +191,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._val: tuple[int, float] | None = None
         self._evaluated_step = 0
-        self._sample: str | None = None
+        self._sample: Sample | None = None
 
     def run(self) -> Ending:
         """Train to the end. The last update is evaluated and saved. Raises what stopped it, after saving what is good."""
@@ -366,10 +367,10 @@ class Trainer:
         parts.progress.point(values, step)
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
-        text = parts.sample(self._stopped) if parts.sample is not None else None
-        if text is not None:
-            self._sample = text
-            parts.tracker.sample(text, step)
+        sample = parts.sample(self._stopped) if parts.sample is not None else None
+        if sample is not None:
+            self._sample = sample
+            parts.tracker.sample(sample, step)
 
     def _save(self) -> None:
         started = time.perf_counter()

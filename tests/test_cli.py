@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint, start
+from bdh_mlflow.cli import cli
 from bdh_mlflow.config import Config
 from tests.conftest import documents, history, only_run, run_cli, tiny_config, train, write_shards
 
@@ -296,24 +299,6 @@ def test_prompt_that_is_too_long_is_refused(store: MlflowClient, text: Path, tin
     assert "prompt of 100,000 bytes; at most 65,536 are taken" in result.output
 
 
-def test_compare_shows_what_differs_and_writes_a_report(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
-    train(tiny, "tracking.run_name=one")
-    train(tiny, "tracking.run_name=two", "training.learning_rate=0.5", "training.max_iters=3")
-    result = run_cli("compare", "one two", "--config", str(tiny), "--out", "report.html")
-    assert result.exit_code == 0, result.output
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
-    by_name = {row[0]: row[1:] for row in rows}
-    assert by_name["training.learning_rate"] == ["0.001", "0.5"]
-    assert by_name["last progress/tokens_seen"] == ["96", "48"]
-    assert "model.n_embd" not in by_name
-    page = (tmp_path / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "http" not in page.replace("http-equiv", "")
-    unknown = run_cli("compare", "three", "--config", str(tiny))
-    assert unknown.exit_code == 2
-    assert "three: no such run; experiment bdh has " in unknown.output
-
-
 def test_data_is_prepared_and_inspected(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("a line of text\n" * 5000)
     result = run_cli("data", "prepare", "book.txt", "out")
@@ -365,3 +350,43 @@ def test_unknown_targets_are_one_clear_error(store: MlflowClient, text: Path, ti
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_lines_of_a_conversation_are_prompts(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    words = ["generate", "latest", "--interactive", "--max-new-tokens", "5", "--temperature", "0", "--config", str(tiny)]
+    alone = [run_cli(*words[:2], *words[3:], "--prompt", prompt).output for prompt in ("def ", "x")]
+    result = CliRunner().invoke(cli, words, input="def \nx\n")
+    assert result.exit_code == 0
+    assert result.stdout == "".join(alone)
+    piped = CliRunner().invoke(cli, [*words[:2], *words[3:]], input="def ")
+    assert piped.stdout == alone[0]
+    assert run_cli(*words, "--prompt", "x").exit_code == 2
+
+
+def test_evaluation_is_logged_to_the_run_it_is_of(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    run_cli("evaluate", "latest", "--no-log", "--config", str(tiny))
+    run_id = only_run(store).info.run_id
+    assert not [key for key in only_run(store).data.metrics if key.startswith("eval/")]
+    result = run_cli("evaluate", run_id, "--data", str(text), "--config", str(tiny))
+    assert f"Logged to run {run_id} as eval/text_loss and eval/text_bpb" in result.output
+    ((step, loss),) = history(store, run_id, "eval/text_loss")
+    assert step == 6
+    assert f"val/loss {loss:.4f}" in result.output
+    assert only_run(store).info.status == "FINISHED"
+    contexts = {tag.value for i in only_run(store).inputs.dataset_inputs for tag in i.tags}
+    assert "evaluation" in contexts
+
+
+def test_samples_are_a_table_that_the_ui_shows(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    run = only_run(store)
+    table = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/samples.json")
+    assert table["columns"] == ["step", "prompt", "written"]
+    assert [row[0] for row in table["data"]] == [3, 6]
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
+    assert len(store.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])) == 2
+    train(tiny, "training.max_iters=9", resume="checkpoints/" + next(Path("checkpoints").iterdir()).name + "/checkpoint_3.pt")
+    table = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/samples.json")
+    assert [row[0] for row in table["data"]] == [3, 6, 9], "a step that was trained again has one row"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.errors import DataError, NonFiniteError, SaveError, StoppedError
+from bdh_mlflow.tokenizer import Sample
 from bdh_mlflow.trainer import Ending, Parts, StopRequest, Trainer
 
 CPU = torch.device("cpu")
@@ -48,14 +49,14 @@ class Told:
     """Tracker and screen in one."""
 
     points: list[tuple[str, int, float]] = field(default_factory=list)
-    samples: list[tuple[str, int]] = field(default_factory=list)
+    samples: list[tuple[Sample, int]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.points += [(key, step, value) for key, value in values.items()]
 
-    def sample(self, text: str, step: int) -> None:
-        self.samples.append((text, step))
+    def sample(self, sample: Sample, step: int) -> None:
+        self.samples.append((sample, step))
 
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
         self.steps.append(step)
@@ -94,6 +95,9 @@ class Disk:
 
     def finish(self) -> None:
         self.check()
+
+
+SAMPLE = Sample("def ", "f(x):")
 
 
 class ConstantRate:
@@ -142,7 +146,7 @@ def bench(*, batches: Iterator[Item] | None = None, scaler: bool = False, model:
         device=CPU,
         batches=batches or items(),
         validation=[item.tokens for item, _ in zip(items(5000), range(3), strict=False)],
-        sample=lambda stopped: "text",
+        sample=lambda stopped: SAMPLE,
         observed=lambda: nullcontext({"seen": 1.0}),
         peak_tokens_per_s=1e6,
         saver=Disk(saved),
@@ -158,10 +162,10 @@ def test_things_happen_at_their_frequencies_and_at_the_last_step() -> None:
     ending = b.trainer.run()
     assert b.told.steps_of("train/loss") == [4, 8, 10]
     assert b.told.steps_of("val/loss") == [5, 10]
-    assert b.told.samples == [("text", 5), ("text", 10)]
+    assert b.told.samples == [(SAMPLE, 5), (SAMPLE, 10)]
     assert b.saved_steps == [6, 10]
     assert b.told.steps == list(range(1, 11))
-    assert ending == Ending("finished", 10, b.told.values_of("val/loss")[-1], "text")
+    assert ending == Ending("finished", 10, b.told.values_of("val/loss")[-1], SAMPLE)
 
 
 def test_checkpoint_of_an_evaluated_step_knows_its_validation_loss() -> None:
