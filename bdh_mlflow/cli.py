@@ -93,12 +93,42 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
         with console.watching(sys.stdout, config.training.max_iters) as progress:
             outcome = start.train(config, progress, stop, fork=fork == "yes")
     except KeyboardInterrupt:
-        number = int(stop.received) if stop.received else 2
+        number = int(stop.received) if isinstance(stop.received, signal.Signals) else 2
         click.echo("Stopped before the first step; nothing was saved.", err=True)
         ctx.exit(128 + number)
     click.echo(_farewell(outcome, config_path, given))
     if outcome.ending.reason != "finished":
         ctx.exit(128 + signal.Signals[outcome.ending.reason])
+
+
+@cli.command(context_settings=_open_ended)
+@_config
+@_set
+@click.option("--space", "space_path", default="configs/sweep.yaml", show_default=True, help="YAML file of what is searched.")
+@click.option("--trials", default=20, show_default=True, type=click.IntRange(1), help="Trials in all, those of earlier starts included.")
+@click.pass_context
+def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], space_path: str, trials: int) -> None:
+    """Search for good settings: trainings judged by val/loss, under one parent run; started again, it goes on."""
+    from bdh_mlflow import console
+    from bdh_mlflow import sweep as room
+    from bdh_mlflow.trainer import StopRequest
+
+    given, space = [*overrides, *_dotted_options(ctx)], room.Space.from_yaml(space_path)
+    stop = StopRequest()
+    stop.install()
+    try:
+        done = room.sweep(config_path, space, trials, given, functools.partial(console.watching, sys.stdout), stop, click.echo)
+    except KeyboardInterrupt:
+        click.echo("Stopped before the first step; nothing was saved.", err=True)
+        ctx.exit(128 + (int(stop.received) if isinstance(stop.received, signal.Signals) else 2))
+    click.echo(f"{', '.join(f'{n} {what}' for what, n in done.counts.items())}; parent run {done.parent_run_id}; study {done.journal}")
+    if done.best is not None:
+        number, value, settings = done.best
+        words = "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in {**space.settings, **settings}.items())
+        click.echo(f"Best: trial {number}, val/loss {value:.4f}")
+        click.echo(f"Next: mlflow run . --env-manager local --experiment-name bdh -P config={config_path}{words}")
+    if done.stopped:
+        ctx.exit(128 + signal.Signals[done.stopped])
 
 
 @cli.command()

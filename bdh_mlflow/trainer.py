@@ -114,15 +114,22 @@ class NullTracker:
         """Nothing."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A reason to end that is no signal: `pruned`."""
+
+    name: str
+
+
 @dataclass
 class StopRequest:
-    """Whether a signal asked the run to end; the loop looks between batches.
+    """Whether a signal or somebody asked the run to end; the loop looks between batches.
 
     Until the run has begun there is nothing to save, so the signal ends the program where it is. Later signals change nothing: Ctrl-C
     under `mlflow run` arrives as SIGINT and then SIGTERM, and the second must not cut off the save.
     """
 
-    received: signal.Signals | None = None
+    received: signal.Signals | Asked | None = None
     begun: bool = False
 
     def install(self) -> None:
@@ -130,16 +137,21 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
+    def ask(self, reason: str) -> None:
+        """End after this step, as after a signal; one that has come counts more."""
+        self.received = self.received or Asked(reason)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = self.received is None
-        self.received = self.received or signal.Signals(number)
+        if not isinstance(self.received, signal.Signals):
+            self.received = signal.Signals(number)
         if first and not self.begun:
             raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended without failing: `finished` or the name of the signal that stopped it."""
+    """How a run ended without failing: `finished`, or what asked it to stop (SIGTERM, pruned)."""
 
     reason: str
     step: int

@@ -22,7 +22,7 @@ def test_conda_yaml_lists_the_dependencies_of_the_package() -> None:
     assert [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)] == [declared]
 
 
-@pytest.mark.parametrize("entry", ["main", "prepare_data", "evaluate", "generate", "compare"])
+@pytest.mark.parametrize("entry", ["main", "sweep", "prepare_data", "evaluate", "generate", "compare"])
 def test_entry_points_call_verbs_with_options_that_exist(entry: str) -> None:
     project = _project_spec.load_project(str(PROJECT))
     point = project.get_entry_point(entry)
