@@ -164,7 +164,7 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: 
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(1), help="Choose among the k likeliest bytes.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose among the likeliest bytes that together reach this.")
 @click.option("--stop", default="", help="Text after which to write nothing more.")
-@click.option("--seed", type=int, help="Repeatable randomness.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Repeatable randomness.")
 @click.option("--interactive", is_flag=True, help="Ask for one prompt after the other; an empty end of input (Ctrl-D) leaves.")
 def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **sampling: Any) -> None:
     """Continue a prompt with RUN: latest, a path, a run id, an artifact URI or an exported file.
@@ -231,14 +231,15 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, log: bool) -> Non
     """
     from bdh_mlflow import compare as report
 
-    tracking = Config.from_yaml(config_path).tracking
+    tracking, path = Config.from_yaml(config_path).tracking, Path(out)
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}")
     comparison = report.read(_split(runs, report.FILTER), tracking)
     table = report.rows(comparison)
     shown = comparison.runs[:SHOWN_RUNS]
     _print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in table])
     if len(shown) < len(comparison.runs):
         click.echo(f"... and {len(comparison.runs) - len(shown)} more runs in the report")
-    path = Path(out)
     path.write_text(report.page(comparison), encoding="utf-8")
     files = [path]
     for metric, png in report.pictures(comparison).items():
@@ -493,6 +494,8 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     path = Path(output) if output else export.default_path(found.checkpoint, kind)
+    if path.suffix != export.SUFFIX:
+        raise InputError(f"--output {path}: its name must end in {export.SUFFIX}, by which generate and evaluate know it")
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.parent}")
     done = export.write(path, found.state, found.checkpoint.manifest.val_loss, kind)
@@ -634,7 +637,7 @@ def _parameters(shape: BDHConfig) -> int:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*(str(h) for h in header))
+    table = Table(*(str(h).replace("[", "\\[") for h in header))
     for row in rows:
         table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
     console = Console(file=sys.stdout)
@@ -652,6 +655,7 @@ def _quiet_libraries() -> None:
     """Notes of libraries that a user can do nothing about; warnings and errors stay."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file, over our own words
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.utils.requirements_utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\..*")

@@ -1,7 +1,7 @@
 """Finished or running trainings read back: what differs in their settings, where they stand, their curves on equal axes, what they write.
 
-Reads only MLflow, at full resolution. One self-contained HTML page; its plots are pictures, which `pictures` also gives one by one. Runs
-whose settings differ in the seed alone are drawn as one mean with a band.
+Reads MLflow at full resolution, and writes there only in `keep`. One self-contained HTML page; its plots are pictures, which `pictures`
+also gives one by one. Runs whose settings differ in the seed alone are drawn as one mean with a band.
 """
 
 import base64
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import numpy as np
@@ -35,7 +35,7 @@ LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/token
 AXES = ("step", "tokens", "active hours")
 DRAWN_POINTS = 800  # of a curve; beyond that neighbours are averaged for the picture
 MOST_SAMPLES = 4  # steps, and runs side by side
-SAME_BUT_SEED = re.compile(r"training\.(seed|checkpoint_dir|resume_from_checkpoint)|tracking\..*")
+SAME_BUT_SEED = re.compile(r"training\.(seed|checkpoint_dir)|tracking\..*")
 FILTER = re.compile(r"[=<>]|\b(I?LIKE|IN)\b")
 
 Numbers = NDArray[np.float64]
@@ -62,7 +62,7 @@ class RunCurves:
     run: Run
     curves: dict[str, Curve]
     tokens_per_step: float
-    segments: list[dict[str, Any]]
+    segments: list["Segment"]
     samples: dict[int, str]
 
     def axis(self, name: str, curve: Curve) -> Numbers | None:
@@ -76,11 +76,22 @@ class RunCurves:
     def _active_hours(self, at_ms: Numbers) -> Numbers:
         """Time in which a process worked on the run, without the gaps between segments."""
         hours = np.zeros_like(at_ms)
-        spans = [(s["started_at_ms"], s["ended_at_ms"] or s["last_seen_ms"]) for s in self.segments] or [(self.run.info.start_time, np.inf)]
+        spans: list[tuple[float, float]] = [(s.started_at_ms, s.ended_at_ms or s.last_seen_ms) for s in self.segments]
+        spans = spans or [(self.run.info.start_time, np.inf)]
         spans[-1] = (spans[-1][0], np.inf)  # it may be running
         for start, end in spans:
             hours += np.clip(np.minimum(at_ms, end) - start, 0, None) / 3.6e6
         return hours
+
+
+class Segment(NamedTuple):
+    """A process that worked on a run; what is needed of its row in `segments.json`."""
+
+    host: str
+    started_at_ms: int
+    ended_at_ms: int | None
+    last_seen_ms: int
+    downtime_s: float
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,8 @@ def read(names: Sequence[str], config: TrackingConfig) -> Comparison:
     families: dict[str, list[RunCurves]] = {}
     for r in runs:
         same = {key: value for key, value in sorted(r.run.data.params.items()) if "." in key and not SAME_BUT_SEED.fullmatch(key)}
-        families.setdefault(json.dumps(same) if same else r.run.info.run_id, []).append(r)
+        data = sorted(i.dataset.digest for i in (r.run.inputs.dataset_inputs if r.run.inputs else []))
+        families.setdefault(json.dumps([same, data]) if same else r.run.info.run_id, []).append(r)
     return Comparison(runs, differing, tuple(tuple(family) for family in families.values()))
 
 
@@ -198,13 +210,20 @@ def _draw(axis: Axes, name: str, metric: str, family: tuple[RunCurves, ...], col
             return
         x = np.mean([x[p] for x, p in zip(across, places, strict=True) if x is not None], axis=0)
         at, mean, low, high = _thinned(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
-        axis.plot(at, mean, dash, color=colour, label=f"{family[0].label}, {len(family)} seeds")
+        seeds = len({r.run.data.params.get("training.seed") for r in family})
+        many = f"{seeds} seeds" if seeds == len(family) else f"{len(family)} runs"
+        axis.plot(at, mean, dash, color=colour, label=_plain(f"{family[0].label}, {many}"))
         axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         return
     for r, curve in zip(family, curves, strict=True):
         place = r.axis(name, curve)
         if place is not None and len(curve):
-            axis.plot(*_thinned(place, curve.values), dash, color=colour, label=r.label, marker="." if len(curve) < 40 else "")
+            axis.plot(*_thinned(place, curve.values), dash, color=colour, label=_plain(r.label), marker="." if len(curve) < 40 else "")
+
+
+def _plain(label: str) -> str:
+    """As matplotlib shows it unchanged: no mathematics between dollar signs, no hidden first underscore."""
+    return label.replace("$", r"\$").lstrip("_")
 
 
 def _thinned(*columns: Numbers) -> list[Numbers]:
@@ -236,14 +255,6 @@ def _find(client: MlflowClient, name: str, experiment: str) -> list[Run]:
         if run := tracking.find_run(client, name):
             return [run]
         found = client.get_experiment_by_name(experiment)
-        if FILTER.search(name):
-            try:
-                runs = _trainings(client, found.experiment_id, name) if found else []
-            except MlflowException as error:
-                raise InputError(f"{name}: not a filter that MLflow takes: {tracking.first_line(error)}") from None
-            if not runs:
-                raise InputError(f"{name}: no run of experiment {experiment} is like this")
-            return runs
         own = _trainings(client, found.experiment_id) if found else []
         if name == "latest" and own:
             return own[:1]
@@ -252,6 +263,14 @@ def _find(client: MlflowClient, name: str, experiment: str) -> list[Run]:
             return matches
         other = client.get_experiment_by_name(name)
         if not matches and other is not None and (runs := _trainings(client, other.experiment_id)):
+            return runs
+        if not matches and FILTER.search(name):
+            try:
+                runs = _trainings(client, found.experiment_id, name) if found else []
+            except MlflowException as error:
+                raise InputError(f"{name}: no run has this name, and MLflow takes no such filter: {tracking.first_line(error)}") from None
+            if not runs:
+                raise InputError(f"{name}: no run of experiment {experiment} is like this")
             return runs
         experiments = [e.name for e in client.search_experiments()] if not matches else []
     if matches:
@@ -270,30 +289,34 @@ def _trainings(client: MlflowClient, experiment_id: str, wanted: str = "") -> li
     while page.token:
         page = client.search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"], page_token=page.token)
         runs += page
-    return [run for run in runs if "bdh.training" in run.data.tags or "training.seed" in run.data.params]
+    mine = [run for run in runs if "bdh.training" in run.data.tags or "training.seed" in run.data.params]
+    return [run for run in mine if "bdh.continues" not in run.data.tags]
 
 
 def _curves(client: MlflowClient, run: Run) -> RunCurves:
     with tracking.reported(f"run {run.info.run_id} cannot be read"):
         curves = {key: _curve(client, run, key) for key in CURVES}
-        segments: list[dict[str, Any]] = []
-        samples: dict[int, str] = {}
-        if int(run.data.tags.get("bdh.segment", 0)) > 1:
-            segments = _artifact(run, SEGMENTS) or []
-        if SAMPLES in run.data.tags.get("mlflow.loggedArtifacts", ""):
-            table = _artifact(run, SAMPLES) or {"data": []}
-            samples = {step: f"{html.escape(prompt)}<b>{html.escape(written)}</b>" for step, prompt, written in table["data"]}
-    params = run.data.params
-    sizes = [params.get(f"training.{key}") for key in ("batch_size", "block_size", "gradient_accumulation_steps")]
-    tokens = float(np.prod([int(size) for size in sizes if size])) if all(sizes) else 0.0
+    tokens, segments, samples = 0.0, list[Segment](), dict[int, str]()
+    with contextlib.suppress(KeyError, ValueError):  # a run that does not say, or says it otherwise
+        sizes = [int(run.data.params[f"training.{key}"]) for key in ("batch_size", "block_size", "gradient_accumulation_steps")]
+        tokens = float(np.prod(sizes))
+    if run.data.tags.get("bdh.segment", "1") != "1":
+        with _absent_if_odd():
+            segments = [Segment(*(row[key] for key in Segment._fields)) for row in _artifact(run, SEGMENTS)]
+    if SAMPLES in run.data.tags.get("mlflow.loggedArtifacts", ""):
+        with _absent_if_odd():
+            rows = _artifact(run, SAMPLES)["data"]
+            samples = {int(step): f"{html.escape(prompt)}<b>{html.escape(written)}</b>" for step, prompt, written in rows}
     return RunCurves(f"{run.info.run_name} ({run.info.run_id[:6]})", run, curves, tokens, segments, samples)
 
 
 def _artifact(run: Run, path: str) -> Any:
-    """A JSON file among a run's artifacts; None if it is not there (yet)."""
-    with contextlib.suppress(MlflowException, OSError, ValueError):
-        return json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{path}"))
-    return None
+    return json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{path}"))
+
+
+def _absent_if_odd() -> contextlib.AbstractContextManager[None]:
+    """A file that is not there (yet), half there or somebody else's: the comparison goes on without it."""
+    return contextlib.suppress(MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def _curve(client: MlflowClient, run: Run, key: str) -> Curve:
@@ -307,15 +330,15 @@ def _history(r: RunCurves) -> str:
     """Segments in words: how many, how long nobody worked on the run, on which machines."""
     if len(r.segments) < 2:
         return "1"
-    down_s = sum(segment["downtime_s"] for segment in r.segments)
-    hosts = ", ".join(dict.fromkeys(segment["host"] for segment in r.segments))
+    down_s = sum(segment.downtime_s for segment in r.segments)
+    hosts = ", ".join(dict.fromkeys(segment.host for segment in r.segments))
     return f"{len(r.segments)} ({hosts}), {down_s / 3600:.2f} h between them"
 
 
 def _best(curve: Curve) -> str:
-    if not len(curve):
+    if not np.isfinite(curve.values).any():
         return ""
-    lowest = int(np.argmin(curve.values))
+    lowest = int(np.nanargmin(curve.values))
     return f"{curve.values[lowest]:.4f} at step {int(curve.steps[lowest])}"
 
 

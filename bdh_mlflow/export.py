@@ -79,23 +79,24 @@ def read(path: Path) -> Exported:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if HEADER not in metadata:
+                raise CheckpointError(
+                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file made by export"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, or not a safetensors file: {error}") from None
-    if HEADER not in metadata:
-        raise CheckpointError(
-            f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file made by export"
-        )
     if _digest(metadata[HEADER], tensors) != metadata.get(DIGEST):
         raise CheckpointError(f"{path}: damaged: its contents are not what was written (sha256 differs). Export it again")
-    facts = json.loads(metadata[HEADER])
     try:
+        facts = json.loads(metadata[HEADER])
         config = Config.from_dict(facts["config"], origin=f"{path} (its configuration)")
-    except BdhError as error:
-        raise CheckpointError(f"{path}: written by bdh-mlflow {facts['version']}, which this version cannot run: {error}") from None
-    own = {name: t.shape for name, t in BDH(config.to_bdh_config()).state_dict().items()}
+    except (BdhError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not written by this version of bdh-mlflow ({__version__}), nor readable by it: {error}") from None
+    with torch.device("meta"):
+        own = {name: t.shape for name, t in BDH(config.to_bdh_config()).state_dict().items()}
     weights, missing = {}, []
     for name, size in own.items():
         parts = {key.removeprefix(name).removeprefix("."): t for key, t in tensors.items() if key == name or key.startswith(f"{name}.")}
@@ -115,9 +116,11 @@ def default_path(saved: checkpoint.Checkpoint, kind: Format) -> Path:
     return saved.path.with_suffix(f".4bit{SUFFIX}" if kind == "4bit" else SUFFIX)
 
 
-def as_rounded(config: Config) -> Config:
-    """The configuration under which weights that hold 4-bit values already are not rounded once more."""
-    return dataclasses.replace(config, low_precision=dataclasses.replace(config.low_precision, use_4bit=False))
+def runnable(exported: Exported) -> Config:
+    """The configuration to run a file with: values of 4 bits are not rounded once more, and FP8's scales are not in it."""
+    formats = exported.config.low_precision
+    formats = dataclasses.replace(formats, use_4bit=formats.use_4bit and not exported.rounded, use_fp8=False)
+    return dataclasses.replace(exported.config, low_precision=formats)
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

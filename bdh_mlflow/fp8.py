@@ -23,6 +23,8 @@ from torch import Tensor
 from bdh_mlflow.config import Fp8Config
 
 ROLES = ("input", "weight", "gradient")
+COLUMNS = {"scaling_fwd": ("input", "weight", "output"), "scaling_bwd": ("gradient", "input gradient")}
+"""Operands of one product in Transformer Engine's own tensors; of those, ROLES are in use."""
 CAPABILITY = (8, 9)  # Ada; the oldest that Transformer Engine runs FP8 on
 ALIGNMENT = 16  # elements; what FP8 matrix products on CUDA need of every side
 GROUPED = "encoder_v"
@@ -94,9 +96,11 @@ class Emulated:
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `state`."""
-        for name, own in state.items():
-            history = _of_length(own["history"], self._recipe.amax_history_len)
-            self._operands[name] = _Operand(own["scale"].clone(), history, self._formats[name.rpartition(".")[2]])
+        length = self._recipe.amax_history_len
+        self._operands = {
+            name: _Operand(own["scale"].clone(), _of_length(own["history"], length), self._formats[name.rpartition(".")[2]])
+            for name, own in state.items()
+        }
 
     def _operand(self, name: str, role: str, like: Tensor) -> "_Operand":
         found = self._operands.get(name)
@@ -119,8 +123,9 @@ class _Operand:
     seen: bool = False
 
     def record(self, t: Tensor) -> None:
-        """Largest absolute values of t (G, ..., ...) into the newest row."""
-        torch.maximum(self.history[0], t.detach().abs().amax(dim=(1, 2)).float(), out=self.history[0])
+        """Largest absolute values of t (G, ..., ...) into the newest row; what is not finite tells nothing of a scale."""
+        largest = t.detach().abs().amax(dim=(1, 2)).float()
+        torch.maximum(self.history[0], largest.where(largest.isfinite(), 0), out=self.history[0])
         self.seen = True
 
     def settle(self, recipe: Fp8Config) -> None:
@@ -129,8 +134,7 @@ class _Operand:
             return
         amax = self.history[0] if recipe.amax_compute_algo == "most_recent" else self.history.amax(dim=0)
         largest = torch.finfo(self.format).max
-        usable = (amax > 0) & amax.isfinite()
-        fresh = torch.where(usable, largest / amax, self.scale)
+        fresh = torch.where(amax > 0, largest / amax, self.scale)
         self.scale = torch.where(fresh.isinf(), torch.finfo(torch.float32).max, fresh)
         self.history = self.history.roll(1, dims=0)
         self.history[0] = 0
@@ -223,10 +227,15 @@ class Engine:
     def __str__(self) -> str:
         return f"FP8 ({self._words}, Transformer Engine)"
 
-    def region(self) -> contextlib.AbstractContextManager[None]:
-        """The library's autocast: at its end, in training, scales follow what was seen."""
-        region: contextlib.AbstractContextManager[None] = self._te.autocast(enabled=True, recipe=self._recipe)
-        return region
+    @contextlib.contextmanager
+    def region(self) -> Iterator[None]:
+        """The library's autocast: at its end, in training, scales follow what was seen. What evaluation has seen is forgotten."""
+        with self._te.autocast(enabled=True, recipe=self._recipe):
+            yield
+        if not torch.is_grad_enabled():
+            for module in self._modules.values():
+                if "scaling_fwd" in module.fp8_meta:
+                    module.fp8_meta["scaling_fwd"].amax_history[0].zero_()
 
     def product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
         """x @ weight by a Linear, or by a GroupedLinear where each head has weights of its own."""
@@ -242,11 +251,16 @@ class Engine:
         return shaped.restore(out.view(groups, rows, -1))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Scales and histories as plain tensors: the library's own extra state is a pickle, which no checkpoint of ours holds."""
+        """As `Emulated` gives it, so that either goes on where the other was. The library's own extra state is a pickle: none of ours."""
         state = dict(self._saved)
         for name, module in self._modules.items():
-            for key, (scale, history) in (module.get_fp8_meta_tensors() or {}).items():
-                state[f"{name}.{key}"] = {"scale": scale, "history": history}
+            tensors = module.get_fp8_meta_tensors() or {}
+            for key, (scale, history) in tensors.items():
+                columns, newest_first = COLUMNS[key], torch.cat((history[:1], history[1:].flip(0)))
+                for place, role in enumerate(columns):
+                    if role in ROLES:
+                        own = slice(place, None, len(columns))
+                        state[f"{name}.{role}"] = {"scale": scale[own].clone(), "history": newest_first[:, own].clone()}
         return state
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -258,16 +272,28 @@ class Engine:
         if name not in self._modules:
             options = {"bias": False, "params_dtype": torch.float32}
             grouped = name == GROUPED
-            made = self._te.GroupedLinear(groups, inner, outer, **options) if grouped else self._te.Linear(inner, outer, **options)
-            own = {key: self._saved.pop(f"{name}.{key}") for key in ("scaling_fwd", "scaling_bwd") if f"{name}.{key}" in self._saved}
-            if own:
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices):  # it draws weights that nobody uses; the training's randomness goes on as if it had not
+                made = self._te.GroupedLinear(groups, inner, outer, **options) if grouped else self._te.Linear(inner, outer, **options)
+            own = {role: self._saved.pop(f"{name}.{role}") for role in ROLES if f"{name}.{role}" in self._saved}
+            if len(own) == len(ROLES):
                 made.fp8_meta["num_gemms"] = groups
                 made.fp8_meta["recipe"] = self._recipe
                 made.init_fp8_meta_tensors(self._recipe)
-                length = self._recipe.amax_history_len
-                made.reset_fp8_meta_tensors({key: [t["scale"], _of_length(t["history"], length)] for key, t in own.items()})
+                made.reset_fp8_meta_tensors({key: self._tensors(key, own, groups) for key in COLUMNS})
             self._modules[name] = made
         return self._modules[name]
+
+    def _tensors(self, key: str, own: dict[str, dict[str, Tensor]], groups: int) -> list[Tensor]:
+        """Scale and history in the library's order: columns of one product beside each other, after row 0 the oldest first."""
+        columns, length = COLUMNS[key], self._recipe.amax_history_len
+        scale, history = torch.ones(groups, len(columns)), torch.zeros(length, groups, len(columns))
+        for place, role in enumerate(columns):
+            if role in own:
+                newest_first = _of_length(own[role]["history"], length)
+                scale[:, place] = own[role]["scale"]
+                history[:, :, place] = torch.cat((newest_first[:1], newest_first[1:].flip(0)))
+        return [scale.flatten(), history.flatten(1)]
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -281,13 +307,13 @@ def unavailable(device: torch.device) -> str | None:
     try:
         engine = importlib.import_module("transformer_engine.pytorch")
     except MISSING as error:
-        return f"needs Transformer Engine, which cannot be imported ({str(error).splitlines()[0]}): {INSTALL}"
+        return f"needs Transformer Engine, which cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]}): {INSTALL}"
     able, reason = engine.is_fp8_available(return_reason=True)
     return None if able else f"is refused by Transformer Engine: {reason}"
 
 
 def _of_length(history: Tensor, length: int) -> Tensor:
-    """The newest rows, or zeros after them: a fork may remember longer or shorter."""
+    """The newest rows, which are the first, or zeros after them: a fork may remember longer or shorter."""
     rows = history.new_zeros(length, history.shape[1])
     kept = min(length, len(history))
     rows[:kept] = history[:kept]

@@ -39,8 +39,9 @@ class Loaded:
 def from_file(path: Path) -> Loaded:
     """The model of an exported file.   Raises CheckpointError."""
     exported = export.read(path)
-    config = export.as_rounded(exported.config) if exported.rounded else exported.config
-    return from_weights(exported.weights, config, {}, path, exported.step, ())
+    formats = exported.config.low_precision
+    notes = (f"trained in FP8, whose scales are not in the file; it computes in {formats.compute_dtype}",) if formats.use_fp8 else ()
+    return from_weights(exported.weights, export.runnable(exported), {}, path, exported.step, notes)
 
 
 def from_weights(

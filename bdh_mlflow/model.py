@@ -23,6 +23,7 @@ __all__ = ["BDH", "BDHConfig"]
 
 INIT_STD = 0.02  # pathwaycom/bdh, bdh.py
 KEPT_TURNS = 2**26  # T * N of a table that is kept, 256 MiB
+COLDEST = 1e-6  # below this temperature the likeliest token is taken: logits divided by it leave float32
 STOPPED = -1  # the token of a row that is done
 PROJECTIONS = ("encoder", "encoder_v", "decoder")
 """Parameters that do nearly all the arithmetic; what precision works on."""
@@ -281,7 +282,7 @@ def _at_least_float(t: Tensor) -> Tensor:
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
     """Next token of each row.   logits: (B, V).   Returns (B, 1)."""
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:

@@ -37,13 +37,13 @@ def problems(config: Config) -> Iterable[Problem]:
     if importlib.util.find_spec(LIBRARIES[bits]) is None:
         yield Problem(key, f"{bits}-bit AdamW needs {LIBRARIES[bits]}, which is not installed: pip install {LIBRARIES[bits]}")
     m = config.model
-    wide = m.mlp_internal_dim_multiplier * m.n_embd
-    largest = max(wide, m.vocab_size) * m.n_embd
-    if not any(_quantised(size, bits) for size in (wide * m.n_embd, m.vocab_size * m.n_embd)):
+    sizes = m.mlp_internal_dim_multiplier * m.n_embd**2, m.vocab_size * m.n_embd
+    if not any(_quantised(size, bits) for size in sizes):
+        blocks = "" if bits == 8 else f", a multiple of {BLOCK_4BIT}"
         yield Problem(
             key,
-            f"{bits}-bit states are kept for tensors of {SMALLEST_QUANTISED} elements and more; the largest here has {largest}. "
-            f"Set optimizer_bits to 32 (and use_4bit_optimizer to false), or a larger model",
+            f"{bits}-bit states are kept for tensors of {SMALLEST_QUANTISED} elements or more{blocks}; those of this model have "
+            f"{sizes[0]} and {sizes[1]}. Set optimizer_bits to 32 (and use_4bit_optimizer to false), or a larger model",
         )
 
 

@@ -95,7 +95,7 @@ class Precision:
             matmuls += " with dynamic loss scaling"
         if self.fp8 is not None:
             model.product = self.fp8.product  # type: ignore[assignment]
-            matmuls = f"{self.fp8} in {len(projections)} of {len(projections)} projections, other {matmuls}"
+            matmuls = f"{self.fp8} in all {len(projections)} projections, other {matmuls}"
         weights = "float32 weights"
         if self.wish.use_4bit:
             view = fourbit.FourBitView(self.wish.quantization_type, self.wish.use_double_quant)

@@ -33,9 +33,9 @@ def signature() -> ModelSignature:
     return ModelSignature(column[0], Schema([ColSpec(DataType.string)]), ParamSchema(params))
 
 
-def requirements(kind: Format) -> list[str]:
-    """What a served model imports, pinned."""
-    names = ["mlflow", "torch", "numpy", "pydantic", "pyyaml", "safetensors", "psutil"] + (["bitsandbytes"] if kind == "4bit" else [])
+def requirements(four_bit: bool) -> list[str]:
+    """What a served model imports, pinned.   four_bit: whether its weights are packed in 4 bits, or rounded to them when loaded."""
+    names = ["mlflow", "torch", "numpy", "pydantic", "pyyaml", "safetensors", "psutil"] + ["bitsandbytes"] * four_bit
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 
 
@@ -80,9 +80,6 @@ def register(
         if run is None:
             raise InputError(f"run {run_id} of {found.path}: not found at {client.tracking_uri}")
         tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.format": kind}
-        made = client.create_logged_model(
-            run.info.experiment_id, f"bdh-text-{manifest.step}", run_id, tags, {"step": str(manifest.step)}, MODEL_TYPE
-        )
         mlflow.pyfunc.save_model(
             path=str(Path(folder) / "model"),
             python_model=str(Path(pyfunc.__file__)),
@@ -90,9 +87,16 @@ def register(
             code_paths=[str(Path(pyfunc.__file__).parent)],
             signature=signature(),
             input_example=(pd.DataFrame({pyfunc.PROMPT: ["def "]}), {"max_new_tokens": 8}),
-            pip_requirements=requirements(kind),
+            pip_requirements=requirements(settings.use_4bit or kind == "4bit"),
         )
-        client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+        made = client.create_logged_model(
+            run.info.experiment_id, f"bdh-text-{manifest.step}", run_id, tags, {"step": str(manifest.step)}, MODEL_TYPE
+        )
+        try:
+            client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+        except BaseException:
+            client.finalize_logged_model(made.model_id, "FAILED")
+            raise
         client.finalize_logged_model(made.model_id, "READY")
         version = mlflow.register_model(f"models:/{made.model_id}", name)
         if alias is not None:

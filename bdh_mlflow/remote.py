@@ -4,6 +4,7 @@
 instead of being logged twice. Calls raise whatever MLflow does and may be repeated; who calls, when and how often is `delivery`'s business.
 """
 
+import contextlib
 import itertools
 import json
 import threading
@@ -138,9 +139,10 @@ class RemoteRun:
         """A row by its step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append it twice."""
         rows = {row["step"]: row}
         if any(f.path == SAMPLES for f in self._client.list_artifacts(self.run_id)):
-            table = json.loads(load_text(f"runs:/{self.run_id}/{SAMPLES}"))
-            there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
-            rows = {old["step"]: old for old in there} | rows
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a file, or somebody else's: begun anew
+                table = json.loads(load_text(f"runs:/{self.run_id}/{SAMPLES}"))
+                there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+                rows = {old["step"]: {key: old[key] for key in row} for old in there} | rows
         ordered = [list(rows[step].values()) for step in sorted(rows)]
         self._client.log_text(self.run_id, json.dumps({"columns": list(row), "data": ordered}), SAMPLES)
         told = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))

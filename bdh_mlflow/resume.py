@@ -51,6 +51,8 @@ class Found:
 
 def find(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Found:
     """The checkpoint that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""
+    if target.endswith(".safetensors"):
+        raise ResumeError(f"{target}: an exported file holds weights alone; generate and evaluate take it. Here: {GRAMMAR}")
     notes: list[str] = []
     found: Checkpoint | Path
     run_id = None

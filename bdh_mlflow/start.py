@@ -534,7 +534,11 @@ def _shown(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
 
 def _versions() -> dict[str, str]:
     names = ("torch", "mlflow", "bitsandbytes", "torchao", "pyarrow", "numpy")
-    return {"bdh-mlflow": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    found = {"bdh-mlflow": __version__, "python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Parts are handed in and described here by small protocols: the trainer builds no
 the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
 """
 
+import copy
 import resource
 import signal
 import sys
@@ -260,8 +261,7 @@ class Trainer:
         parts.schedule.load_state_dict(state["scheduler_state_dict"])
         if state["scaler_state_dict"]:  # empty where losses were not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])
-        if state.get("precision_state_dict"):  # empty without FP8; older checkpoints have none
-            parts.formats.load_state_dict(state["precision_state_dict"])
+        parts.formats.load_state_dict(state.get("precision_state_dict", {}))  # empty without FP8; older checkpoints have none
         self._set_rng(state["rng"])
         self.step = self._saved_step = state["step"]
         self.tokens_seen = state["tokens_seen"]
@@ -284,11 +284,12 @@ class Trainer:
 
     def _update(self) -> bool:
         """One optimizer update; False if float16 gradients overflowed and the update was left out."""
-        rng = self._rng()
+        rng, formats = self._rng(), copy.deepcopy(self._parts.formats.state_dict())
         try:
             return self._try_update()
         except BdhError:
             self._set_rng(rng)  # what is saved now is the state before this update, whole
+            self._parts.formats.load_state_dict(formats)
             raise
 
     def _try_update(self) -> bool:

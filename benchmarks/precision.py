@@ -68,6 +68,7 @@ def main() -> None:
     options.add_argument("--share", action="store_true")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        given.cases = list(dict.fromkeys(["float32", *given.cases])) if given.cases else []
         if given.cases:
             losses(given.cases, given.steps, given.seeds, Path(folder))
     if given.share:

@@ -46,7 +46,7 @@ def test_trainings_are_compared_in_a_page_that_needs_nothing_else(store: MlflowC
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "http" not in page
+    assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]*", "", page)
     assert "<th>step 3</th>" in page
     assert "<th>step 6</th>" not in page, "samples at steps that both have"
     assert [p.name for p in sorted(tmp_path.glob("report_*.png"))] == ["report_train_loss.png", "report_val_bpb.png", "report_val_loss.png"]
@@ -79,7 +79,7 @@ def test_runs_are_named_in_many_ways(store: MlflowClient, names: list[str], expe
     [
         ("basline", "did you mean baseline?"),
         ("metrics.`train/loss` < 0", "no run of experiment bdh is like this"),
-        ("metrics.train/loss << 1", "not a filter that MLflow takes"),
+        ("metrics.train/loss << 1", "no run has this name, and MLflow takes no such filter"),
         ("twin", "2 runs have this name, give an id"),
         ("zzzzzz", "experiment bdh has "),
     ],
@@ -145,6 +145,40 @@ def test_text_of_a_run_cannot_break_the_page(store: MlflowClient) -> None:
     page = compare.page(compare.read(["bdh"], TrackingConfig()))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_segments_of_a_run_are_no_runs_and_a_name_may_look_like_a_filter(store: MlflowClient) -> None:
+    made(store, "lr=0.1", [1.0])
+    made(store, "segment 2", [], {"bdh.continues": "x"}, late_ms=5)
+    for name in ("latest", "lr=0.1", "bdh"):
+        assert [r.run.info.run_name for r in compare.read([name], TrackingConfig()).runs] == ["lr=0.1"]
+
+
+def test_forks_and_other_data_are_no_seeds_of_a_configuration(store: MlflowClient) -> None:
+    made(store, "a", [1.0], training__resume_from_checkpoint="null")
+    made(store, "b", [1.0], training__resume_from_checkpoint="runs:/x", training__seed=1)
+    assert len(compare.read(["bdh"], TrackingConfig()).families) == 2
+
+
+@pytest.mark.parametrize("table", ["{", '{"data": 3}', '{"columns": [], "data": [["<script>", "p", "w"]]}', "[]", "null"])
+def test_odd_files_of_a_run_are_as_if_they_were_not_there(store: MlflowClient, table: str) -> None:
+    tags = {"bdh.segment": "2", "mlflow.loggedArtifacts": '[{"path": "samples.json", "type": "table"}]'}
+    run_id = made(store, "odd $x$ [/b]", [3.0, float("nan"), 2.0], tags, training__batch_size="8.0")
+    for name in ("samples.json", "segments.json"):
+        store.log_text(run_id, table, name)
+    comparison = compare.read([run_id], TrackingConfig())
+    assert comparison.runs[0].samples == {}
+    assert comparison.runs[0].tokens_per_step == 0
+    assert "<script>" not in compare.page(comparison)
+    assert compare._best(comparison.runs[0].curves["train/loss"]) == "2.0000 at step 3"
+
+
+def test_report_for_a_folder_that_is_not_there_is_one_clear_error(store: MlflowClient, tiny: Path) -> None:
+    made(store, "odd [/b]", [1.0])
+    assert run_cli("compare", "latest", "--config", str(tiny)).exit_code == 0
+    result = run_cli("compare", "latest", "--out", "nowhere/x.html", "--config", str(tiny))
+    assert result.exit_code == 2
+    assert "--out nowhere/x.html: there is no folder nowhere" in result.output
 
 
 def test_long_curves_are_averaged_for_the_picture_only() -> None:

@@ -89,7 +89,7 @@ def test_main_configuration_is_complete_and_holds_the_defaults() -> None:
     assert Config.from_yaml(path) == Config()
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(p for p in (PROJECT / "configs").glob("*.yaml") if p.name != "sweep.yaml"), ids=lambda p: p.name)
 def test_shipped_configurations_name_every_setting_with_a_comment(path: Path) -> None:
     assert {s: set(keys) for s, keys in yaml.safe_load(path.read_text()).items()} == {s: set(keys) for s, keys in DEFAULTS.items()}
     settings = [line for line in path.read_text().splitlines() if line.startswith("  ")]

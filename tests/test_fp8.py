@@ -114,12 +114,15 @@ def test_what_outgrows_its_scale_saturates_and_the_next_step_has_room() -> None:
     assert out.unique().tolist() == pytest.approx([100.0])
 
 
-def test_nan_and_zero_leave_the_scale_alone() -> None:
-    fp8_ = emulated(amax_compute_algo="most_recent")
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+def test_nan_and_zero_leave_the_scale_alone(algorithm: str) -> None:
+    fp8_ = emulated(amax_compute_algo=algorithm, amax_history_len=8)
     step(fp8_, full(2.0), WEIGHT)
     for value in (0.0, float("nan"), float("inf")):
         step(fp8_, full(value), WEIGHT)
         assert scale_of(fp8_, "input") == LARGEST_E4M3 / 2, value
+    step(fp8_, full(4.0), WEIGHT)
+    assert scale_of(fp8_, "input") == LARGEST_E4M3 / 4, "and do not stand in the way of what comes after them"
 
 
 def test_evaluation_uses_the_scales_and_leaves_them() -> None:
@@ -167,7 +170,7 @@ def test_every_projection_of_every_layer_runs_in_fp8_and_the_network_still_learn
     model = BDH(config.to_bdh_config())
     names = list(model.state_dict())
     runs = Precision.asked(config, torch.device("cpu"))
-    assert runs.prepare(model, PROJECTIONS).startswith("FP8 (hybrid, delayed scaling by amax max of 4, emulated) in 3 of 3 projections")
+    assert runs.prepare(model, PROJECTIONS).startswith("FP8 (hybrid, delayed scaling by amax max of 4, emulated) in all 3 projections")
     calls: list[str] = []
     product = model.product
     model.product = lambda name, x, weight: calls.append(name) or product(name, x, weight)  # type: ignore[func-returns-value]
@@ -288,21 +291,28 @@ class _Module(nn.Module):
         super().__init__()
         self.fp8_meta: dict[str, Any] = {}
         self.calls: list[tuple[int, ...]] = []
+        torch.rand(1)  # as the library, which draws weights
+
+    def see(self, inp: Tensor) -> None:
+        """Quantisers write into the history whether gradients are wanted or not."""
+        if "scaling_fwd" in self.fp8_meta:
+            row = self.fp8_meta["scaling_fwd"].amax_history[0]
+            torch.maximum(row, inp.detach().abs().max(), out=row)
 
     def init_fp8_meta_tensors(self, recipe: Any) -> None:
         gemms, length = self.fp8_meta["num_gemms"], recipe.amax_history_len
         for key, each in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-            self.fp8_meta[key] = [torch.ones(each * gemms), torch.zeros(length, each * gemms)]
+            self.fp8_meta[key] = types.SimpleNamespace(scale=torch.ones(each * gemms), amax_history=torch.zeros(length, each * gemms))
 
     def get_fp8_meta_tensors(self) -> dict[str, list[Tensor]] | None:
         if "scaling_fwd" not in self.fp8_meta:
             return None
-        return {key: [t.clone() for t in self.fp8_meta[key]] for key in ("scaling_fwd", "scaling_bwd")}
+        return {key: [m.scale.clone(), m.amax_history.clone()] for key, m in self.fp8_meta.items() if key.startswith("scaling")}
 
     def reset_fp8_meta_tensors(self, fp8_meta_tensors: dict[str, list[Tensor]]) -> None:
         for key, tensors in fp8_meta_tensors.items():
-            for own, given in zip(self.fp8_meta[key], tensors, strict=True):
-                own.copy_(given)
+            self.fp8_meta[key].scale.copy_(tensors[0])
+            self.fp8_meta[key].amax_history.copy_(tensors[1])
 
 
 class Linear(_Module):
@@ -315,6 +325,7 @@ class Linear(_Module):
         assert inp.is_contiguous()
         assert self.weight.is_contiguous()
         self.calls.append(tuple(inp.shape))
+        self.see(inp)
         return inp @ self.weight.T
 
 
@@ -331,6 +342,7 @@ class GroupedLinear(_Module):
         assert inp.is_contiguous()
         assert m_splits.dtype == torch.int64
         self.calls.append(tuple(inp.shape))
+        self.see(inp)
         parts = inp.split(m_splits.tolist())
         return torch.cat([part @ getattr(self, f"weight{i}").T for i, part in enumerate(parts)])
 
@@ -393,31 +405,69 @@ def test_engine_multiplies_by_the_published_parameters_and_their_gradients_arriv
     assert str(engine) == "FP8 (hybrid, delayed scaling by amax most_recent of 16, Transformer Engine)"
 
 
-@pytest.mark.usefixtures("regions")
-@pytest.mark.parametrize("length", [16, 4, 32])
-def test_engine_saves_scales_as_plain_tensors_and_takes_them_back(length: int) -> None:
-    model, recipe = BDH(SHAPE), Fp8Config(amax_history_len=16)
-    engine, idx = Engine(recipe), torch.randint(0, 256, (2, 8))
-    model.product = engine.product
-    model(idx)
+def filled(engine: Engine) -> None:
+    """Scales and histories as after some steps; row 0 of a history is the one being written, the library keeps the newest last."""
     for module in engine._modules.values():
         module.fp8_meta["num_gemms"] = 2 if isinstance(module, GroupedLinear) else 1
         module.init_fp8_meta_tensors(engine._recipe)
-        module.fp8_meta["scaling_fwd"][0].copy_(torch.randn(module.fp8_meta["scaling_fwd"][0].shape))
-        module.fp8_meta["scaling_bwd"][1].copy_(torch.randn(module.fp8_meta["scaling_bwd"][1].shape))
+        for key in ("scaling_fwd", "scaling_bwd"):
+            meta = module.fp8_meta[key]
+            meta.scale.copy_(torch.rand_like(meta.scale) + 1)
+            meta.amax_history[1:] = torch.arange(1, len(meta.amax_history)).float()[:, None] + torch.rand(meta.scale.shape)
+
+
+@pytest.mark.usefixtures("regions")
+@pytest.mark.parametrize("length", [16, 4, 32])
+def test_engine_saves_scales_as_plain_tensors_and_takes_them_back(length: int) -> None:
+    model, idx = BDH(SHAPE), torch.randint(0, 256, (2, 8))
+    engine = Engine(Fp8Config(amax_history_len=16))
+    model.product = engine.product
+    model(idx)
+    filled(engine)
     saved = engine.state_dict()
-    assert len(saved) == 6
     assert {type(t) for own in saved.values() for t in own.values()} == {Tensor}
+    newest = saved["encoder_v.weight"]["history"][1]
+    assert newest.tolist() == engine._modules["encoder_v"].fp8_meta["scaling_fwd"].amax_history[-1][[1, 4]].tolist()
     again = Engine(Fp8Config(amax_history_len=length))
     again.load_state_dict(saved)
     assert again.state_dict().keys() == saved.keys(), "a checkpoint right after a resume loses nothing"
     model.product = again.product
-    model(idx)
+    drawn = torch.get_rng_state()
+    with torch.no_grad(), again.region():
+        model(idx)
+    assert torch.equal(torch.get_rng_state(), drawn), "making modules must not move the training's randomness"
+    kept = min(16, length)
     for name, own in again.state_dict().items():
         assert torch.equal(own["scale"], saved[name]["scale"])
-        kept = min(16, length)
-        assert torch.equal(own["history"][:kept], saved[name]["history"][:kept])
+        assert torch.equal(own["history"][:kept], saved[name]["history"][:kept]), "and evaluating must leave no trace"
         assert own["history"].shape[0] == length
+    if length == 16:
+        for name, module in again._modules.items():
+            for key, columns in (("scaling_fwd", [0, 1]), ("scaling_bwd", [0])):
+                ours, theirs = (
+                    m.fp8_meta[key].amax_history.view(16, -1, 3 if key == "scaling_fwd" else 2) for m in (module, engine._modules[name])
+                )
+                assert torch.equal(ours[:, :, columns], theirs[:, :, columns])
+
+
+@pytest.mark.usefixtures("regions")
+def test_either_goes_on_where_the_other_was() -> None:
+    model, idx = BDH(SHAPE), torch.randint(0, 256, (2, 8))
+    engine, imitation = Engine(Fp8Config(amax_history_len=4)), Emulated(Fp8Config(amax_history_len=4))
+    model.product = engine.product
+    model(idx)
+    filled(engine)
+    imitation.load_state_dict(engine.state_dict())
+    model.product = imitation.product
+    with imitation.region():
+        model(idx)[0].sum().backward()
+    assert imitation.state_dict().keys() == engine.state_dict().keys()
+    fresh = Engine(Fp8Config(amax_history_len=4))
+    fresh.load_state_dict(imitation.state_dict())
+    model.product = fresh.product
+    model(idx)
+    for name, own in fresh.state_dict().items():
+        assert torch.equal(own["scale"], imitation.state_dict()[name]["scale"])
 
 
 def test_engine_is_refused_with_the_librarys_own_reason(regions: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,4 +171,4 @@ def test_missing_library_is_refused_with_the_install_line(monkeypatch: pytest.Mo
 def test_model_too_small_for_few_bits_is_refused() -> None:
     small = {"n_embd": 8, "n_head": 1, "mlp_internal_dim_multiplier": 4}
     (problem,) = optim.problems(Config.from_dict({"model": small, "low_precision": {"optimizer_bits": 8}}))
-    assert "the largest here has 2048" in problem.message
+    assert "those of this model have 256 and 2048" in problem.message

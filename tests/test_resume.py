@@ -78,6 +78,9 @@ def test_form_of_the_layers_stays_that_of_the_run(
         found = real(*args)
         if not named:
             del found.state["config"]["training"]["layer_form"]
+            del found.state["config"]["low_precision"]["optimizer_bits"]
+            del found.state["config"]["fp8"]["emulate"]
+            del found.state["precision_state_dict"]
         return found
 
     monkeypatch.setattr(resume, "find", find)
@@ -270,6 +273,8 @@ def test_fork_cannot_change_shapes_and_needs_a_checkpoint(store: MlflowClient, t
     output = refused(train(tiny, "model.n_embd=32", "training.seed=7", resume="latest", fork=True))
     assert "model.n_embd was 16, config says 32" in output
     assert "training.seed" not in output
+    output = refused(train(tiny, "low_precision.optimizer_bits=8", resume="latest", fork=True))
+    assert "low_precision.optimizer_bits was 32, config says 8" in output
     assert "--fork needs a checkpoint to fork from: --resume TARGET" in refused(train(tiny, fork=True))
 
 
@@ -329,3 +334,13 @@ def test_evaluation_missed_by_an_interruption_is_made_up_for(
     monkeypatch.chdir(text.parent)
     assert train(tiny, resume="latest").exit_code == 0
     assert [step for step, _ in history(store, run.info.run_id, "val/loss")] == [3, 6]
+
+
+def test_fork_into_fp8_begins_with_fresh_scales_and_one_out_of_it_forgets_them(store: MlflowClient, tiny: Path, half: Any) -> None:
+    fp8 = ("low_precision.use_fp8=true", "fp8.emulate=true", "fp8.amax_history_len=4", "training.layer_form=reference")
+    result = train(tiny, *fp8, "tracking.experiment=forks", resume="latest", fork=True)
+    assert result.exit_code == 0, result.output
+    assert only_run(store, "forks").data.tags["bdh.precision"].startswith("FP8 (hybrid")
+    back = train(tiny, "tracking.experiment=back", "training.max_iters=7", resume=only_run(store, "forks").info.run_id, fork=True)
+    assert back.exit_code == 0, back.output
+    assert only_run(store, "back").data.tags["bdh.precision"].startswith("float32 matmuls")

@@ -374,3 +374,28 @@ def test_finished_run_has_nothing_left_to_do() -> None:
     again.trainer.load_state_dict(b.saved[-1][0])
     assert again.trainer.run() == Ending("finished", 10, None, None)
     assert (again.saved, again.told.points) == ([], [])
+
+
+def test_number_formats_are_put_back_with_the_randomness_when_an_update_fails() -> None:
+    class Scales(ConstantRate):
+        seen = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": torch.tensor(self.seen)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.seen = int(state["seen"])
+
+    class Diverging(Toy):
+        def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            scales.seen += 1
+            logits, loss = super().forward(idx, targets)
+            return logits, loss * (float("nan") if scales.seen == 4 else 1.0)
+
+    scales = Scales()
+    b = bench(model=Diverging())
+    object.__setattr__(b.trainer._parts, "formats", scales)
+    with pytest.raises(NonFiniteError):
+        b.trainer.run()
+    assert b.saved[-1][0]["step"] == 3
+    assert int(b.saved[-1][0]["precision_state_dict"]["seen"]) == 3
