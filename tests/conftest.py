@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
-from bdh_mlflow import delivery, tracking
+from bdh_mlflow import delivery, start, tracking
 from bdh_mlflow.cli import cli
 from bdh_mlflow.config import Config
 
@@ -71,6 +71,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(delivery, "GATHER_S", 0.05)
+    monkeypatch.setattr(start, "SAMPLE_BYTES", 16)  # a sample of full length takes longer than the evaluation it belongs to
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tracking.hosted_by(delivery.InThread):  # a process for each of hundreds of trainings would take an hour
