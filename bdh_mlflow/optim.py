@@ -156,7 +156,7 @@ def _adamw_4bit() -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Notes of the libraries about kernels that are not used here; errors stay."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes.backends.cpu.ops")]
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
