@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bdh_mlflow.export import Format
     from bdh_mlflow.generation import Loaded, Sampling
     from bdh_mlflow.start import Outcome
+    from bdh_mlflow.trainer import StopRequest
 
 DEFAULT_CONFIG = "configs/config.yaml"
 SHOWN_RUNS = 8  # columns that a terminal holds
@@ -93,12 +94,16 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
         with console.watching(sys.stdout, config.training.max_iters) as progress:
             outcome = start.train(config, progress, stop, fork=fork == "yes")
     except KeyboardInterrupt:
-        number = int(stop.received) if isinstance(stop.received, signal.Signals) else 2
-        click.echo("Stopped before the first step; nothing was saved.", err=True)
-        ctx.exit(128 + number)
+        _stopped_early(ctx, stop)
     click.echo(_farewell(outcome, config_path, given))
     if outcome.ending.reason != "finished":
         ctx.exit(128 + signal.Signals[outcome.ending.reason])
+
+
+def _stopped_early(ctx: click.Context, stop: "StopRequest") -> NoReturn:
+    """A signal came while nothing had begun."""
+    click.echo("Stopped before the first step; nothing was saved.", err=True)
+    ctx.exit(128 + (int(stop.received) if isinstance(stop.received, signal.Signals) else signal.SIGINT))
 
 
 @cli.command(context_settings=_open_ended)
@@ -119,8 +124,7 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     try:
         done = room.sweep(config_path, space, trials, given, functools.partial(console.watching, sys.stdout), stop, click.echo)
     except KeyboardInterrupt:
-        click.echo("Stopped before the first step; nothing was saved.", err=True)
-        ctx.exit(128 + (int(stop.received) if isinstance(stop.received, signal.Signals) else 2))
+        _stopped_early(ctx, stop)
     click.echo(f"{', '.join(f'{n} {what}' for what, n in done.counts.items())}; parent run {done.parent_run_id}; study {done.journal}")
     if done.best is not None:
         number, value, settings = done.best
@@ -240,9 +244,9 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, log: bool) -> Non
     _print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in table])
     if len(shown) < len(comparison.runs):
         click.echo(f"... and {len(comparison.runs) - len(shown)} more runs in the report")
-    path.write_text(report.page(comparison), encoding="utf-8")
-    files = [path]
-    for metric, png in report.pictures(comparison).items():
+    drawn, files = report.pictures(comparison), [path]
+    path.write_text(report.page(comparison, drawn), encoding="utf-8")
+    for metric, png in drawn.items():
         files.append(path.with_name(f"{path.stem}_{metric.replace('/', '_')}.png"))
         files[-1].write_bytes(png)
     if log:

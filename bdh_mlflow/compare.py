@@ -11,7 +11,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,8 +142,8 @@ def rows(comparison: Comparison) -> list[list[str]]:
     return table
 
 
-def page(comparison: Comparison) -> str:
-    """The report as one HTML page without anything to fetch."""
+def page(comparison: Comparison, drawn: Mapping[str, bytes]) -> str:
+    """The report as one HTML page without anything to fetch.   drawn: its `pictures`."""
     head = "".join(f"<th>{html.escape(r.label)}</th>" for r in comparison.runs)
     body = "".join(
         f"<tr><th>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>"
@@ -151,7 +151,7 @@ def page(comparison: Comparison) -> str:
     )
     plots = "".join(
         f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in pictures(comparison).items()
+        for name, png in drawn.items()
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>BDH runs compared</title><style>'

@@ -32,6 +32,10 @@ def made(
     return str(run.info.run_id)
 
 
+def shown(comparison: compare.Comparison) -> str:
+    return compare.page(comparison, compare.pictures(comparison))
+
+
 def test_trainings_are_compared_in_a_page_that_needs_nothing_else(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
     train(tiny, "tracking.run_name=one")
     train(tiny, "tracking.run_name=two", "training.learning_rate=0.5", "training.max_iters=3")
@@ -142,7 +146,7 @@ def test_drift_is_told_and_a_step_logged_twice_counts_once(store: MlflowClient) 
 def test_text_of_a_run_cannot_break_the_page(store: MlflowClient) -> None:
     made(store, "<script>alert(1)</script>", [1.0], training__learning_rate="<b>")
     made(store, "b", [1.0], training__learning_rate="2")
-    page = compare.page(compare.read(["bdh"], TrackingConfig()))
+    page = shown(compare.read(["bdh"], TrackingConfig()))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
@@ -169,7 +173,7 @@ def test_odd_files_of_a_run_are_as_if_they_were_not_there(store: MlflowClient, t
     comparison = compare.read([run_id], TrackingConfig())
     assert comparison.runs[0].samples == {}
     assert comparison.runs[0].tokens_per_step == 0
-    assert "<script>" not in compare.page(comparison)
+    assert "<script>" not in shown(comparison)
     assert compare._best(comparison.runs[0].curves["train/loss"]) == "2.0000 at step 3"
 
 

@@ -164,6 +164,19 @@ def fp8_config(**recipe: Any) -> Config:
     return Config.from_dict(tree, checks=[precision.problems])
 
 
+def learned(model: BDH, runs: Precision, idx: Tensor, steps: int, rate: float) -> list[float]:
+    """Losses of AdamW updates on one batch."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=rate), []
+    for _ in range(steps):
+        with runs.autocast():
+            _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def test_every_projection_of_every_layer_runs_in_fp8_and_the_network_still_learns() -> None:
     torch.manual_seed(0)
     config = fp8_config()
@@ -174,16 +187,7 @@ def test_every_projection_of_every_layer_runs_in_fp8_and_the_network_still_learn
     calls: list[str] = []
     product = model.product
     model.product = lambda name, x, weight: calls.append(name) or product(name, x, weight)  # type: ignore[func-returns-value]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    idx = torch.randint(0, 8, (2, 9), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for _ in range(30):
-        with runs.autocast():
-            _, loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = learned(model, runs, torch.randint(0, 8, (2, 9), generator=torch.Generator().manual_seed(1)), 30, 3e-3)
     assert sorted(calls) == sorted(30 * SHAPE.n_layer * list(PROJECTIONS))
     assert losses[-1] < 0.7 * losses[0]
     assert list(model.state_dict()) == names, "scales must not enter the published weights"
@@ -554,15 +558,6 @@ def test_engine_computes_what_the_emulation_says(kind: str) -> None:
         config = fp8_config(format=kind, emulate=emulate)
         model, runs = BDH(config.to_bdh_config()).cuda(), Precision.asked(config, precision.pick_device())
         runs.prepare(model, PROJECTIONS)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         idx = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1)).cuda()
-        losses = []
-        for _ in range(5):
-            with runs.autocast():
-                _, loss = model(idx[:, :-1], idx[:, 1:])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        curves.append(losses)
+        curves.append(learned(model, runs, idx, 5, 1e-3))
     assert curves[0] == pytest.approx(curves[1], rel=0.01)
