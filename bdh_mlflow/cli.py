@@ -604,8 +604,8 @@ def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) ->
     """Where everything is, and what to type next."""
     ending, identity = outcome.ending, outcome.identity
     lines = [""]
-    if ending.sample:
-        lines += ["Sample (what stands in \u27e6 \u27e7 is the model's):", str(ending.sample)]
+    if ending.samples:
+        lines += ["Samples (what stands in \u27e6 \u27e7 is the model's):", *map(str, ending.samples)]
     val = f", val/loss {ending.val_loss:.4f}, val/bpb {tokenizer.bits_per_byte(ending.val_loss):.4f}" if ending.val_loss is not None else ""
     how = "Finished" if ending.reason == "finished" else f"Stopped by {ending.reason}"
     lines.append(f"{how} at step {ending.step}{val}; peak memory {outcome.peak_gib:.2f} GiB")

@@ -9,9 +9,13 @@ import contextlib
 import difflib
 import html
 import io
+import itertools
 import json
+import multiprocessing
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +39,8 @@ LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/token
 AXES = ("step", "tokens", "active hours")
 DRAWN_POINTS = 800  # of a curve; beyond that neighbours are averaged for the picture
 MOST_SAMPLES = 4  # steps, and runs side by side
+MANY = 16  # runs from which on they are read by several processes: the store finds points faster than one turns them into numbers
+MOST_PROCESSES = 8
 SAME_BUT_SEED = re.compile(r"training\.(seed|checkpoint_dir)|tracking\..*")
 FILTER = re.compile(r"[=<>]|\b(I?LIKE|IN)\b")
 
@@ -56,14 +62,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """One training.   tokens_per_step: 0 where the run does not say.   segments: rows of `segments.json`.   samples: step to text."""
+    """One training.
+
+    tokens_per_step: 0 where the run does not say.   segments: rows of `segments.json`.   samples: HTML of each, by step.
+    """
 
     label: str
     run: Run
     curves: dict[str, Curve]
     tokens_per_step: float
     segments: list["Segment"]
-    samples: dict[int, str]
+    samples: dict[int, list[str]]
 
     def axis(self, name: str, curve: Curve) -> Numbers | None:
         """A curve's places on one of AXES; None where they are not known."""
@@ -113,7 +122,7 @@ def read(names: Sequence[str], config: TrackingConfig) -> Comparison:
     """
     client = tracking.connect(config)
     chosen = {run.info.run_id: run for name in names for run in _find(client, name, config.experiment)}
-    runs = tuple(_curves(client, run) for run in chosen.values())
+    runs = _read(client, config, list(chosen.values()))
     keys = dict.fromkeys(key for r in runs for key in r.run.data.params if "." in key)
     differing = tuple(key for key in keys if len({r.run.data.params.get(key) for r in runs}) > 1)
     families: dict[str, list[RunCurves]] = {}
@@ -245,8 +254,8 @@ def _samples(comparison: Comparison) -> str:
     head = "".join(f"<th>{html.escape(r.label)}</th>" for r in runs)
     body = ""
     for step in steps[-MOST_SAMPLES:]:
-        cells = "".join(f"<td><pre>{r.samples.get(step, '')}</pre></td>" for r in runs)
-        body += f"<tr><th>step {step}</th>{cells}</tr>"
+        for row in itertools.zip_longest(*(r.samples.get(step, []) for r in runs), fillvalue=""):
+            body += f"<tr><th>step {step}</th>" + "".join(f"<td><pre>{sample}</pre></td>" for sample in row) + "</tr>"
     return f'<h2>Samples</h2><div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -293,10 +302,23 @@ def _trainings(client: MlflowClient, experiment_id: str, wanted: str = "") -> li
     return [run for run in mine if "bdh.continues" not in run.data.tags]
 
 
+def _read(client: MlflowClient, config: TrackingConfig, runs: list[Run]) -> tuple[RunCurves, ...]:
+    if len(runs) < MANY:
+        return tuple(_curves(client, run) for run in runs)
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:  # a forked one would share connections
+        return tuple(pool.map(_curves_of, itertools.repeat(config), runs, chunksize=4))
+
+
+def _curves_of(config: TrackingConfig, run: Run) -> RunCurves:
+    """In a process of its own."""
+    return _curves(tracking.connect(config), run)
+
+
 def _curves(client: MlflowClient, run: Run) -> RunCurves:
     with tracking.reported(f"run {run.info.run_id} cannot be read"):
         curves = {key: _curve(client, run, key) for key in CURVES}
-    tokens, segments, samples = 0.0, list[Segment](), dict[int, str]()
+    tokens, segments, samples = 0.0, list[Segment](), dict[int, list[str]]()
     with contextlib.suppress(KeyError, ValueError):  # a run that does not say, or says it otherwise
         sizes = [int(run.data.params[f"training.{key}"]) for key in ("batch_size", "block_size", "gradient_accumulation_steps")]
         tokens = float(np.prod(sizes))
@@ -306,7 +328,8 @@ def _curves(client: MlflowClient, run: Run) -> RunCurves:
     if SAMPLES in run.data.tags.get("mlflow.loggedArtifacts", ""):
         with _absent_if_odd():
             rows = _artifact(run, SAMPLES)["data"]
-            samples = {int(step): f"{html.escape(prompt)}<b>{html.escape(written)}</b>" for step, prompt, written in rows}
+            for step, prompt, written in rows:
+                samples.setdefault(int(step), []).append(f"{html.escape(prompt)}<b>{html.escape(written)}</b>")
     return RunCurves(f"{run.info.run_name} ({run.info.run_id[:6]})", run, curves, tokens, segments, samples)
 
 

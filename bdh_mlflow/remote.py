@@ -129,22 +129,22 @@ class RemoteRun:
         self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", told["context"])])])
 
     def text(self, record: Record) -> None:
-        """A small text file among the artifacts, and its row in the table of samples if it has one."""
+        """A small text file among the artifacts, and its rows in the table of samples if it has some."""
         self._client.log_text(self.run_id, record.fields["text"], record.fields["artifact"])
-        row = record.fields.get("row")
-        if row is not None:
-            self._add_sample(row)
+        if rows := record.fields.get("rows"):
+            self._add_samples(rows)
 
-    def _add_sample(self, row: dict[str, Any]) -> None:
-        """A row by its step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append it twice."""
-        rows = {row["step"]: row}
+    def _add_samples(self, new: list[dict[str, Any]]) -> None:
+        """The rows of a step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append them twice."""
+        columns, step = list(new[0]), new[0]["step"]
+        rows: list[dict[str, Any]] = []
         if any(f.path == SAMPLES for f in self._client.list_artifacts(self.run_id)):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # half a file, or somebody else's: begun anew
                 table = json.loads(load_text(f"runs:/{self.run_id}/{SAMPLES}"))
                 there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
-                rows = {old["step"]: {key: old[key] for key in row} for old in there} | rows
-        ordered = [list(rows[step].values()) for step in sorted(rows)]
-        self._client.log_text(self.run_id, json.dumps({"columns": list(row), "data": ordered}), SAMPLES)
+                rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
+        ordered = [[row[key] for key in columns] for row in sorted([*rows, *new], key=lambda row: row["step"])]
+        self._client.log_text(self.run_id, json.dumps({"columns": columns, "data": ordered}), SAMPLES)
         told = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         entry = {"path": SAMPLES, "type": "table"}
         if entry not in told:

@@ -5,6 +5,7 @@
     RUN_ID, runs:/RUN_ID                   of the run's local and mirrored checkpoints the furthest that verifies
     runs:/RUN_ID/checkpoints/.../FILE.pt   that one
     any other URI MLflow downloads         mlflow-artifacts:/..., s3://..., models:/NAME/VERSION: that file, or the newest in that folder
+    latest:N, PATH:N, RUN_ID:N, ...        of that run the checkpoint of step N
 
 What is only mirrored is downloaded into the directory it came from, under `checkpoint_dir`. Damaged files are named and passed over where
 there is a choice. A file of another program with BDH weights in it is a warm start. Nothing is written unless a checkpoint is found.
@@ -31,7 +32,8 @@ from bdh_mlflow.journal import masked
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUNS_URI = re.compile(r"runs:/+([^/]+)/?(.*)")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
-GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI"
+_WITH_STEP = re.compile(r"(runs:/+[^/:]+|(?![a-z][a-z0-9+.-]+:/).+):(\d+)", re.IGNORECASE)
+GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def find(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Found:
     notes: list[str] = []
     found: Checkpoint | Path
     run_id = None
-    if target == "latest":
+    if (match := _WITH_STEP.fullmatch(target)) and not Path(target).exists():
+        run_id, found = _at_step(match[1], int(match[2]), checkpoint_dir, config, notes)
+    elif target == "latest":
         found = _latest(checkpoint_dir, config, notes)
     elif _RUN_ID.fullmatch(target):
         run_id, found = _training(tracking.connect(config), target)[0], _of_run(target, checkpoint_dir, config, notes)
@@ -113,6 +117,30 @@ def _latest(checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> C
         f"latest: no checkpoint in {checkpoint_dir.absolute()} and none mirrored in experiment {config.experiment} "
         f"of {masked(client.tracking_uri)}"
     )
+
+
+def _at_step(run: str, step: int, checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> tuple[str | None, Checkpoint | Path]:
+    """The checkpoint of one step of a run, and the run's id if the target names it by that."""
+    folder, run_id = Path(run), None
+    if run == "latest":
+        newest = _latest(checkpoint_dir, config, notes)
+        folder, run_id = newest.path.parent, run_of(newest)
+    elif match := _RUNS_URI.fullmatch(run):
+        run_id = match[1]
+    elif _RUN_ID.fullmatch(run):
+        run_id = run
+    name, mirrored = checkpoint.file_name(step), list[tuple[int, str]]()
+    if run_id is not None and not (folder / name).is_file():
+        client = tracking.connect(config)
+        run_id, run_dir = _training(client, run_id)
+        folder, mirrored = checkpoint_dir / str(run_dir), _mirrored(client, run_id)
+        here = f"checkpoints/{run_dir}/{name}" if (folder / name).is_file() else None
+        if path := dict(mirrored).get(step, here):
+            return run_id, _at_run_path(run_id, path, checkpoint_dir, config, notes)
+    if not (folder / name).is_file():
+        there = sorted({c.manifest.step for c in checkpoint.list_run(folder).checkpoints} | {at for at, _ in mirrored})
+        raise ResumeError(f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, there)) or 'none'}")
+    return run_id, _at_path(folder / name, notes)
 
 
 def _at_path(path: Path, notes: list[str]) -> Checkpoint | Path:

@@ -35,8 +35,8 @@ from bdh_mlflow.tracking import RunIdentity, Tracker
 from bdh_mlflow.trainer import Ending, Parts, Progress, StopRequest, Trainer, peak_gib
 
 RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for the backward pass
-PROMPT_BYTES = 48  # of validation text that a sample continues
-SAMPLE_BYTES = 256
+PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
+SAMPLE_BYTES = 128
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
 SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"} | {
     "low_precision.optimizer_bits",
@@ -151,7 +151,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
                 device=device,
                 batches=_shown(batches, progress) if config.training.debug else batches,
                 validation=validation,
-                sample=_sampler(network, validation, config.training.seed, device) if validation else None,
+                samples=_sampler(network, validation, config.training.seed, device),
                 observed=network.observed,
                 peak_tokens_per_s=peak / model.useful_flops(network.config, config.training.block_size),
                 saver=writer,
@@ -504,25 +504,28 @@ def _headline(
     return "\n".join(lines)
 
 
-def _sampler(
-    network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device
-) -> Callable[[Callable[[], bool]], Sample | None]:
-    """Continues the beginning of the validation text, always with the same random numbers, so that samples of a run compare."""
-    prompt = validation[0][:1, 1 : PROMPT_BYTES + 1].long().to(device)
+def _sampler(network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device) -> Callable[[Callable[[], bool]], list[Sample]]:
+    """Continues pieces of the validation text, always the same with the same random numbers, so that the samples of a run compare."""
+    if not validation:
+        return lambda stopped: []
+    prompts = torch.cat(validation)[:PROMPTS, 1 : PROMPT_BYTES + 1].long().to(device)  # windows lie in random order
 
-    def sample(stopped: Callable[[], bool]) -> Sample | None:
+    def samples(stopped: Callable[[], bool]) -> list[Sample]:
         generator = torch.Generator(device).manual_seed(seed)
         training = network.training
         network.eval()
         written = []
-        for token in network.stream(prompt, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator=generator):
+        for tokens in network.stream(prompts, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator=generator):
             if stopped():
                 break
-            written.append(int(token))
+            written.append(tokens)
         network.train(training)
-        return None if stopped() else Sample(tokenizer.decode(prompt[0].tolist()), tokenizer.decode(written))
+        if stopped():
+            return []
+        texts = torch.cat(written, dim=1).tolist()
+        return [Sample(tokenizer.decode(p), tokenizer.decode(text)) for p, text in zip(prompts.tolist(), texts, strict=True)]
 
-    return sample
+    return samples
 
 
 def _shown(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:

@@ -34,7 +34,7 @@ def bits_per_byte(loss: float) -> float:
 
 
 class Sample(NamedTuple):
-    """What the model made of a beginning; shown with its part in brackets."""
+    """What the model made of a prompt; shown with its part in brackets."""
 
     prompt: str
     written: str

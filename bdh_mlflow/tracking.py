@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -212,10 +212,10 @@ class Tracker:
             }
             self._journal.append("points", values=own, step=step)
 
-    def sample(self, sample: Sample, step: int) -> None:
-        """What the model writes, as artifact `samples/step_N.txt` and as a row of the run's table of samples."""
-        row = {"step": step, "prompt": masked(sample.prompt), "written": masked(sample.written)}
-        self._journal.append("text", artifact=f"samples/step_{step}.txt", text=masked(str(sample)), row=row)
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        """What the model writes, as artifact `samples/step_N.txt` and as rows of the run's table of samples."""
+        rows = [{"step": step, "prompt": masked(sample.prompt), "written": masked(sample.written)} for sample in samples]
+        self._journal.append("text", artifact=f"samples/step_{step}.txt", text=masked("\n".join(map(str, samples))), rows=rows)
 
     def text(self, text: str, artifact: str) -> None:
         """A small text file among the artifacts."""

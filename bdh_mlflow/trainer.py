@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -75,7 +75,7 @@ class Tracker(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Points of several curves."""
 
-    def sample(self, sample: Sample, step: int) -> None:
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
         """What the model writes."""
 
 
@@ -111,7 +111,7 @@ class NullTracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
-    def sample(self, sample: Sample, step: int) -> None:
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
         """Nothing."""
 
 
@@ -157,7 +157,7 @@ class Ending:
     reason: str
     step: int
     val_loss: float | None
-    sample: Sample | None
+    samples: Sequence[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,8 @@ class Parts:
     device: torch.device
     batches: Iterator[Item]
     validation: list[Tensor]
-    sample: Callable[[Callable[[], bool]], Sample | None] | None
+    samples: Callable[[Callable[[], bool]], Sequence[Sample]]
+    """What the model writes now; empty if it is asked to stop."""
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
     """Around an evaluation: what else was seen of the model, complete at its end."""
     peak_tokens_per_s: float
@@ -204,7 +205,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._val: tuple[int, float] | None = None
         self._evaluated_step = 0
-        self._sample: Sample | None = None
+        self._samples: Sequence[Sample] = ()
 
     def run(self) -> Ending:
         """Train to the end. The last update is evaluated and saved. Raises what stopped it, after saving what is good."""
@@ -233,7 +234,7 @@ class Trainer:
             raise
         self._save_once()
         val_loss = self._val[1] if self._val else None
-        return Ending(stop.received.name if stop.received else "finished", self.step, val_loss, self._sample)
+        return Ending(stop.received.name if stop.received else "finished", self.step, val_loss, self._samples)
 
     def state_dict(self) -> State:
         """Everything that the next update depends on."""
@@ -380,10 +381,10 @@ class Trainer:
         parts.progress.point(values, step)
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
-        sample = parts.sample(self._stopped) if parts.sample is not None else None
-        if sample is not None:
-            self._sample = sample
-            parts.tracker.sample(sample, step)
+        samples = parts.samples(self._stopped)
+        if samples:
+            self._samples = samples
+            parts.tracker.samples(samples, step)
 
     def _save(self) -> None:
         started = time.perf_counter()

@@ -384,9 +384,12 @@ def test_samples_are_a_table_that_the_ui_shows(store: MlflowClient, text: Path, 
     run = only_run(store)
     table = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/samples.json")
     assert table["columns"] == ["step", "prompt", "written"]
-    assert [row[0] for row in table["data"]] == [3, 6]
+    assert [row[0] for row in table["data"]] == [3, 3, 3, 6, 6, 6]
+    prompts = [row[1] for row in table["data"]]
+    assert prompts[:3] == prompts[3:], "always the same prompts"
+    assert len(set(prompts)) == 3
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
-    assert len(store.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])) == 2
+    assert len(store.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])) == 6
     train(tiny, "training.max_iters=9", resume="checkpoints/" + next(Path("checkpoints").iterdir()).name + "/checkpoint_3.pt")
     table = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/samples.json")
-    assert [row[0] for row in table["data"]] == [3, 6, 9], "a step that was trained again has one row"
+    assert [row[0] for row in table["data"]] == [3, 3, 3, 6, 6, 6, 9, 9, 9], "a step trained again has its rows once"

@@ -164,6 +164,17 @@ def test_forks_and_other_data_are_no_seeds_of_a_configuration(store: MlflowClien
     assert len(compare.read(["bdh"], TrackingConfig()).families) == 2
 
 
+def test_many_runs_are_read_by_several_processes_as_by_one(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        made(store, f"run {number}", [3.0, 2.0 + number], training__learning_rate=number)
+    alone = compare.read(["bdh"], TrackingConfig())
+    monkeypatch.setattr(compare, "MANY", 3)
+    together = compare.read(["bdh"], TrackingConfig())
+    assert [r.label for r in together.runs] == [r.label for r in alone.runs]
+    for ours, theirs in zip(together.runs, alone.runs, strict=True):
+        assert ours.curves["train/loss"].values.tolist() == theirs.curves["train/loss"].values.tolist()
+
+
 @pytest.mark.parametrize("table", ["{", '{"data": 3}', '{"columns": [], "data": [["<script>", "p", "w"]]}', "[]", "null"])
 def test_odd_files_of_a_run_are_as_if_they_were_not_there(store: MlflowClient, table: str) -> None:
     tags = {"bdh.segment": "2", "mlflow.loggedArtifacts": '[{"path": "samples.json", "type": "table"}]'}

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint, resume, start
 from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model import BDH, BDHConfig
 from tests.conftest import history, only_run, run_cli, train
 from tests.test_checkpoint import Evil
@@ -35,7 +36,11 @@ def loaded(step: int) -> dict[str, Any]:
     return checkpoint.load(run_dir() / checkpoint.file_name(step))
 
 
-@pytest.mark.parametrize("form", ["latest", "file", "directory", "run id", "runs:/", "runs:/ file", "runs:/ folder", "artifact URI"])
+FORMS = ["latest", "file", "directory", "run id", "runs:/", "runs:/ file", "runs:/ folder", "artifact URI"]
+FORMS += ["latest:N", "directory:N", "run id:N", "runs:/:N"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("local", [True, False], ids=["here", "mirrored only"])
 def test_every_form_continues_the_same_run_in_the_same_directory(
     store: MlflowClient, tiny: Path, half: Any, form: str, local: bool
@@ -52,8 +57,9 @@ def test_every_form_continues_the_same_run_in_the_same_directory(
         "runs:/ folder": f"runs:/{run_id}/{mirror}",
         "artifact URI": f"file://{half.info.artifact_uri}/{mirror}/checkpoint_3.pt",
     }
+    targets |= {f"{name}:N": f"{targets[name]}:3" for name in ("latest", "directory", "run id", "runs:/")}
     if not local:
-        if form in ("file", "directory"):
+        if form in ("file", "directory", "directory:N"):
             pytest.skip("a local path needs the local file")
         shutil.rmtree(CHECKPOINTS)
     result = train(tiny, resume=targets[form])
@@ -105,6 +111,23 @@ def test_earlier_checkpoint_of_a_run_replays_without_logging_twice(store: Mlflow
     assert train(tiny, resume=f"runs:/{run.info.run_id}/checkpoints/{run_dir().name}/{first.name}").exit_code == 0
     assert history(store, run.info.run_id, "train/loss") == before
     assert {v for _, v in history(store, run.info.run_id, "resume/replay_max_abs_diff")} == {0.0}
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["here", "mirrored only"])
+@pytest.mark.parametrize("form", ["latest", "run id", "directory"])
+def test_step_of_a_run_is_found_or_its_steps_are_listed(store: MlflowClient, text: Path, tiny: Path, form: str, local: bool) -> None:
+    if form == "directory" and not local:
+        pytest.skip("a local path needs the local file")
+    assert train(tiny).exit_code == 0
+    run_id, config = only_run(store).info.run_id, TrackingConfig()
+    target = {"latest": "latest", "run id": run_id, "directory": str(run_dir())}[form]
+    if not local:
+        shutil.rmtree(CHECKPOINTS)
+    found = resume.find(f"{target}:3", CHECKPOINTS, config)
+    assert (found.state["step"], found.path.name) == (3, "checkpoint_3.pt")
+    assert resume.find(target, CHECKPOINTS, config).state["step"] == 6
+    with pytest.raises(ResumeError, match="no checkpoint of step 4; it has 3, 6"):
+        resume.find(f"{target}:4", CHECKPOINTS, config)
 
 
 def replaced(path: Path, content: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -49,14 +49,14 @@ class Told:
     """Tracker and screen in one."""
 
     points: list[tuple[str, int, float]] = field(default_factory=list)
-    samples: list[tuple[Sample, int]] = field(default_factory=list)
+    written: list[tuple[Sequence[Sample], int]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.points += [(key, step, value) for key, value in values.items()]
 
-    def sample(self, sample: Sample, step: int) -> None:
-        self.samples.append((sample, step))
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        self.written.append((samples, step))
 
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
         self.steps.append(step)
@@ -97,7 +97,7 @@ class Disk:
         self.check()
 
 
-SAMPLE = Sample("def ", "f(x):")
+SAMPLES = [Sample("def ", "f(x):"), Sample("class ", "A:")]
 
 
 class ConstantRate:
@@ -146,7 +146,7 @@ def bench(*, batches: Iterator[Item] | None = None, scaler: bool = False, model:
         device=CPU,
         batches=batches or items(),
         validation=[item.tokens for item, _ in zip(items(5000), range(3), strict=False)],
-        sample=lambda stopped: SAMPLE,
+        samples=lambda stopped: SAMPLES,
         observed=lambda: nullcontext({"seen": 1.0}),
         peak_tokens_per_s=1e6,
         saver=Disk(saved),
@@ -162,10 +162,10 @@ def test_things_happen_at_their_frequencies_and_at_the_last_step() -> None:
     ending = b.trainer.run()
     assert b.told.steps_of("train/loss") == [4, 8, 10]
     assert b.told.steps_of("val/loss") == [5, 10]
-    assert b.told.samples == [(SAMPLE, 5), (SAMPLE, 10)]
+    assert b.told.written == [(SAMPLES, 5), (SAMPLES, 10)]
     assert b.saved_steps == [6, 10]
     assert b.told.steps == list(range(1, 11))
-    assert ending == Ending("finished", 10, b.told.values_of("val/loss")[-1], SAMPLE)
+    assert ending == Ending("finished", 10, b.told.values_of("val/loss")[-1], SAMPLES)
 
 
 def test_checkpoint_of_an_evaluated_step_knows_its_validation_loss() -> None:
@@ -252,15 +252,15 @@ def test_signal_cuts_an_evaluation_short_and_the_step_is_saved(phase: str) -> No
                 b.stop._handle(signal.SIGINT, None)
             return super().forward(idx, targets)
 
-    def sample(stopped: Any) -> str | None:
+    def samples(stopped: Any) -> list[Sample]:
         b.stop._handle(signal.SIGINT, None)
-        return None if stopped() else "text"
+        return [] if stopped() else SAMPLES
 
     object.__setattr__(parts, "model", Late())
     object.__setattr__(parts, "optimizer", torch.optim.AdamW(parts.model.parameters()))
-    object.__setattr__(parts, "sample", sample)
+    object.__setattr__(parts, "samples", samples)
     ending = b.trainer.run()
-    assert (ending.reason, ending.step, b.saved_steps, b.told.samples) == ("SIGINT", 5, [5], [])
+    assert (ending.reason, ending.step, b.saved_steps, b.told.written) == ("SIGINT", 5, [5], [])
     assert b.told.steps_of("val/loss") == ([] if phase == "evaluation" else [5])
 
 
@@ -372,7 +372,7 @@ def test_finished_run_has_nothing_left_to_do() -> None:
     b.trainer.run()
     again = bench()
     again.trainer.load_state_dict(b.saved[-1][0])
-    assert again.trainer.run() == Ending("finished", 10, None, None)
+    assert again.trainer.run() == Ending("finished", 10, None, ())
     assert (again.saved, again.told.points) == ([], [])
 
 
