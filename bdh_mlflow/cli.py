@@ -171,7 +171,7 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: 
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Repeatable randomness.")
 @click.option("--interactive", is_flag=True, help="Ask for one prompt after the other; an empty end of input (Ctrl-D) leaves.")
 def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **sampling: Any) -> None:
-    """Continue a prompt with RUN: latest, a path, a run id, an artifact URI or an exported file.
+    """Continue a prompt with RUN: latest, a path, a run id, an artifact URI, an exported file or models:/NAME@ALIAS.
 
     Without --prompt the prompt is read from standard input, if something is piped into it.
     """
@@ -214,8 +214,9 @@ def _converse(loaded: "Loaded", max_new_tokens: int, how: "Sampling") -> None:
 def _stream(loaded: "Loaded", prompt: str, max_new_tokens: int, how: "Sampling") -> None:
     from bdh_mlflow import generation
 
+    pieces = generation.write(loaded, prompt, max_new_tokens, how)
     click.echo(prompt, nl=False)
-    for piece in generation.write(loaded, prompt, max_new_tokens, how):
+    for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
 
@@ -226,8 +227,9 @@ def _stream(loaded: "Loaded", prompt: str, max_new_tokens: int, how: "Sampling")
 @click.option(
     "--out", default="compare.html", show_default=True, type=click.Path(dir_okay=False), help="Report to write; its plots beside it."
 )
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw this one, too; can be repeated.")
 @click.option("--log/--no-log", default=True, show_default=True, help="Keep the report among the first run's artifacts, too.")
-def compare(runs: tuple[str, ...], config_path: str, out: str, log: bool) -> None:
+def compare(runs: tuple[str, ...], config_path: str, out: str, metrics: tuple[str, ...], log: bool) -> None:
     """What differs between RUNS, and their curves on steps, tokens and active time.
 
     A run is given by id, name or `latest`; an experiment's name stands for all its runs, and so does a filter such as
@@ -238,7 +240,7 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, log: bool) -> Non
     tracking, path = Config.from_yaml(config_path).tracking, Path(out)
     if not path.absolute().parent.is_dir():
         raise InputError(f"--out {path}: there is no folder {path.parent}")
-    comparison = report.read(_split(runs, report.FILTER), tracking)
+    comparison = report.read(_split(runs, report.FILTER), tracking, metrics)
     table = report.rows(comparison)
     shown = comparison.runs[:SHOWN_RUNS]
     _print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in table])

@@ -11,11 +11,9 @@ import html
 import io
 import itertools
 import json
-import multiprocessing
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,8 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.dbmodels.models import SqlMetric
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from numpy.typing import NDArray
 
 from bdh_mlflow import tracking
@@ -39,12 +39,19 @@ LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/token
 AXES = ("step", "tokens", "active hours")
 DRAWN_POINTS = 800  # of a curve; beyond that neighbours are averaged for the picture
 MOST_SAMPLES = 4  # steps, and runs side by side
-MANY = 16  # runs from which on they are read by several processes: the store finds points faster than one turns them into numbers
-MOST_PROCESSES = 8
+READERS = 8  # runs read at a time: most of the time a server is waited for
 SAME_BUT_SEED = re.compile(r"training\.(seed|checkpoint_dir)|tracking\..*")
 FILTER = re.compile(r"[=<>]|\b(I?LIKE|IN)\b")
 
 Numbers = NDArray[np.float64]
+
+
+class Point(NamedTuple):
+    """Of a metric."""
+
+    step: int
+    at_ms: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -107,30 +114,44 @@ class Segment(NamedTuple):
 class Comparison:
     """Trainings side by side.
 
-    differing: settings that are not the same in all of them.   families: runs that differ in nothing but the seed, together.
+    metrics: those read, in the order of their pictures.   differing: settings that are not the same in all of them.   families: runs
+    that differ in nothing but the seed, together.
     """
 
     runs: tuple[RunCurves, ...]
+    metrics: tuple[str, ...]
     differing: tuple[str, ...]
     families: tuple[tuple[RunCurves, ...], ...] = field(default=())
 
 
-def read(names: Sequence[str], config: TrackingConfig) -> Comparison:
+def read(names: Sequence[str], config: TrackingConfig, more: Sequence[str] = ()) -> Comparison:
     """The runs that names stand for: ids, run names, `latest`, experiments, or filter strings on the configured experiment.
 
-    Raises InputError for one that stands for nothing, with what is near.
+    more: metrics to draw beside CURVES.   Raises InputError for a name that stands for nothing and a metric no run has, with what is near.
     """
     client = tracking.connect(config)
     chosen = {run.info.run_id: run for name in names for run in _find(client, name, config.experiment)}
-    runs = _read(client, config, list(chosen.values()))
+    metrics = tuple(dict.fromkeys((*CURVES, *more)))
+    known = {key for run in chosen.values() for key in run.data.metrics}
+    for metric in more:
+        if metric not in known:
+            near = difflib.get_close_matches(metric, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"they have {', '.join(sorted(known)) or 'none'}"
+            raise InputError(f"metric {metric}: none of these runs has it; {hint}")
+    with tracking.reported("points cannot be read"):
+        told = {metric: _histories(client, [i for i, run in chosen.items() if metric in run.data.metrics], metric) for metric in metrics}
+    with ThreadPoolExecutor(READERS) as pool:
+        curves = ({metric: _curve(told[metric].get(run_id, [])) for metric in metrics} for run_id in chosen)
+        runs = tuple(pool.map(_run_curves, chosen.values(), curves))
     keys = dict.fromkeys(key for r in runs for key in r.run.data.params if "." in key)
-    differing = tuple(key for key in keys if len({r.run.data.params.get(key) for r in runs}) > 1)
+    shown = (key for key in keys if key != "tracking.run_name")  # it heads the column
+    differing = tuple(key for key in shown if len({r.run.data.params.get(key) for r in runs}) > 1)
     families: dict[str, list[RunCurves]] = {}
     for r in runs:
         same = {key: value for key, value in sorted(r.run.data.params.items()) if "." in key and not SAME_BUT_SEED.fullmatch(key)}
         data = sorted(i.dataset.digest for i in (r.run.inputs.dataset_inputs if r.run.inputs else []))
         families.setdefault(json.dumps([same, data]) if same else r.run.info.run_id, []).append(r)
-    return Comparison(runs, differing, tuple(tuple(family) for family in families.values()))
+    return Comparison(runs, metrics, differing, tuple(tuple(family) for family in families.values()))
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
@@ -177,7 +198,7 @@ def page(comparison: Comparison, drawn: Mapping[str, bytes]) -> str:
 
 def pictures(comparison: Comparison) -> dict[str, bytes]:
     """A PNG per metric that any run has: on steps, on tokens and on the time in which the runs were worked on."""
-    return {metric: _picture(comparison, metric) for metric in CURVES if any(len(r.curves[metric]) for r in comparison.runs)}
+    return {metric: _picture(comparison, metric) for metric in comparison.metrics if any(len(r.curves[metric]) for r in comparison.runs)}
 
 
 def keep(comparison: Comparison, files: Sequence[Path], config: TrackingConfig) -> None:
@@ -302,22 +323,7 @@ def _trainings(client: MlflowClient, experiment_id: str, wanted: str = "") -> li
     return [run for run in mine if "bdh.continues" not in run.data.tags]
 
 
-def _read(client: MlflowClient, config: TrackingConfig, runs: list[Run]) -> tuple[RunCurves, ...]:
-    if len(runs) < MANY:
-        return tuple(_curves(client, run) for run in runs)
-    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:  # a forked one would share connections
-        return tuple(pool.map(_curves_of, itertools.repeat(config), runs, chunksize=4))
-
-
-def _curves_of(config: TrackingConfig, run: Run) -> RunCurves:
-    """In a process of its own."""
-    return _curves(tracking.connect(config), run)
-
-
-def _curves(client: MlflowClient, run: Run) -> RunCurves:
-    with tracking.reported(f"run {run.info.run_id} cannot be read"):
-        curves = {key: _curve(client, run, key) for key in CURVES}
+def _run_curves(run: Run, curves: dict[str, Curve]) -> RunCurves:
     tokens, segments, samples = 0.0, list[Segment](), dict[int, list[str]]()
     with contextlib.suppress(KeyError, ValueError):  # a run that does not say, or says it otherwise
         sizes = [int(run.data.params[f"training.{key}"]) for key in ("batch_size", "block_size", "gradient_accumulation_steps")]
@@ -342,11 +348,29 @@ def _absent_if_odd() -> contextlib.AbstractContextManager[None]:
     return contextlib.suppress(MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def _curve(client: MlflowClient, run: Run, key: str) -> Curve:
-    points = client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
-    by_step = {m.step: m for m in sorted(points, key=lambda m: (m.step, m.timestamp))}  # of a step told twice, the later
-    columns: list[Callable[[Any], float]] = [lambda m: m.step, lambda m: m.value, lambda m: m.timestamp]
-    return Curve(*(np.array([column(m) for m in by_step.values()], dtype=float) for column in columns))
+def _histories(client: MlflowClient, run_ids: list[str], key: str) -> dict[str, list[Point]]:
+    """All points of a metric, run by run.
+
+    From a database of our own in one query, of columns: it would look through the points of all runs for each run again, and MLflow makes
+    three objects of each row.
+    """
+    store = client._tracking_client.store
+    if not isinstance(store, SqlAlchemyStore):
+        with ThreadPoolExecutor(READERS) as pool:
+            told = list(pool.map(lambda run_id: client.get_metric_history(run_id, key), run_ids))
+        return {run_id: [Point(m.step, m.timestamp, m.value) for m in points] for run_id, points in zip(run_ids, told, strict=True)}
+    found: dict[str, list[Point]] = {run_id: [] for run_id in run_ids}
+    columns = SqlMetric.run_uuid, SqlMetric.step, SqlMetric.timestamp, SqlMetric.value, SqlMetric.is_nan
+    with store.ManagedSessionMaker() as session:
+        for run_id, step, at_ms, value, is_nan in session.query(*columns).filter(SqlMetric.key == key, SqlMetric.run_uuid.in_(run_ids)):
+            found[run_id].append(Point(step, at_ms, np.nan if is_nan else value))
+    return found
+
+
+def _curve(points: list[Point]) -> Curve:
+    by_step = {point.step: point for point in sorted(points, key=lambda point: point[:2])}  # of a step told twice, the later
+    steps, at_ms, values = (np.array([point[i] for point in by_step.values()], dtype=float) for i in range(3))
+    return Curve(steps, values, at_ms)
 
 
 def _history(r: RunCurves) -> str:
@@ -366,4 +390,7 @@ def _best(curve: Curve) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.4f}".rstrip("0").rstrip(".")
+    if value is None:
+        return ""
+    digits = 4 if abs(value) < 100 else 1
+    return f"{value:,.{digits}f}".rstrip("0").rstrip(".")

@@ -164,15 +164,27 @@ def test_forks_and_other_data_are_no_seeds_of_a_configuration(store: MlflowClien
     assert len(compare.read(["bdh"], TrackingConfig()).families) == 2
 
 
-def test_many_runs_are_read_by_several_processes_as_by_one(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3):
-        made(store, f"run {number}", [3.0, 2.0 + number], training__learning_rate=number)
-    alone = compare.read(["bdh"], TrackingConfig())
-    monkeypatch.setattr(compare, "MANY", 3)
-    together = compare.read(["bdh"], TrackingConfig())
-    assert [r.label for r in together.runs] == [r.label for r in alone.runs]
-    for ours, theirs in zip(together.runs, alone.runs, strict=True):
-        assert ours.curves["train/loss"].values.tolist() == theirs.curves["train/loss"].values.tolist()
+def test_any_metric_is_drawn_and_an_unknown_one_named(store: MlflowClient, tiny: Path, tmp_path: Path) -> None:
+    run_id = made(store, "one", [3.0, 2.0])
+    store.log_metric(run_id, "optim/lr", 0.5, step=1)
+    result = run_cli("compare", "one", "--metric", "optim/lr", "--config", str(tiny), "--no-log")
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.glob("*.png")} == {"compare_train_loss.png", "compare_optim_lr.png"}
+    result = run_cli("compare", "one", "--metric", "optim/rl", "--config", str(tiny), "--no-log")
+    assert (result.exit_code, "metric optim/rl: none of these runs has it; did you mean optim/lr?" in result.output) == (2, True)
+    result = run_cli("compare", "--config", str(tiny))
+    assert (result.exit_code, "Missing argument 'RUNS...'" in result.output) == (2, True)
+
+
+def test_points_read_from_the_database_are_those_that_mlflow_gives(store: MlflowClient) -> None:
+    run_id = made(store, "one", [3.0, float("nan"), 2.0, float("inf")])
+    store.log_metric(run_id, "train/loss", 1.5, step=2)
+    given = [(m.step, m.timestamp, m.value) for m in store.get_metric_history(run_id, "train/loss")]
+    assert len(given) == 5
+    ours = [tuple(point) for point in compare._histories(store, [run_id, made(store, "two", [])], "train/loss")[run_id]]
+    assert sorted(map(repr, ours)) == sorted(map(repr, given))
+    (curve,) = [r.curves["train/loss"] for r in compare.read([run_id], TrackingConfig()).runs]
+    assert curve.values[:3].tolist() == [3.0, 1.5, 2.0], "of a step told twice, the later"
 
 
 @pytest.mark.parametrize("table", ["{", '{"data": 3}', '{"columns": [], "data": [["<script>", "p", "w"]]}', "[]", "null"])
