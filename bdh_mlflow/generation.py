@@ -84,16 +84,23 @@ class Sampling:
 
 
 def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
-    """Continue a prompt, piece by piece as it is made; a character of several bytes comes when it is whole."""
+    """Continue a prompt, piece by piece as it is made; a character of several bytes comes when it is whole.
+
+    Raises InputError, at once, for a prompt that is too long.
+    """
+    return _decoded(_stream(loaded, [prompt], max_new_tokens, sampling))
+
+
+def _decoded(tokens: Iterator[torch.Tensor]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in _stream(loaded, [prompt], max_new_tokens, sampling):
+    for token in tokens:
         piece = int(token)
         yield decoder.decode(bytes([piece])) if 0 < piece < tokenizer.VOCAB_SIZE else tokenizer.decode([piece])
     yield decoder.decode(b"", final=True)
 
 
 def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
-    """Continue several prompts of any lengths, together."""
+    """Continue several prompts of any lengths, together.   Raises InputError for one that is too long."""
     tokens = torch.cat(list(_stream(loaded, prompts, max_new_tokens, sampling)), dim=1).tolist()
     return [tokenizer.decode([token for token in row if token != model.STOPPED]) for row in tokens]
 

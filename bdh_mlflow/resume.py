@@ -94,8 +94,8 @@ def mirrored(run_id: str, config: TrackingConfig) -> tuple[str, list[tuple[int, 
 def fetch(run_id: str, path: str, folder: Path, config: TrackingConfig) -> Checkpoint:
     """Download a mirrored checkpoint with its manifest into `folder` and verify it.   Raises ResumeError or CheckpointError."""
     tracking.connect(config)
-    file = _download(f"runs:/{run_id}/{path}", folder)
-    _download(f"runs:/{run_id}/{path.removesuffix('.pt')}.json", folder)
+    file = download(f"runs:/{run_id}/{path}", folder)
+    download(f"runs:/{run_id}/{path.removesuffix('.pt')}.json", folder)
     found = checkpoint.describe(file)
     checkpoint.verify(found)
     return found
@@ -137,6 +137,8 @@ def _at_step(run: str, step: int, checkpoint_dir: Path, config: TrackingConfig, 
         here = f"checkpoints/{run_dir}/{name}" if (folder / name).is_file() else None
         if path := dict(mirrored).get(step, here):
             return run_id, _at_run_path(run_id, path, checkpoint_dir, config, notes)
+    if run_id is None and not folder.is_dir():
+        raise ResumeError(f"{run}: no such folder (looked in {Path.cwd()}); accepted: {GRAMMAR}")
     if not (folder / name).is_file():
         there = sorted({c.manifest.step for c in checkpoint.list_run(folder).checkpoints} | {at for at, _ in mirrored})
         raise ResumeError(f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, there)) or 'none'}")
@@ -204,7 +206,7 @@ def _at_uri(uri: str, checkpoint_dir: Path, config: TrackingConfig, notes: list[
     if uri.endswith(".pt"):
         return _fetch(uri, checkpoint_dir, config)
     with _download_folder(checkpoint_dir) as folder:
-        root = _download(uri, folder)
+        root = download(uri, folder)
         passed_over: list[str] = []
         candidates = []
         for run_dir in sorted({p.parent for p in root.rglob("checkpoint_*.pt")}):
@@ -220,9 +222,9 @@ def _at_uri(uri: str, checkpoint_dir: Path, config: TrackingConfig, notes: list[
 def _fetch(uri: str, checkpoint_dir: Path, config: TrackingConfig) -> Checkpoint:
     """Download one checkpoint and its manifest, verify them, and put them where the run left them."""
     with _download_folder(checkpoint_dir) as folder:
-        path = _download(uri, folder)
+        path = download(uri, folder)
         with contextlib.suppress(ResumeError):
-            _download(uri.removesuffix(".pt") + ".json", folder)
+            download(uri.removesuffix(".pt") + ".json", folder)
         found = checkpoint.describe(path)
         checkpoint.verify(found)
         return _settle(found, checkpoint_dir)
@@ -258,7 +260,8 @@ def _download_folder(checkpoint_dir: Path) -> Iterator[Path]:
                 folder_made.rmdir()
 
 
-def _download(uri: str, folder: Path) -> Path:
+def download(uri: str, folder: Path) -> Path:
+    """What an artifact URI names, in `folder`.   Raises ResumeError."""
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except Exception as error:  # each artifact store raises its own kinds

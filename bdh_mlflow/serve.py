@@ -3,8 +3,10 @@
 Takes the targets that resume takes. Evaluation computes in the number format of training.
 """
 
+import dataclasses
 import json
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,17 +21,30 @@ from bdh_mlflow.journal import masked
 from bdh_mlflow.trainer import evaluate
 
 
-def load(target: str, checkpoint_dir: Path, tracking: TrackingConfig) -> Loaded:
-    """The model of a run or checkpoint (grammar of `resume`), or of an exported file.   Raises ResumeError or CheckpointError."""
+def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
+    """The model of a run or checkpoint (grammar of `resume`), of an exported file, or a registered one (models:/NAME@ALIAS).
+
+    Raises ResumeError or CheckpointError.
+    """
     if target.endswith(export.SUFFIX):
         return generation.from_file(Path(target))
-    found = resume.find(target, checkpoint_dir, tracking)
+    if target.startswith("models:/") and (registered := _registered(target, config)):
+        return registered
+    found = resume.find(target, checkpoint_dir, config)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
-    config = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
+    own = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
     formats = found.state.get("precision_state_dict", {})
     step, run_id = found.checkpoint.manifest.step, found.run_id or resume.run_of(found.checkpoint)
-    return generation.from_weights(found.state["model_state_dict"], config, formats, found.path, step, found.notes, run_id)
+    return generation.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes, run_id)
+
+
+def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
+    """A registered model's weights; None for one of another kind."""
+    tracking.connect(config)
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        files = sorted(resume.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}"))
+        return dataclasses.replace(generation.from_file(files[0]), path=Path(uri)) if files else None
 
 
 def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:

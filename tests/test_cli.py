@@ -393,3 +393,9 @@ def test_samples_are_a_table_that_the_ui_shows(store: MlflowClient, text: Path, 
     train(tiny, "training.max_iters=9", resume="checkpoints/" + next(Path("checkpoints").iterdir()).name + "/checkpoint_3.pt")
     table = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/samples.json")
     assert [row[0] for row in table["data"]] == [3, 3, 3, 6, 6, 6, 9, 9, 9], "a step trained again has its rows once"
+
+
+def test_prompt_that_is_too_long_is_refused_before_anything_is_written(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    result = run_cli("generate", "latest", "--prompt", "x" * 70_000, "--config", str(tiny))
+    assert (result.exit_code, result.output) == (2, "Error: prompt of 70,000 bytes; at most 65,536 are taken\n")

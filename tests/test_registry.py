@@ -52,6 +52,10 @@ def test_registered_model_is_small_safe_and_answers_as_generation_does(store: Ml
     assert model.predict(pd.DataFrame({"prompt": ["def "]}), params=seeded) == in_process(
         ["def "], seed=7, top_k=5, top_p=0.9, temperature=1.5
     )
+    generated = run_cli("generate", registered, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "12", "--config", "tiny.yaml")
+    assert (generated.exit_code, generated.output) == (0, f"def {in_process(['def '], temperature=0)[0]}\n")
+    unknown = run_cli("generate", "models:/tiny@winner", "--prompt", "def ", "--config", "tiny.yaml")
+    assert (unknown.exit_code, "alias winner not found" in unknown.output) == (2, True)
     folder = Path(mlflow.artifacts.download_artifacts(registered))
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert not [f for f in files if f.suffix in (".pkl", ".pt", ".pth")], "nothing that unpickles"

@@ -128,6 +128,8 @@ def test_step_of_a_run_is_found_or_its_steps_are_listed(store: MlflowClient, tex
     assert resume.find(target, CHECKPOINTS, config).state["step"] == 6
     with pytest.raises(ResumeError, match="no checkpoint of step 4; it has 3, 6"):
         resume.find(f"{target}:4", CHECKPOINTS, config)
+    with pytest.raises(ResumeError, match="nowhere: no such folder"):
+        resume.find("nowhere:3", CHECKPOINTS, config)
 
 
 def replaced(path: Path, content: bytes) -> None:
