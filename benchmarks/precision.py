@@ -28,7 +28,7 @@ from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.model import BDH, PROJECTIONS
 from bdh_mlflow.precision import Precision
 
-CONFIG = "configs/quickstart.yaml"
+CONFIG = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 VALIDATION_BATCHES = 64
 PLAIN = ("low_precision.use_4bit=false", "low_precision.compute_dtype=float32")
 FOUR = ("low_precision.use_4bit=true", "low_precision.compute_dtype=float32")
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "4-bit AdamW": (*PLAIN, "low_precision.optimizer_bits=4"),
     "fp8 hybrid": FP8,
     "fp8 e4m3": (*FP8, "fp8.format=e4m3"),
-    "float32 nudged": (*PLAIN, "training.learning_rate=0.00600006"),
+    "float32 nudged": (*PLAIN, f"training.learning_rate={1.00001 * Config.from_yaml(CONFIG).training.learning_rate}"),
 }
 
 
