@@ -5,6 +5,8 @@ of three neighbouring windows (silent, told, silent), whose first part is left o
 the window that caused it.
 Targets: `sqlite` (the store as a file), `server` (`mlflow server` on loopback), `slow` (the same behind 200 ms), `stopped` and `killed`
 (SIGSTOP or SIGKILL of the server in the middle; it goes on, or is started again, after the training has ended, and `sync` delivers).
+`floor` and `floor-server` tell nobody: beside the told windows a process that shares nothing with the loop hands MLflow as many points, in
+one request a second. What that costs the loop, the machine costs: the two share caches, memory and what the host gives them.
 
 overhead: median over the rounds of the difference of median steps, told against the silent window before. p99/p99: median over the rounds
 of the ratio. all steps: the same of all told against all silent steps. Every third told window hands a 300 MB checkpoint over and runs
@@ -16,13 +18,15 @@ process at that moment (median). exit: from the last step to the process being f
 import argparse
 import contextlib
 import logging
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +37,7 @@ import signal
 
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from bdh_mlflow import delivery
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, Rest, RunDirectory
@@ -42,7 +47,7 @@ from tests.servers import Server
 METRICS = ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "progress/tokens_seen")
 CHECKPOINT_BYTES = 300_000_000
 CHECKPOINT_EVERY = 3  # rounds, so 1500 steps
-TARGETS = ("sqlite", "server", "slow", "stopped", "killed")
+TARGETS = ("floor", "sqlite", "floor-server", "server", "slow", "stopped", "killed")
 SETTLE_S = 1.2  # a window begins with what the one before it has caused
 Work = tuple[torch.Tensor, torch.Tensor]
 
@@ -71,7 +76,10 @@ def main() -> None:
     print(f"{'target':8} {' '.join(f'{head:>{width}}' for head, width in heads)} {'points':>14}")
     for target in given.targets:
         with tempfile.TemporaryDirectory() as folder, served(target, Path(folder)) as (uri, server):
-            figures, found = tracked(given.rounds, given.window, Path(folder), uri, target, server)
+            if target.startswith("floor"):
+                figures, found = untold(given.rounds, given.window, uri), "-"
+            else:
+                figures, found = tracked(given.rounds, given.window, Path(folder), uri, target, server)
             report(target, figures, found)
 
 
@@ -88,7 +96,7 @@ def report(target: str, figures: Figures, found: str) -> None:
     print(
         f"{target:8} {1e3 * median(first):8.2f} {over_ms:+7.3f}/{drift_ms:+7.3f} {tails:6.2f}/{drift_tails:4.2f} "
         f"{whole:6.2f}/{drift_whole:4.2f} {1e6 * median(figures.call_s):8.0f} "
-        f"{median(figures.blocked):12.2f} {figures.exit_s:7.1f} {found:>14}",
+        f"{median(figures.blocked or [float('nan')]):12.2f} {figures.exit_s:7.1f} {found:>14}",
         flush=True,
     )
 
@@ -125,13 +133,63 @@ def tracked(rounds: int, window: int, folder: Path, uri: str, target: str, serve
     return figures, f"{once}/{all_of_them}" + (f" +{sum(there.values()) - once} again" if sum(there.values()) != once else "")
 
 
-def train(rounds: int, window: int, tracker: Tracker, writer: BackgroundWriter, target: str, server: Server | None) -> Figures:
-    """The loop. The time for which the checkpoint blocks it is a figure of its own, the steps beside its writing are in the windows."""
+class Nobody:
+    """Told, and tells nobody."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
+        return 0
+
+
+def untold(rounds: int, window: int, uri: str) -> Figures:
+    """The loop beside a process that sends as many points as a told window has."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    beside = context.Process(target=send, args=(uri, ready), daemon=True)
+    beside.start()
+    assert ready.wait(60)
+    assert beside.pid is not None
+    try:
+        return train(
+            rounds, window, Nobody(), None, "floor", None, lambda told: os.kill(beside.pid, signal.SIGCONT if told else signal.SIGSTOP)
+        )
+    finally:
+        beside.kill()
+
+
+def send(uri: str, ready: Any) -> None:
+    os.nice(5)  # as the sender does
+    client = MlflowClient(uri)
+    run_id = client.create_run(client.create_experiment("floor")).info.run_id
+    for second in range(1_000_000):
+        began = time.perf_counter()
+        now_ms = int(1e3 * time.time())
+        client.log_batch(run_id, [Metric(key, 1.0, now_ms, 100 * second + i) for i in range(100) for key in METRICS])
+        ready.set()
+        time.sleep(max(0.0, 1 - (time.perf_counter() - began)))
+
+
+def train(
+    rounds: int,
+    window: int,
+    tracker: Tracker | Nobody,
+    writer: BackgroundWriter | None,
+    target: str,
+    server: Server | None,
+    begins: Callable[[bool], None] = lambda told: None,
+) -> Figures:
+    """The loop. The time for which the checkpoint blocks it is a figure of its own, the steps beside its writing are in the windows.
+
+    begins: called with whether a window is told, before it.
+    """
     work, state = toy(), {"step": 1, "tokens_seen": 0, "loss": 1.0, "model_state_dict": weights()}
     windows: list[list[float]] = []
     call_s, blocked, step = list[float](), list[float](), 0
     for number in range(3 * rounds):
         told, times, began = number % 3 == 1, list[float](), time.perf_counter()
+        begins(told)
         for _ in range(window):
             started = time.perf_counter()
             loss = compute(work)
@@ -140,7 +198,7 @@ def train(rounds: int, window: int, tracker: Tracker, writer: BackgroundWriter, 
                 tracker.metrics(dict.fromkeys(METRICS, loss + step), step)
                 call_s.append(time.perf_counter() - before)
                 step += 1
-            if told and number // 3 % CHECKPOINT_EVERY == 0 and step % window == window // 3:
+            if writer is not None and told and number // 3 % CHECKPOINT_EVERY == 0 and step % window == window // 3:
                 pause = time.perf_counter()
                 copy_s = copying(state)
                 state["step"] = step
@@ -154,7 +212,8 @@ def train(rounds: int, window: int, tracker: Tracker, writer: BackgroundWriter, 
         windows.append(times)
         if server is not None and number == 3 * (rounds // 2) - 1 and target in ("stopped", "killed"):
             server.signal(signal.SIGSTOP if target == "stopped" else signal.SIGKILL)
-    writer.finish()
+    if writer is not None:
+        writer.finish()
     before = time.perf_counter()
     tracker.close("FINISHED", {}, step)
     exit_s = time.perf_counter() - before
@@ -165,7 +224,7 @@ def train(rounds: int, window: int, tracker: Tracker, writer: BackgroundWriter, 
 def served(target: str, folder: Path) -> Iterator[tuple[str, Server | None]]:
     store = folder / "empty.db"
     client = MlflowClient(f"sqlite:///{store}")
-    if target == "sqlite":
+    if target in ("sqlite", "floor"):
         client.create_experiment("bdh", artifact_location=f"file://{folder}/artifacts")
         yield f"sqlite:///{store}", None
         return
