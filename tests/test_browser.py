@@ -1,0 +1,60 @@
+"""What a user looks at, in a real browser on a real server."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from playwright.sync_api import expect
+
+from tests import browser
+from tests.conftest import run_cli, train
+from tests.servers import serving
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.chromium() is None, reason="no chromium (Debian: apt-get install --no-install-recommends chromium)")
+def test_pages_of_a_run_show_what_they_are_for(
+    empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(empty_store, tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        assert train(tiny, "tracking.run_name=one").exit_code == 0
+        assert train(tiny, "tracking.run_name=two", "training.learning_rate=0.01").exit_code == 0
+        assert run_cli("compare", "one", "two", "--config", str(tiny)).exit_code == 0
+        assert run_cli("checkpoints", "register", "latest:3", "--name", "text", "--alias", "champion", "--config", str(tiny)).exit_code == 0
+        experiment = server.client.get_experiment_by_name("bdh").experiment_id
+        (one,) = [run.info.run_id for run in server.client.search_runs([experiment]) if run.info.run_name == "one"]
+        _walk(server.uri, one, server.client)
+
+
+def _walk(uri: str, run_id: str, client: MlflowClient) -> None:
+    with browser.touring(uri, run_id) as tour:
+        page = tour.page
+        tour.runs()
+        for name in ("one", "two"):
+            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
+        expect(page.get_by_text("2 matching runs")).to_be_visible()
+
+        tour.charts()
+        prefixes = {key.rpartition("/")[0] for key in client.get_run(run_id).data.metrics}
+        assert {"train", "val", "bdh", "perf"} <= prefixes
+        for prefix in prefixes:
+            expect(page.get_by_text(re.compile(rf"^{prefix}$")).first).to_be_attached()
+        expect(page.get_by_text("active_x_l0", exact=True).first).to_be_visible()
+
+        tour.samples()
+        expect(page.get_by_text("View as table")).to_be_visible()
+        assert [page.get_by_text(head, exact=True).count() for head in ("step", "prompt", "written")] == [1, 1, 1]
+        expect(page.get_by_text("3", exact=True)).to_have_count(3)
+
+        report = tour.compare()
+        expect(report.get_by_role("row", name="training.learning_rate 0.001 0.01")).to_be_visible()
+        expect(report.locator("img")).to_have_count(3)
+        widths = report.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+        assert min(widths) > 1000, "pictures that were drawn"
+
+        tour.model("text")
+        expect(page.get_by_text("Version 1")).to_be_visible()
+        expect(page.get_by_text("champion")).to_be_visible()
+        expect(page.get_by_text(re.compile(r"step 3 of run two, val/loss \d"))).to_be_visible()

@@ -1,0 +1,155 @@
+"""The README as a user follows it: every command in it, in its order, in one folder, on a network small enough to take the tour in."""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from bdh_mlflow.cli import cli
+from tests.conftest import TINY, documents, write_shards
+from tests.servers import PATIENCE_S, serving
+
+PROJECT = Path(__file__).parent.parent
+SET_UP = re.compile(r"python3 -m venv .* && ")  # `.ci/run` does that
+NOT_HERE = "pip install torch==2.13.0 && pip install --no-build-isolation"  # compiled against a CUDA torch
+REFUSED_HERE = "low_precision.use_fp8=true"  # with the reason, on a machine without such a GPU
+SERVERS = ("mlflow ui", "mlflow models serve")
+SMALLER = {"-P trials=12": "-P trials=2", "--steps 40 --interruptions 5": "--steps 6 --interruptions 1", "` < 2'": "` < 9'"}
+
+
+def commands() -> list[str]:
+    """Lines of the README's shell blocks, without their comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (PROJECT / "README.md").read_text(), re.M | re.S)
+    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [SET_UP.sub("", line) for line in lines]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_does_what_it_says(
+    store: MlflowClient, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _project(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    tour = commands()
+    assert len(tour) >= 30
+    with contextlib.ExitStack() as servers:
+        ports: dict[str, int] = {}
+        for command in tour:
+            if command.startswith(NOT_HERE) or command.endswith("pytest -q") or (command.startswith("curl") and not shutil.which("curl")):
+                continue
+            words = _filled_in(command, store, ports)
+            if command.startswith(SERVERS):
+                served = _served(words, ports)
+                if command == "mlflow ui":  # its ten processes beside all that follows would take most of the time
+                    with served:
+                        continue
+                servers.enter_context(served)
+            elif command.startswith("export "):
+                server = servers.enter_context(serving(empty_store, tmp_path / "server"))
+                monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+            else:
+                code, output = _run(words)
+                assert (code != 0) == (REFUSED_HERE in command), f"{command}\n{output}"
+                assert REFUSED_HERE not in command or "low_precision.use_fp8" in output
+        remote = server.client.search_runs([server.client.get_experiment_by_name("bdh").experiment_id])
+    assert [run.info.status for run in remote] == ["FINISHED"]
+    assert {p.name for p in tmp_path.glob("compare*")} >= {"compare.html", "compare_val_loss.png"}
+    runs = store.search_runs([store.get_experiment_by_name("bdh").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert [run.data.tags["bdh.segment"] for run in runs if "bdh.resumed_from" in run.data.tags] == ["2"]
+    assert any(key.startswith("eval/other_") for run in runs for key in run.data.metrics)
+    assert store.get_model_version_by_alias("bdh", "champion").version == 1
+
+
+def _project(folder: Path) -> None:
+    """What `mlflow run .` needs, with the shipped names but a tiny network and little text."""
+    for name in ("MLproject", "conda.yaml"):
+        shutil.copy(PROJECT / name, folder)
+    shutil.copytree(PROJECT / "configs", folder / "configs")
+    low_precision = {**TINY["low_precision"], "use_4bit": True}
+    for name in ("config", "quickstart"):
+        (folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump({**TINY, "low_precision": low_precision}))
+    sweep = yaml.safe_load((folder / "configs" / "sweep.yaml").read_text())
+    sweep["settings"] = {"training.max_iters": 4}
+    (folder / "configs" / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    write_shards(folder / "text", documents(80))
+    write_shards(folder / "data" / "other", documents(80, seed=1))
+    (folder / "corpus").mkdir()
+    for number, document in enumerate(documents(200, seed=2)):
+        (folder / "corpus" / f"{number}.txt").write_text(document)
+
+
+def _filled_in(command: str, store: MlflowClient, ports: dict[str, int]) -> list[str]:
+    """A command's words, its placeholders replaced."""
+    found = store.get_experiment_by_name("bdh")
+    runs = store.search_runs([found.experiment_id], "params.`training.seed` != ''") if found else []
+    for run in runs[:2] * ("<run>" in command):
+        command = command.replace("<run>", run.info.run_id, 1)
+    if "<run id>" in command:
+        command = command.replace("<run id>", runs[0].info.run_id)
+    for large, small in SMALLER.items():
+        command = command.replace(large, small)
+    for exported in Path("checkpoints").glob("*/*.4bit.safetensors"):
+        command = re.sub(r"checkpoints/run_\.\.\./\S+\.4bit\.safetensors", str(exported), command)
+    for port, taken in ports.items():
+        command = command.replace(port, str(taken))
+    assert "<" not in re.sub(r"'[^']*'", "", command), command
+    return [str(Path(word).expanduser()) if word.startswith("~/") else word for word in shlex.split(command)]
+
+
+def _run(words: list[str]) -> tuple[int, str]:
+    """Exit code and output; our own commands in this process, which spares them their start."""
+    if words[0] == "bdh-mlflow":
+        uri = os.environ["MLFLOW_TRACKING_URI"]
+        result = CliRunner().invoke(cli, words[1:], input="def \n")
+        mlflow.set_tracking_uri(uri)  # a command may have looked elsewhere, and a process of its own would forget that
+        return result.exit_code, f"{result.output}\n{result.exception!r}"
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
+    """A server of MLflow's, on a port that is free; the README's later commands find it there."""
+    named = words[words.index("--port") + 1] if "--port" in words else None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ports |= {named: port} if named else {}
+    command = [str(port) if word == named else word for word in words] + ([] if named else ["--port", str(port)])
+    with Path(f"server-{port}.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        end = time.monotonic() + 2 * PATIENCE_S
+        while not _answers(port):
+            assert server.poll() is None, Path(f"server-{port}.log").read_text()
+            assert time.monotonic() < end, f"{command} does not answer"
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
