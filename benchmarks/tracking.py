@@ -8,11 +8,12 @@ Targets: `sqlite` (the store as a file), `server` (`mlflow server` on loopback),
 `floor` and `floor-server` tell nobody: beside the told windows a process that shares nothing with the loop hands MLflow as many points, in
 one request a second. What that costs the loop, the machine costs: the two share caches, memory and what the host gives them.
 
-overhead: median over the rounds of the difference of median steps, told against the silent window before. p99/p99: median over the rounds
-of the ratio. all steps: the same of all told against all silent steps. Every third told window hands a 300 MB checkpoint over and runs
-beside its writing. After each stroke the same figure of the second silent window against the first: what the machine does by itself, with
-nothing told. call: median of the tracker's. blocks/copy: how long a checkpoint holds the loop, against copying the same bytes in this
-process at that moment (median). exit: from the last step to the process being free. Run alone: the machine has to be quiet.
+overhead: of each round, the median told step less the mean of the medians of its two silent neighbours, which takes out what the machine
+gains or loses over the round; the median over the rounds with its standard error. p99: in the same way the ratio of the 99th percentiles.
+all steps: 99th percentile of all told over that of all silent steps. silent apart: how far the medians of the two silent windows of a round
+lie from each other (median), which nothing told has caused. Every third told window hands a 300 MB checkpoint over and runs beside its
+writing. call: median of the tracker's. blocks/copy: how long a checkpoint holds the loop, against copying the same bytes in this process at
+that moment (median). exit: from the last step to the process being free. Run alone: the machine has to be quiet.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class Figures(NamedTuple):
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--rounds", type=int, default=15, help="at least 2")
     options.add_argument("--window", type=int, default=500, help="steps in a window")
     options.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     given = options.parse_args()
@@ -72,8 +73,9 @@ def main() -> None:
     steps = given.rounds * given.window
     checkpoints = f"{-(-given.rounds // CHECKPOINT_EVERY)} checkpoints of {CHECKPOINT_BYTES / 1e6:.0f} MB"
     print(f"{steps} told steps of {len(METRICS)} metrics in {given.rounds} rounds; {checkpoints}")
-    heads = ("step ms", 8), ("overhead ms", 15), ("p99/p99", 11), ("all steps", 11), ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
-    print(f"{'target':8} {' '.join(f'{head:>{width}}' for head, width in heads)} {'points':>14}")
+    heads = ("step ms", 8), ("overhead ms", 17), ("p99/p99", 14), ("all steps", 9), ("silent apart", 12)
+    heads += ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
+    print(f"{'target':12} {' '.join(f'{head:>{width}}' for head, width in heads)} {'points':>14}")
     for target in given.targets:
         with tempfile.TemporaryDirectory() as folder, served(target, Path(folder)) as (uri, server):
             if target.startswith("floor"):
@@ -85,20 +87,24 @@ def main() -> None:
 
 def report(target: str, figures: Figures, found: str) -> None:
     median = statistics.median
-    first, told, second = ([s for round_ in figures.rounds for s in round_[which]] for which in range(3))
-
-    def against_first(which: int, steps: list[float]) -> tuple[float, float, float]:
-        over_ms = median(1e3 * (median(round_[which]) - median(round_[0])) for round_ in figures.rounds)
-        tails = median(quantile(round_[which], 0.99) / quantile(round_[0], 0.99) for round_ in figures.rounds)
-        return over_ms, tails, quantile(steps, 0.99) / quantile(first, 0.99)
-
-    (over_ms, tails, whole), (drift_ms, drift_tails, drift_whole) = against_first(1, told), against_first(2, second)
+    over_ms, tails, apart_ms = list[float](), list[float](), list[float]()
+    for before, told, after in figures.rounds:
+        over_ms.append(1e3 * (median(told) - (median(before) + median(after)) / 2))
+        tails.append(2 * quantile(told, 0.99) / (quantile(before, 0.99) + quantile(after, 0.99)))
+        apart_ms.append(1e3 * abs(median(after) - median(before)))
+    silent = [s for before, _, after in figures.rounds for s in (*before, *after)]
+    whole = quantile([s for _, told, _ in figures.rounds for s in told], 0.99) / quantile(silent, 0.99)
     print(
-        f"{target:8} {1e3 * median(first):8.2f} {over_ms:+7.3f}/{drift_ms:+7.3f} {tails:6.2f}/{drift_tails:4.2f} "
-        f"{whole:6.2f}/{drift_whole:4.2f} {1e6 * median(figures.call_s):8.0f} "
+        f"{target:12} {1e3 * median(silent):8.2f} {median(over_ms):+8.3f} +- {error(over_ms):5.3f} "
+        f"{median(tails):6.2f} +- {error(tails):4.2f} {whole:9.2f} {median(apart_ms):12.3f} {1e6 * median(figures.call_s):8.0f} "
         f"{median(figures.blocked or [float('nan')]):12.2f} {figures.exit_s:7.1f} {found:>14}",
         flush=True,
     )
+
+
+def error(values: list[float]) -> float:
+    """Standard error of their median, as for normally distributed ones."""
+    return 1.2533 * statistics.stdev(values) / len(values) ** 0.5
 
 
 def tracked(rounds: int, window: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
