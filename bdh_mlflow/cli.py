@@ -66,7 +66,12 @@ _open_ended = {"ignore_unknown_options": True, "allow_extra_args": True}
 @cli.command(context_settings=_open_ended)
 @_config
 @_set
-@click.option("--resume", default="none", metavar="TARGET", help="Continue: latest, a path, a run id, runs:/... or an artifact URI.")
+@click.option(
+    "--resume",
+    default="none",
+    metavar="TARGET",
+    help="Continue: latest, a path, a run id, runs:/... or an artifact URI; RUN:N for its step N.",
+)
 @click.option(
     "--fork",
     type=click.Choice(["yes", "no"]),
@@ -142,7 +147,7 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
 @click.option("--batches", default=32, show_default=True, type=click.IntRange(1), help="Validation batches to take.")
 @click.option("--log/--no-log", default=True, show_default=True, help="Log the result to the MLflow run, under eval/.")
 def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: bool) -> None:
-    """Loss and bits per byte of RUN on validation text, logged to its MLflow run."""
+    """Loss and bits per byte of RUN (as for generate) on validation text, logged to its MLflow run if it has one."""
     import dataclasses
 
     from bdh_mlflow import serve
@@ -171,7 +176,7 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: 
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Repeatable randomness.")
 @click.option("--interactive", is_flag=True, help="Ask for one prompt after the other; an empty end of input (Ctrl-D) leaves.")
 def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **sampling: Any) -> None:
-    """Continue a prompt with RUN: latest, a path, a run id, an artifact URI, an exported file or models:/NAME@ALIAS.
+    """Continue a prompt with RUN: latest, a path, a run id, RUN:N for its step N, an exported file, models:/NAME@ALIAS or another URI.
 
     Without --prompt the prompt is read from standard input, if something is piped into it.
     """
@@ -662,6 +667,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file, over our own words
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # our last lines name the page
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.utils.requirements_utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\..*")

@@ -81,13 +81,18 @@ class RunCurves:
     segments: list["Segment"]
     samples: dict[int, list[str]]
 
-    def axis(self, name: str, curve: Curve) -> Numbers | None:
-        """A curve's places on one of AXES; None where they are not known."""
+    def axis(self, name: str, metric: str) -> Numbers | None:
+        """The places of a metric's curve on one of AXES; None where they are not known."""
+        curve, own_count = self.curves[metric], metric.partition("/")[0]
+        if name == "active hours":
+            return self._active_hours(curve.at_ms)
+        if own_count == "system":  # counted by samples
+            return None
+        if own_count == "by_tokens":  # counted by thousands of tokens
+            return 1000 * curve.steps if name == "tokens" else None
         if name == "step":
             return curve.steps
-        if name == "tokens":
-            return curve.steps * self.tokens_per_step if self.tokens_per_step else None
-        return self._active_hours(curve.at_ms)
+        return curve.steps * self.tokens_per_step if self.tokens_per_step else None
 
     def _active_hours(self, at_ms: Numbers) -> Numbers:
         """Time in which a process worked on the run, without the gaps between segments."""
@@ -235,7 +240,7 @@ def _draw(axis: Axes, name: str, metric: str, family: tuple[RunCurves, ...], col
     if len(family) > 1 and len(common) > 1:
         places = [np.isin(c.steps, common) for c in curves]
         values = np.stack([c.values[p] for c, p in zip(curves, places, strict=True)])
-        across = [r.axis(name, c) for r, c in zip(family, curves, strict=True)]
+        across = [r.axis(name, metric) for r in family]
         if any(x is None for x in across):
             return
         x = np.mean([x[p] for x, p in zip(across, places, strict=True) if x is not None], axis=0)
@@ -246,7 +251,7 @@ def _draw(axis: Axes, name: str, metric: str, family: tuple[RunCurves, ...], col
         axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         return
     for r, curve in zip(family, curves, strict=True):
-        place = r.axis(name, curve)
+        place = r.axis(name, metric)
         if place is not None and len(curve):
             axis.plot(*_thinned(place, curve.values), dash, color=colour, label=_plain(r.label), marker="." if len(curve) < 40 else "")
 

@@ -102,7 +102,7 @@ class TrainingConfig:
     keep_checkpoints: Count | None = None
     """Newest checkpoints to keep besides the best one, here and in the mirror; null keeps all."""
     resume_from_checkpoint: str | None = None
-    """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], or an artifact URI; null starts a new run."""
+    """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], RUN:N (its step N) or an artifact URI; null: a new run."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: auto compiles on CUDA only."""
     layer_form: Literal["auto", "blocked", "reference"] = "auto"

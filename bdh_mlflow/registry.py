@@ -99,8 +99,8 @@ def register(
             raise
         client.finalize_logged_model(made.model_id, "READY")
         version = mlflow.register_model(f"models:/{made.model_id}", name, tags={**tags, "bdh.step": str(manifest.step)})
-        loss = f", val/loss {manifest.val_loss:.4f}" if manifest.val_loss is not None else ""
-        client.update_model_version(name, str(version.version), f"step {manifest.step} of run {run.info.run_name}{loss}, {kind}")
         if alias is not None:
             client.set_registered_model_alias(name, alias, version.version)
+        loss = f", val/loss {manifest.val_loss:.4f}" if manifest.val_loss is not None else ""
+        client.update_model_version(name, str(version.version), f"step {manifest.step} of run {run.info.run_name}{loss}, {kind}")
     return str(version.version), f"models:/{name}@{alias}" if alias else f"models:/{name}/{version.version}"

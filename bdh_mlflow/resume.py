@@ -5,7 +5,7 @@
     RUN_ID, runs:/RUN_ID                   of the run's local and mirrored checkpoints the furthest that verifies
     runs:/RUN_ID/checkpoints/.../FILE.pt   that one
     any other URI MLflow downloads         mlflow-artifacts:/..., s3://..., models:/NAME/VERSION: that file, or the newest in that folder
-    latest:N, PATH:N, RUN_ID:N, ...        of that run the checkpoint of step N
+    latest:N, DIRECTORY:N, RUN_ID:N, runs:/RUN_ID:N    of that run the checkpoint of step N
 
 What is only mirrored is downloaded into the directory it came from, under `checkpoint_dir`. Damaged files are named and passed over where
 there is a choice. A file of another program with BDH weights in it is a warm start. Nothing is written unless a checkpoint is found.
@@ -102,17 +102,27 @@ def fetch(run_id: str, path: str, folder: Path, config: TrackingConfig) -> Check
 
 
 def _latest(checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> Checkpoint:
-    candidates = []
-    for run_dir in checkpoint.list_all(checkpoint_dir):
-        candidates += [(c.manifest.saved_at, run_dir) for c in checkpoint.list_run(run_dir).checkpoints[-1:]]
-    for _, run_dir in sorted(candidates, reverse=True):
+    for run_dir in _by_last_save(checkpoint_dir):
         found, passed_over = checkpoint.newest(run_dir)
         notes += passed_over
         if found:
             return found
+    return _of_run(_newest_mirrored(checkpoint_dir, config), checkpoint_dir, config, notes)
+
+
+def _by_last_save(checkpoint_dir: Path) -> list[Path]:
+    """Run directories with a checkpoint, the one saved to last first."""
+    found = []
+    for run_dir in checkpoint.list_all(checkpoint_dir):
+        found += [(c.manifest.saved_at, run_dir) for c in checkpoint.list_run(run_dir).checkpoints[-1:]]
+    return [run_dir for _, run_dir in sorted(found, reverse=True)]
+
+
+def _newest_mirrored(checkpoint_dir: Path, config: TrackingConfig) -> str:
+    """Id of the newest run with a mirrored checkpoint."""
     client = tracking.connect(config)
     for run in tracking.runs_of(client, config.experiment):
-        return _of_run(run.info.run_id, checkpoint_dir, config, notes)
+        return str(run.info.run_id)
     raise ResumeError(
         f"latest: no checkpoint in {checkpoint_dir.absolute()} and none mirrored in experiment {config.experiment} "
         f"of {masked(client.tracking_uri)}"
@@ -120,29 +130,42 @@ def _latest(checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> C
 
 
 def _at_step(run: str, step: int, checkpoint_dir: Path, config: TrackingConfig, notes: list[str]) -> tuple[str | None, Checkpoint | Path]:
-    """The checkpoint of one step of a run, and the run's id if the target names it by that."""
-    folder, run_id = Path(run), None
+    """The checkpoint of one step of a run, and the run's id if it is found by that."""
     if run == "latest":
-        newest = _latest(checkpoint_dir, config, notes)
-        folder, run_id = newest.path.parent, run_of(newest)
-    elif match := _RUNS_URI.fullmatch(run):
-        run_id = match[1]
-    elif _RUN_ID.fullmatch(run):
-        run_id = run
-    name, mirrored = checkpoint.file_name(step), list[tuple[int, str]]()
-    if run_id is not None and not (folder / name).is_file():
-        client = tracking.connect(config)
-        run_id, run_dir = _training(client, run_id)
-        folder, mirrored = checkpoint_dir / str(run_dir), _mirrored(client, run_id)
-        here = f"checkpoints/{run_dir}/{name}" if (folder / name).is_file() else None
-        if path := dict(mirrored).get(step, here):
-            return run_id, _at_run_path(run_id, path, checkpoint_dir, config, notes)
-    if run_id is None and not folder.is_dir():
-        raise ResumeError(f"{run}: no such folder (looked in {Path.cwd()}); accepted: {GRAMMAR}")
-    if not (folder / name).is_file():
-        there = sorted({c.manifest.step for c in checkpoint.list_run(folder).checkpoints} | {at for at, _ in mirrored})
-        raise ResumeError(f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, there)) or 'none'}")
-    return run_id, _at_path(folder / name, notes)
+        folder = next(iter(_by_last_save(checkpoint_dir)), None)
+        run = str(folder or _newest_mirrored(checkpoint_dir, config))
+        if folder and not (folder / checkpoint.file_name(step)).is_file():
+            run = run_of(checkpoint.list_run(folder).checkpoints[-1]) or run  # the mirror may have it
+    uri = _RUNS_URI.fullmatch(run)
+    if uri or _RUN_ID.fullmatch(run):
+        return _at_step_of_run(uri[1] if uri else run, step, checkpoint_dir, config, notes)
+    folder, path = Path(run), Path(run) / checkpoint.file_name(step)
+    if not folder.is_dir():
+        why = "a file is one step already, leave the number away" if folder.is_file() else f"no such folder (looked in {Path.cwd()})"
+        raise ResumeError(f"{run}: {why}; accepted: {GRAMMAR}")
+    if not path.is_file():
+        raise _no_such_step(run, step, {c.manifest.step for c in checkpoint.list_run(folder).checkpoints})
+    return None, _at_path(path, notes)
+
+
+def _at_step_of_run(
+    run_id: str, step: int, checkpoint_dir: Path, config: TrackingConfig, notes: list[str]
+) -> tuple[str, Checkpoint | Path]:
+    client = tracking.connect(config)
+    run_id, run_dir = _training(client, run_id)
+    there = dict(_mirrored(client, run_id))
+    if step in there:
+        return run_id, _at_run_path(run_id, there[step], checkpoint_dir, config, notes)
+    saved = checkpoint.list_run(checkpoint_dir / run_dir).checkpoints if run_dir else ()
+    here = {c.manifest.step: c for c in saved if run_of(c) == run_id}
+    if step not in here:
+        raise _no_such_step(f"run {run_id}", step, {*there, *here})
+    checkpoint.verify(here[step])
+    return run_id, here[step]
+
+
+def _no_such_step(run: str, step: int, steps: set[int]) -> ResumeError:
+    return ResumeError(f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps))) or 'none'}")
 
 
 def _at_path(path: Path, notes: list[str]) -> Checkpoint | Path:

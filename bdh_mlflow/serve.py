@@ -1,4 +1,4 @@
-"""A run, a checkpoint or an exported file as a model ready to answer, and its loss on text it has not seen.
+"""A run, a checkpoint, an exported file or a registered model, ready to answer, and its loss on text it has not seen.
 
 Takes the targets that resume takes. Evaluation computes in the number format of training.
 """
@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from bdh_mlflow import checkpoint, export, generation, resume, tokenizer, tracking
 from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
@@ -40,11 +42,20 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
 
 
 def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
-    """A registered model's weights; None for one of another kind."""
-    tracking.connect(config)
+    """The model that `registry` has made of a checkpoint; None for one of another kind, or of none."""
+    client = tracking.connect(config)
+    try:
+        version = client.get_model_version(*get_model_name_and_version(client, uri))  # type: ignore[no-untyped-call]
+    except (MlflowException, TypeError):  # TypeError: the id of a logged model, which has no version
+        return None
+    if "bdh.format" not in version.tags:
+        return None
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        files = sorted(resume.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}"))
-        return dataclasses.replace(generation.from_file(files[0]), path=Path(uri)) if files else None
+        (file,) = resume.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
+        try:
+            return dataclasses.replace(generation.from_file(file), path=Path(uri), run_id=version.run_id)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(file), uri)) from None
 
 
 def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:

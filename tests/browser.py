@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 from mlflow import MlflowClient
-from playwright.sync_api import FrameLocator, Page, sync_playwright
+from playwright.sync_api import FrameLocator, Page, expect, sync_playwright
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
@@ -35,7 +35,7 @@ class Tour:
 
     def runs(self) -> None:
         """The experiment's runs."""
-        self._open(f"{self._experiment}{MODE}", f"text={self.run.info.run_name}")
+        self._open(f"{self._experiment}{MODE}", f'text="{self.run.info.run_name}"')
 
     def charts(self) -> None:
         """The run's metrics, grouped by prefix."""
@@ -43,7 +43,7 @@ class Tour:
 
     def artifact(self, *path: str) -> None:
         """A file among the run's artifacts."""
-        self._open(f"{self._experiment}/{self.run.info.run_id}/artifacts{MODE}", f"text={path[0]}")
+        self._open(f"{self._experiment}/{self.run.info.run_id}/artifacts{MODE}", f'text="{path[0]}"')
         for name in path:
             self.page.get_by_text(name, exact=True).first.click()
 
@@ -61,7 +61,7 @@ class Tour:
 
     def model(self, name: str) -> None:
         """A registered model."""
-        self._open(f"{self._server}/#/models/{name}{MODE}", f"text={name}")
+        self._open(f"{self._server}/#/models/{name}{MODE}", f'text="{name}"')
 
     def _open(self, url: str, selector: str) -> None:
         self.page.goto("about:blank")
@@ -73,6 +73,8 @@ class Tour:
 def touring(server: str, run_id: str, width: int = 1400, height: int = 800) -> Iterator[Tour]:
     """A browser for the time of the body."""
     with sync_playwright() as playwright:
+        expect.set_options(timeout=PATIENCE_MS)
+        assert chromium(), "no chromium (Debian: apt-get install --no-install-recommends chromium)"
         browser = playwright.chromium.launch(executable_path=chromium(), args=QUIET)
         context = browser.new_context(viewport={"width": width, "height": height})
         context.add_init_script(NO_ASSISTANT)

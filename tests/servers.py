@@ -52,10 +52,15 @@ class Server:
         if number == signal.SIGKILL:
             self._process.wait()
 
+    def pids(self) -> list[int]:
+        """Of its processes."""
+        found = subprocess.run(["pgrep", "-g", str(self._process.pid)], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in found]
+
     def limit_files(self, size: int) -> None:
         """No process of the server can write a larger file."""
-        for pid in subprocess.run(["pgrep", "-g", str(self._process.pid)], capture_output=True, text=True).stdout.split():
-            resource.prlimit(int(pid), resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        for pid in self.pids():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def _healthy(self) -> bool:
         try:

@@ -45,12 +45,15 @@ def _walk(uri: str, run_id: str, client: MlflowClient) -> None:
 
         tour.samples()
         expect(page.get_by_text("View as table")).to_be_visible()
-        assert [page.get_by_text(head, exact=True).count() for head in ("step", "prompt", "written")] == [1, 1, 1]
+        for head in ("step", "prompt", "written"):
+            expect(page.get_by_text(head, exact=True)).to_have_count(1)
         expect(page.get_by_text("3", exact=True)).to_have_count(3)
 
         report = tour.compare()
         expect(report.get_by_role("row", name="training.learning_rate 0.001 0.01")).to_be_visible()
         expect(report.locator("img")).to_have_count(3)
+        for number in range(3):
+            expect(report.locator("img").nth(number)).to_have_js_property("complete", True)
         widths = report.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
         assert min(widths) > 1000, "pictures that were drawn"
 

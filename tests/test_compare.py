@@ -119,10 +119,9 @@ def test_axes_are_steps_tokens_and_the_time_in_which_a_process_worked(store: Mlf
     ]
     store.log_text(run_id, json.dumps(segments), "segments.json")
     ((r,)) = compare.read([run_id], TrackingConfig()).runs
-    curve = r.curves["train/loss"]
-    assert r.axis("step", curve).tolist() == [1, 2, 3, 4]
-    assert r.axis("tokens", curve).tolist() == [16, 32, 48, 64]
-    assert r.axis("active hours", curve).tolist() == pytest.approx([1, 2, 2.5, 3])
+    assert r.axis("step", "train/loss").tolist() == [1, 2, 3, 4]
+    assert r.axis("tokens", "train/loss").tolist() == [16, 32, 48, 64]
+    assert r.axis("active hours", "train/loss").tolist() == pytest.approx([1, 2, 2.5, 3])
     assert ["segments", "2 (here), 1.00 h between them"] in compare.rows(compare.read([run_id], TrackingConfig()))
 
 
@@ -174,6 +173,21 @@ def test_any_metric_is_drawn_and_an_unknown_one_named(store: MlflowClient, tiny:
     assert (result.exit_code, "metric optim/rl: none of these runs has it; did you mean optim/lr?" in result.output) == (2, True)
     result = run_cli("compare", "--config", str(tiny))
     assert (result.exit_code, "Missing argument 'RUNS...'" in result.output) == (2, True)
+
+
+def test_curves_with_a_count_of_their_own_lie_where_they_belong(store: MlflowClient) -> None:
+    run_id = made(store, "one", [3.0, 2.0])
+    store.log_batch(run_id, [Metric("by_tokens/val_loss", 1.0, BEGAN_MS, 4), Metric("system/cpu", 1.0, BEGAN_MS, 7)])
+    (run,) = compare.read([run_id], TrackingConfig(), ("by_tokens/val_loss", "system/cpu")).runs
+
+    def places(metric: str) -> list[list[float] | None]:
+        found = [run.axis(axis, metric) for axis in ("step", "tokens")]
+        return [None if place is None else place.tolist() for place in found]
+
+    assert places("train/loss") == [[1, 2], [16, 32]]
+    assert places("by_tokens/val_loss") == [None, [4000]]
+    assert places("system/cpu") == [None, None]
+    assert len(compare.pictures(compare.read([run_id], TrackingConfig(), ("system/cpu",)))) == 2
 
 
 def test_points_read_from_the_database_are_those_that_mlflow_gives(store: MlflowClient) -> None:

@@ -19,6 +19,7 @@ from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.delivery import Sender
 from bdh_mlflow.errors import TrackingError
+from bdh_mlflow.tokenizer import Sample
 from bdh_mlflow.tracking import Tracker
 from tests.conftest import history
 from tests.test_checkpoint import AT, state
@@ -189,6 +190,16 @@ def test_everything_told_arrives(store: MlflowClient, tmp_path: Path) -> None:
     assert run.info.status == "FINISHED"
     assert told.notes == []
     assert "secret" not in (told.directory.folder / journal.FILE_NAME).read_text()
+
+
+def test_journal_of_an_earlier_version_keeps_its_sample(store: MlflowClient, tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told.tracker._journal.append("text", artifact="samples/step_1.txt", text="t", row={"step": 1, "prompt": "a", "written": "b"})
+    told.tracker.samples([Sample("c", "d"), Sample("e", "f")], 2)
+    run_id = told.run_id
+    told.close()
+    table = json.loads(Path(store.download_artifacts(run_id, "samples.json")).read_text())
+    assert table == {"columns": ["step", "prompt", "written"], "data": [[1, "a", "b"], [2, "c", "d"], [2, "e", "f"]]}
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])

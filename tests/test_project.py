@@ -74,7 +74,7 @@ def test_gate_runs_the_test_command_of_the_readme() -> None:
 
 
 def test_pictures_and_files_named_in_the_readme_exist() -> None:
-    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r"configs/\w+\.yaml", README)
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r"(?:configs|benchmarks)/\w+\.(?:yaml|py)", README)
     assert named
     assert [name for name in named if not (PROJECT / name).is_file()] == []
 

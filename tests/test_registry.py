@@ -54,6 +54,8 @@ def test_registered_model_is_small_safe_and_answers_as_generation_does(store: Ml
     )
     generated = run_cli("generate", registered, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "12", "--config", "tiny.yaml")
     assert (generated.exit_code, generated.output) == (0, f"def {in_process(['def '], temperature=0)[0]}\n")
+    evaluated = run_cli("evaluate", registered, "--batches", "2", "--config", "tiny.yaml")
+    assert f"Logged to run {only_run(store).info.run_id}" in evaluated.output
     unknown = run_cli("generate", "models:/tiny@winner", "--prompt", "def ", "--config", "tiny.yaml")
     assert (unknown.exit_code, "alias winner not found" in unknown.output) == (2, True)
     folder = Path(mlflow.artifacts.download_artifacts(registered))

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint, resume, start
 from bdh_mlflow.config import TrackingConfig
-from bdh_mlflow.errors import ResumeError
+from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.model import BDH, BDHConfig
 from tests.conftest import history, only_run, run_cli, train
 from tests.test_checkpoint import Evil
@@ -125,11 +125,28 @@ def test_step_of_a_run_is_found_or_its_steps_are_listed(store: MlflowClient, tex
         shutil.rmtree(CHECKPOINTS)
     found = resume.find(f"{target}:3", CHECKPOINTS, config)
     assert (found.state["step"], found.path.name) == (3, "checkpoint_3.pt")
-    assert resume.find(target, CHECKPOINTS, config).state["step"] == 6
+    assert [p.name for p in sorted(run_dir().glob("*.pt"))] == ["checkpoint_3.pt"] + ["checkpoint_6.pt"] * local, "nothing else is fetched"
     with pytest.raises(ResumeError, match="no checkpoint of step 4; it has 3, 6"):
         resume.find(f"{target}:4", CHECKPOINTS, config)
     with pytest.raises(ResumeError, match="nowhere: no such folder"):
         resume.find("nowhere:3", CHECKPOINTS, config)
+    with pytest.raises(ResumeError, match="one step already"):
+        resume.find(f"{run_dir() / 'checkpoint_3.pt'}:3", CHECKPOINTS, config)
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_damaged_step_of_a_run_is_taken_from_the_mirror_or_named(store: MlflowClient, text: Path, tiny: Path, mirrored: bool) -> None:
+    assert train(tiny, f"tracking.mirror_checkpoints={str(mirrored).lower()}").exit_code == 0
+    last = run_dir() / "checkpoint_3.pt"
+    replaced(last, b"x" * last.stat().st_size)
+    with pytest.raises(CheckpointError, match="damaged"):
+        resume.find("latest:3", CHECKPOINTS, TrackingConfig())
+    target = f"{only_run(store).info.run_id}:3"
+    if mirrored:
+        assert resume.find(target, CHECKPOINTS, TrackingConfig()).state["step"] == 3
+    else:
+        with pytest.raises(CheckpointError, match="damaged"):
+            resume.find(target, CHECKPOINTS, TrackingConfig())
 
 
 def replaced(path: Path, content: bytes) -> None:
