@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import yaml
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint, journal
+from tests.conftest import TINY
 from tests.servers import Server
 
 OWN_COUNT = ("by_tokens/", "system/", "tracker/")  # curves whose step is not the training step: several points may share one
@@ -68,7 +70,9 @@ def start(folder: Path, uri: str) -> subprocess.Popen[bytes]:
         "dataset.parquet_dir": folder / "text",
         "dataset.source": Path(__file__).parent.parent / "README.md",
     }
-    command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(Path(__file__).parent.parent / "tests/data/tiny.yaml")]
+    tiny = folder / "tiny.yaml"
+    tiny.write_text(yaml.safe_dump({**TINY, "dataset": {"val_fraction": 0.3}}))
+    command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(tiny)]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     if checkpoint.list_all(folder / "checkpoints"):
         command += ["--resume", "latest"]
@@ -99,7 +103,7 @@ def report(folder: Path, server: Server) -> int:
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
         print(done.stdout.strip())
-    wrong = done.returncode
+    wrong, journalled = done.returncode, 0
     for place in checkpoint.list_all(folder / "checkpoints"):
         state = journal.delivered(place)
         assert state is not None
@@ -108,6 +112,7 @@ def report(folder: Path, server: Server) -> int:
         for record in journal.read(place):
             if record.kind == "points":
                 told.update((key, record.fields["step"]) for key in record.fields["values"] if not key.startswith(OWN_COUNT))
+        journalled += len(told)
         run = server.client.get_run(state.run_id)
         keys = [key for key in run.data.metrics if not key.startswith(OWN_COUNT)]
         there = Counter((key, m.step) for key in keys for m in server.client.get_metric_history(state.run_id, key))
@@ -119,7 +124,9 @@ def report(folder: Path, server: Server) -> int:
             f"{len(missing)} missing, {len(twice)} twice, replay difference {max(audit, default=0.0)}, status {run.info.status}"
         )
         wrong += len(missing) + len(twice) + any(audit)
-    return 1 if wrong else 0
+    if not journalled:
+        print(f"nothing was trained: {(folder / 'log').read_text()[-2000:]}")
+    return 1 if wrong or not journalled else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.model import BDH, PROJECTIONS
 from bdh_mlflow.precision import Precision
 
-CONFIG = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
 VALIDATION_BATCHES = 64
 PLAIN = ("low_precision.use_4bit=false", "low_precision.compute_dtype=float32")
 FOUR = ("low_precision.use_4bit=true", "low_precision.compute_dtype=float32")
@@ -45,7 +46,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "4-bit AdamW": (*PLAIN, "low_precision.optimizer_bits=4"),
     "fp8 hybrid": FP8,
     "fp8 e4m3": (*FP8, "fp8.format=e4m3"),
-    "float32 nudged": (*PLAIN, f"training.learning_rate={1.00001 * Config.from_yaml(CONFIG).training.learning_rate}"),
+    "float32 nudged": (*PLAIN, f"training.learning_rate={1.00001 * Config.from_yaml(QUICKSTART).training.learning_rate}"),
 }
 
 
@@ -117,7 +118,7 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
         "tracking.mirror_checkpoints=false",
     ]
     words = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", CONFIG, *words]
+    command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", QUICKSTART, *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{case}: {done.stdout}{done.stderr}")
@@ -144,7 +145,7 @@ def rounded_after(last: Path, kind: Any, nested: bool) -> float:
 
 def share() -> None:
     """Of 4-bit quantisation in a training step of the default configuration."""
-    config = Config.from_yaml("configs/config.yaml").resolved()
+    config = Config.from_yaml(CONFIGS / "config.yaml").resolved()
     device = precision.pick_device()
     network, runs = BDH(config.to_bdh_config()).to(device), Precision.asked(config, device)
     network.use(model.choose_form("auto", device)[0])
