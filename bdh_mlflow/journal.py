@@ -23,6 +23,7 @@ FILE_NAME = "journal.jsonl"
 STATE_NAME = "journal.json"
 BLOCK_BYTES = 1 << 20
 
+_as_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each record
 _USER_INFO = re.compile(r"(?<=://)([^\s/@:]*)(:[^\s/@]*)?@")
 _SECRET_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:token|key|secret|password|signature|credential|sig)[\w.-]*=)[^&\s\"']+")
 
@@ -62,7 +63,7 @@ class Journal:
         Returns its time stamp, Unix time in ms.
         """
         started, at_ms = time.perf_counter(), int(time.time() * 1000)
-        line = json.dumps({"kind": kind, "at_ms": at_ms, **fields}, separators=(",", ":")).encode() + b"\n"
+        line = _as_json({"kind": kind, "at_ms": at_ms, **fields}).encode() + b"\n"
         with self._lock:
             self._unwritten += line
             self._write()
