@@ -144,9 +144,9 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
 @click.argument("run")
 @_config
 @click.option("--data", "folder", metavar="DIR", help="Folder of parquet files; the one it was trained on if not given.")
-@click.option("--batches", default=32, show_default=True, type=click.IntRange(1), help="Validation batches to take.")
+@click.option("--batches", type=click.IntRange(1), help="Validation batches to take; as many as the training took if not given.")
 @click.option("--log/--no-log", default=True, show_default=True, help="Log the result to the MLflow run, under eval/.")
-def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: bool) -> None:
+def evaluate(run: str, config_path: str, folder: str | None, batches: int | None, log: bool) -> None:
     """Loss and bits per byte of RUN (as for generate) on validation text, logged to its MLflow run if it has one."""
     import dataclasses
 
@@ -156,7 +156,7 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int, log: 
     dataset = loaded.config.dataset
     if folder is not None:
         dataset = dataclasses.replace(dataset, parquet_dir=folder)
-    loss = serve.validation_loss(loaded, dataset, batches)
+    loss = serve.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
     click.echo(f"{loaded.path}: step {loaded.step}")
     click.echo(f"val/loss {loss:.4f} nats per byte, val/bpb {tokenizer.bits_per_byte(loss):.4f} on {dataset.parquet_dir}")
     if log and loaded.run_id is not None:

@@ -82,23 +82,21 @@ def watching(out: TextIO, max_iters: int) -> Iterator[Watcher]:
 
 
 class _Eta:
-    """Time to go, from the pace of this process so far, pauses included."""
+    """Time to go, from the pace of this process since its first update, pauses included."""
 
     def __init__(self, max_iters: int) -> None:
         self.max_iters = max_iters
-        self._started = time.monotonic()
-        self._first_step: int | None = None
+        self._first: tuple[int, float] | None = None
         self._step = 0
 
     def advance(self, step: int) -> None:
-        if self._first_step is None:
-            self._first_step = step - 1
+        self._first = self._first or (step, time.monotonic())
         self._step = step
 
     def left(self) -> str:
-        if self._first_step is None:
+        if self._first is None or self._step == self._first[0]:
             return "-"
-        pace_s = (time.monotonic() - self._started) / (self._step - self._first_step)
+        pace_s = (time.monotonic() - self._first[1]) / (self._step - self._first[0])
         hours, rest = divmod(round(pace_s * (self.max_iters - self._step)), 3600)
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 

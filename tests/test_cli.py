@@ -1,6 +1,7 @@
 """The front door: words in, messages and exit codes out."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from bdh_mlflow import checkpoint, start
+from bdh_mlflow import checkpoint, console, start
 from bdh_mlflow.cli import cli
 from bdh_mlflow.config import Config
 from tests.conftest import documents, history, only_run, run_cli, tiny_config, train, write_shards
@@ -366,8 +367,9 @@ def test_lines_of_a_conversation_are_prompts(store: MlflowClient, text: Path, ti
 
 def test_evaluation_is_logged_to_the_run_it_is_of(store: MlflowClient, text: Path, tiny: Path) -> None:
     train(tiny)
-    run_cli("evaluate", "latest", "--no-log", "--config", str(tiny))
+    result = run_cli("evaluate", "latest", "--no-log", "--config", str(tiny))
     run_id = only_run(store).info.run_id
+    assert f"val/loss {history(store, run_id, 'val/loss')[-1][1]:.4f}" in result.output, "on the batches that the training takes"
     assert not [key for key in only_run(store).data.metrics if key.startswith("eval/")]
     result = run_cli("evaluate", run_id, "--data", str(text), "--config", str(tiny))
     assert f"Logged to run {run_id} as eval/text_loss and eval/text_bpb" in result.output
@@ -399,3 +401,15 @@ def test_prompt_that_is_too_long_is_refused_before_anything_is_written(store: Ml
     train(tiny)
     result = run_cli("generate", "latest", "--prompt", "x" * 70_000, "--config", str(tiny))
     assert (result.exit_code, result.output) == (2, "Error: prompt of 70,000 bytes; at most 65,536 are taken\n")
+
+
+def test_time_to_go_is_that_of_the_steps_and_not_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1010.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    shown = console.PlainLines(out, 100)
+    shown.advance(41, 3.0, 1.0)
+    shown.point({"train/loss": 3.0}, 41)
+    shown.advance(51, 3.0, 1.0)
+    shown.point({"train/loss": 3.0}, 51)
+    assert [line.split("ETA ")[1] for line in out.getvalue().splitlines()] == ["-", "0:00:49"]
