@@ -132,7 +132,8 @@ class RemoteRun:
         """A small text file among the artifacts, and its rows in the table of samples if it has some."""
         self._client.log_text(self.run_id, record.fields["text"], record.fields["artifact"])
         told = record.fields
-        if rows := told.get("rows") or [told[key] for key in ("row",) if told.get(key)]:  # a journal of before has one row a step
+        rows = [told["row"]] if told.get("row") else told.get("rows")  # a journal of before has one row a step
+        if rows:
             self._add_samples(rows)
 
     def _add_samples(self, new: list[dict[str, Any]]) -> None:

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 BATCH = 1000  # points in a request; the most MLflow takes
 
 
@@ -44,7 +43,7 @@ def main() -> None:
             "--no-log",
         ]
         started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=CONFIG.parent.parent)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
         took = time.perf_counter() - started
         size = (Path(folder) / "compare.html").stat().st_size
         print(f"{given.runs} runs of {given.points:,} points: {took:.1f} s, page of {size / 1e6:.1f} MB")

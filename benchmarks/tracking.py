@@ -45,6 +45,7 @@ from mlflow.entities import Metric
 from bdh_mlflow import delivery
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, Rest, RunDirectory
 from bdh_mlflow.tracking import REPLAYED, Tracker
+from bdh_mlflow.trainer import NullTracker
 from tests.servers import Server
 
 METRICS = ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "progress/tokens_seen")
@@ -140,12 +141,7 @@ def tracked(steps: int, folder: Path, uri: str, target: str, server: Server | No
     return figures, f"{once}/{all_of_them}" + (f" +{sum(there.values()) - once} again" if sum(there.values()) != once else "")
 
 
-class Nobody:
-    """Told, and tells nobody."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        pass
-
+class Nobody(NullTracker):
     def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
         return 0
 

@@ -18,15 +18,29 @@ from mlflow import MlflowClient
 PATIENCE_S = 60
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def healthy(port: int) -> bool:
+    """Whether a server of MLflow's answers there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 class Server:
     """`mlflow server` with SQLite in `home` and artifacts through it."""
 
     def __init__(self, empty_store: Path, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         shutil.copy(empty_store, home / "mlflow.db")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.home, self.uri = home, f"http://127.0.0.1:{self.port}"
         self.client = MlflowClient(self.uri)
         self.start()
@@ -41,7 +55,7 @@ class Server:
                 command, env=environment, cwd=self.home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         end = time.monotonic() + PATIENCE_S
-        while not self._healthy():
+        while not healthy(self.port):
             assert self._process.poll() is None, (self.home / "log").read_text()
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.05)
@@ -61,13 +75,6 @@ class Server:
         """No process of the server can write a larger file."""
         for pid in self.pids():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
 
 
 @contextlib.contextmanager

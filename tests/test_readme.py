@@ -7,11 +7,9 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from mlflow import MlflowClient
 from bdh_mlflow import fp8, precision
 from bdh_mlflow.cli import cli
 from tests.conftest import TINY, documents, write_shards
-from tests.servers import serving
+from tests.servers import free_port, healthy, serving
 
 PROJECT = Path(__file__).parent.parent
 SET_UP = re.compile(r"python3 -m venv .* && ")  # `.ci/run` does that
@@ -137,16 +135,14 @@ def _run(words: list[str]) -> tuple[int, str]:
 def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
     """A server of MLflow's, on a port that is free; the README's later commands find it there."""
     named = words[words.index("--port") + 1] if "--port" in words else None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ports |= {named: port} if named else {}
     command = [str(port) if word == named else word for word in words] + ([] if named else ["--port", str(port)])
     with Path(f"server-{port}.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         end = time.monotonic() + PATIENCE_S
-        while not _answers(port):
+        while not healthy(port):
             assert server.poll() is None, Path(f"server-{port}.log").read_text()
             assert time.monotonic() < end, f"{command} does not answer"
             time.sleep(0.2)
@@ -155,11 +151,3 @@ def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

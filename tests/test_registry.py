@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from bdh_mlflow import generation, pyfunc, registry, serve
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.generation import Sampling
 from tests.conftest import only_run, run_cli, train
+from tests.servers import free_port
 
 PATIENCE_S = 120
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
@@ -80,9 +80,7 @@ def test_registering_leaves_the_run_as_it_was_and_names_where_the_model_comes_fr
 
 @pytest.mark.slow
 def test_served_model_answers_many_at_once_and_refuses_with_a_reason(registered: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",
