@@ -127,12 +127,15 @@ class Mirror:
             model = client.create_logged_model(self._run.experiment_id, name, run_id, tags, params, MODEL_TYPE)
         elif model.tags.get("bdh.sha256") != manifest.sha256:
             client.set_logged_model_tags(model.model_id, tags)
+        run = client.get_run(run_id)
         if str(model.status) != "READY":
-            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.step)])
+            linked_to = {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}
+            if model.model_id not in linked_to:  # a second link of the two is refused, for ever
+                client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.step)])
             client.finalize_logged_model(model.model_id, "READY")
         if evaluation and not any(m.key == VAL_LOSS for m in model.metrics or []):
-            inputs = client.get_run(run_id).inputs
-            datasets = [i.dataset for i in (inputs.dataset_inputs if inputs else []) if any(t.value == "validation" for t in i.tags)]
+            inputs = run.inputs.dataset_inputs if run.inputs else []
+            datasets = [i.dataset for i in inputs if any(t.value == "validation" for t in i.tags)]
             data = datasets[0] if datasets else None
             # The points are those of the run, time stamp and all, so the run's curve does not get them twice.
             source = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
@@ -151,11 +154,11 @@ class Mirror:
             file = checkpoint.file_name(step)
             if best == f"{remote}/{file}":
                 continue
+            if model := self._model(step):  # the file last: as long as it is there, what was interrupted here is done again
+                self._client.delete_logged_model(model.model_id)
             try:
                 for name in (Path(file).with_suffix(".json").name, file):
                     repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
-                if model := self._model(step):
-                    self._client.delete_logged_model(model.model_id)
             except FileNotFoundError:
                 pass
             except Exception as error:  # pruning is a convenience, and each store refuses in its own way

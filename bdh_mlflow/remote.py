@@ -140,11 +140,10 @@ class RemoteRun:
         """The rows of a step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append them twice."""
         columns, step = list(new[0]), new[0]["step"]
         rows: list[dict[str, Any]] = []
-        if any(f.path == SAMPLES for f in self._client.list_artifacts(self.run_id)):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a file, or somebody else's: begun anew
-                table = json.loads(load_text(f"runs:/{self.run_id}/{SAMPLES}"))
-                there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
-                rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
+        table = self._there(SAMPLES)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or somebody else's: begun anew
+            there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+            rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
         ordered = [[row[key] for key in columns] for row in sorted([*rows, *new], key=lambda row: row["step"])]
         self._client.log_text(self.run_id, json.dumps({"columns": columns, "data": ordered}), SAMPLES)
         told = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
@@ -190,9 +189,8 @@ class RemoteRun:
         """
         rows = {row["segment"]: row for row in segments_of(self._ledger.read(0, up_to))}
         last = max(rows, default=0)
-        others = len(rows) < last or self._superseded
-        if others and any(f.path == SEGMENTS for f in self._client.list_artifacts(self.run_id)):
-            for row in json.loads(load_text(f"runs:/{self.run_id}/{SEGMENTS}")):
+        if len(rows) < last or self._superseded:
+            for row in self._there(SEGMENTS) or []:
                 rows.setdefault(row["segment"], row)
         ordered = [rows[number] for number in sorted(rows)]
         for before, row in itertools.pairwise(ordered):
@@ -202,6 +200,16 @@ class RemoteRun:
         if ordered and ordered[-1]["reason"] is None and not training:
             ordered[-1]["reason"] = "killed"
         self._client.log_text(self.run_id, json.dumps(ordered, indent=1), SEGMENTS)
+
+    def _there(self, name: str) -> Any:
+        """What a JSON file at the top of the run's artifacts holds; None if there is none, or what is there is none and holds nobody up."""
+        if not any(f.path == name for f in self._client.list_artifacts(self.run_id)):
+            return None
+        text = load_text(f"runs:/{self.run_id}/{name}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            return None
 
     def _identify(self, run_id: str, continued: bool) -> None:
         run = self._client.get_run(run_id)

@@ -45,7 +45,7 @@ def main() -> int:
                 server.signal(signal.SIGKILL) if down else server.start()
                 up = not down
             process = start(folder, server.uri)
-            time.sleep(draw.uniform(4, 12))
+            time.sleep(draw.uniform(4, 18))  # the first of them while it starts
             with_sender = number % 4 >= 2
             kill(process, with_sender)
             print(
@@ -102,9 +102,9 @@ def report(folder: Path, server: Server) -> int:
     command = [sys.executable, "-m", "bdh_mlflow", "sync", "--config", str(config)]
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-        print(done.stdout.strip())
+        print(f"{done.stdout}{done.stderr}".strip())
     wrong, journalled = done.returncode, 0
-    for place in checkpoint.list_all(folder / "checkpoints"):
+    for place in checkpoint.list_all(folder / "checkpoints"):  # what has saved no checkpoint is gone when it is delivered
         state = journal.delivered(place)
         assert state is not None
         assert state.run_id is not None

@@ -5,6 +5,7 @@ Knows requests only by their first line. Connections are closed after each answe
 """
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -18,10 +19,11 @@ Trouble = Callable[[str], "Answer | None"]
 
 @dataclass(frozen=True)
 class Answer:
-    """Instead of the server's: a status, or, with `cut_after` bytes of the request passed on, a closed connection."""
+    """Instead of the server's: a status, or a closed connection, after `cut_after` bytes of the request or when the server has answered."""
 
     status: int = 0
     cut_after: int | None = None
+    lost: bool = False
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Relay:
             self.requests.append(line)
             time.sleep(self.delay_s)
             answer = self.trouble(line)
-            if answer is not None and answer.cut_after is None:
+            if answer is not None and answer.status:
                 body = b"trouble"
                 reply = f"HTTP/1.1 {answer.status} Trouble\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
                 _drain(client, head)
@@ -75,9 +77,15 @@ class Relay:
                 return
             with socket.create_connection(("127.0.0.1", self.target)) as server:
                 head = head.replace(b"Connection: keep-alive", b"Connection: close", 1)
+                server.sendall(head)
+                if answer is not None and answer.lost:
+                    threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
+                    while server.recv(65536):
+                        pass
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
                 back = threading.Thread(target=_pump, args=(server, client, None), daemon=True)
                 back.start()
-                server.sendall(head)
                 _pump(client, server, answer.cut_after if answer else None)
                 if answer is None:
                     back.join()
@@ -104,5 +112,6 @@ def _drain(client: socket.socket, head: bytes) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(19)  # a distance, which costs no processor
     print(Relay(int(sys.argv[1]), delay_s=float(sys.argv[2])).port, flush=True)
     signal.pause()

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.artifacts import load_text
 
 from bdh_mlflow import checkpoint, delivery, journal, mirror
+from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.tokenizer import Sample
 from benchmarks.relay import Answer, Relay
 from tests.conftest import history, run_cli
 from tests.servers import Server, serving
@@ -48,6 +51,11 @@ def relay(shared: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
 
 def posting(line: str) -> bool:
     return line.startswith(("POST", "PUT", "PATCH"))
+
+
+def uploading(line: str) -> bool:
+    """Whether a request brings a checkpoint."""
+    return line.startswith("PUT") and line.split()[1].endswith(".pt")
 
 
 def first(count: int, answer: Answer, wanted: Callable[[str], bool] = posting) -> Callable[[str], Answer | None]:
@@ -90,18 +98,74 @@ def test_slow_server_gets_few_requests(shared: Server, relay: Relay, tmp_path: P
     exactly_once(shared.client, run_id, 300)
 
 
+def test_any_request_whose_answer_is_lost_may_be_made_again(
+    shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server leaves it that is killed after the work and before the word: each request of a training in turn."""
+    for name, value in (("GATHER_S", 0.01), ("FIRST_RETRY_S", 0.01)):
+        monkeypatch.setattr(delivery, name, value)
+    number, posted = 0, 1
+    while number < posted:
+        relay.requests.clear()
+        left = [number]
+        relay.trouble = lambda line, left=left: nth(line, left)  # type: ignore[misc]
+        told = Told(tmp_path / str(number), training=f"{number:032}", experiment="answers lost")
+        told.tracker.params({"seed": 1})
+        told.tracker.dataset("text (validation)", "d" * 32, "/data", {}, "validation")
+        told.losses(1)
+        told.tracker.metrics({"val/loss": 2.0, "val/bpb": 3.0}, 1)
+        told.tracker.samples([Sample("a", "b")], 1)
+        told.save(1, 2.0)
+        assert told.close() == 0, (number, told.notes)
+        posted = sum(posting(line) for line in relay.requests)
+        whole(shared.client, told, number)
+        number += 1
+    assert number > 12
+
+
+def nth(line: str, left: list[int]) -> Answer | None:
+    left[0] -= posting(line)
+    return Answer(lost=True) if posting(line) and left[0] == -1 else None
+
+
+def whole(store: MlflowClient, told: Told, number: int) -> None:
+    """The training of the test above is there, each thing once."""
+    runs = store.search_runs([store.get_run(told.run_id).info.experiment_id], f"tags.`bdh.training` = '{number:032}'")
+    assert [run.info.run_id for run in runs] == [told.run_id], number
+    (run,) = runs
+    assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "1"}), number
+    for key, value in (("train/loss", 1.0), ("val/loss", 2.0), ("val/bpb", 3.0)):
+        assert history(store, told.run_id, key) == [(1, value)], (number, key)
+    folder = f"checkpoints/{told.directory.path.name}"
+    assert run.data.tags["bdh.latest_checkpoint"] == run.data.tags["bdh.best_checkpoint"] == f"{folder}/checkpoint_1.pt", number
+    files = {Path(f.path).name for f in store.list_artifacts(told.run_id, folder)}
+    assert files == {"config.yaml", "checkpoint_1.json", "checkpoint_1.pt"}, number
+    models = store.search_logged_models([run.info.experiment_id], f"source_run_id = '{told.run_id}'")
+    assert [(m.name, str(m.status)) for m in models] == [("bdh-step-1", "READY")], number
+    assert {(m.key, m.value) for m in models[0].metrics or []} == {("val/loss", 2.0), ("val/bpb", 3.0)}, number
+    assert len(run.inputs.dataset_inputs) == 1, number
+    rows = json.loads(load_text(f"runs:/{told.run_id}/samples.json"))["data"]
+    assert [row[0] for row in rows] == [1], number
+
+
 def test_upload_that_is_cut_off_is_made_again_and_verified(shared: Server, relay: Relay, tmp_path: Path) -> None:
     told = Told(tmp_path, experiment="cut")
     run_id = told.run_id
-    relay.trouble = first(2, Answer(cut_after=200_000), lambda line: line.startswith("PUT") and line.split()[1].endswith(".pt"))
-    weights = {"encoder": torch.randn(500_000)}
-    saved = told.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": weights}, PROVENANCE, None)
-    told.tracker.checkpoint(saved.path, 1)
+    relay.trouble = first(2, Answer(cut_after=200_000), uploading)
+    large(told)
     told.losses(1)
     assert told.close() == 0
     exactly_once(shared.client, run_id, 1)
     result = run_cli("checkpoints", "verify", run_id, "--config", str(written_config(tmp_path)))
     assert (result.exit_code, "1 whole, 0 not" in result.output) == (0, True), result.output
+
+
+def large(told: Told) -> Checkpoint:
+    """A checkpoint of 2 MB, handed over."""
+    weights = {"encoder": torch.randn(500_000)}
+    saved = told.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": weights}, PROVENANCE, None)
+    told.tracker.checkpoint(saved.path, 1)
+    return saved
 
 
 def written_config(tmp_path: Path) -> Path:
@@ -114,7 +178,7 @@ def test_upload_that_a_proxy_refuses_is_named_with_what_helps_and_kept_for_sync(
     shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "LARGE_BYTES", 1)
-    relay.trouble = lambda line: Answer(413) if line.startswith("PUT") and line.split()[1].endswith(".pt") else None
+    relay.trouble = lambda line: Answer(413) if uploading(line) else None
     told = Told(tmp_path, experiment="refuses")
     run_id = told.run_id
     saved = told.save(1)
