@@ -74,6 +74,7 @@ class Sender:
         self._lanes = {name: _Lane(name) for name in (POINTS, FILES)}
         self._options: dict[str, Any] = {}
         self._rejoined = threading.Event()
+        self._files_awaited = threading.Event()
         self.held = False
         """Whether the journal was this sender's to deliver."""
 
@@ -259,6 +260,7 @@ class Sender:
             case "text":
                 remote.text(record)
             case "checkpoint":
+                self._await_points(lane, record)
                 self._mirror(record)
             case "end" if lane.name == POINTS:
                 last = not any(r.kind == "segment" for r in self._ledger.read(record.end))
@@ -365,8 +367,18 @@ class Sender:
         if not points.failing:
             lane.progress_at = points.progress_at
 
+    def _await_points(self, lane: _Lane, record: Record) -> None:
+        """An evaluation is linked as the store has it, perhaps from before an interruption: points told before a checkpoint go first."""
+        if record.fields["evaluation"] is None:
+            return
+        before = [r.end for r in self._ledger.read(self._state.points, record.end) if r.kind in KINDS[POINTS]]
+        while before and self._state.points < before[-1] and not self._files_awaited.is_set():
+            self._check(lane)
+            time.sleep(0.05)
+
     def _await_files(self, lane: _Lane) -> None:
         """A run ends after its files, as long as there is hope for them."""
+        self._files_awaited.set()  # so that neither waits for the other
         files = self._lanes[FILES]
         while not files.drained.wait(0.02) and not files.given_up.is_set():
             if lane.given_up.is_set():

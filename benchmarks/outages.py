@@ -123,6 +123,9 @@ def report(folder: Path, server: Server) -> int:
             f"{place.name}: {segments} segments, {len(told)} points journalled, {sum(told.values()) - len(told)} again after a kill; "
             f"{len(missing)} missing, {len(twice)} twice, replay difference {max(audit, default=0.0)}, status {run.info.status}"
         )
+        for name, points in (("missing", missing), ("twice", twice)):
+            for key, step in sorted(points)[:10]:
+                print(f"  {name}: {key} at step {step}")
         wrong += len(missing) + len(twice) + any(audit)
     if not journalled:
         print(f"nothing was trained: {(folder / 'log').read_text()[-2000:]}")

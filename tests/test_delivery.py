@@ -265,6 +265,33 @@ def test_points_that_a_killed_process_did_not_send_are_delivered_by_the_next(sto
     assert again.notes == []
 
 
+def test_replayed_evaluation_of_a_checkpoint_is_there_once_though_files_are_quicker_than_points(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told(tmp_path)
+    run_id = told.run_id
+    told.silence()
+    told.directory.make()
+    told.tracker.metrics({"val/loss": 2.0, "val/bpb": 3.0}, 1)
+    told.kill()
+    time.sleep(0.01)  # of another time stamp
+    log = remote.RemoteRun.log
+
+    def late(self: remote.RemoteRun, batch: list[journal.Record]) -> None:
+        time.sleep(0.5)
+        log(self, batch)
+
+    monkeypatch.setattr(remote.RemoteRun, "log", late)
+    again = Told(tmp_path, path=told.directory.path, number=2)
+    again.tracker.metrics({"val/loss": 2.0, "val/bpb": 3.0}, 1)
+    again.save(1, 2.0)
+    assert again.close() == 0
+    for key, value in (("val/loss", 2.0), ("val/bpb", 3.0)):
+        assert history(store, run_id, key) == [(1, value)]
+    (model,) = store.search_logged_models([store.get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'")
+    assert {(m.key, m.value) for m in model.metrics or []} == {("val/loss", 2.0), ("val/bpb", 3.0)}
+
+
 def test_batch_that_was_sent_but_not_acknowledged_is_there_once(store: MlflowClient, tmp_path: Path) -> None:
     told = Told(tmp_path)
     told.losses(*range(1, 20))
