@@ -92,7 +92,7 @@ class Sender:
                 return waiting(self._ledger, self._state)
             self.held = True
             self._state = self._ledger.delivered()
-            self._remote = RemoteRun(self._uri, self._ledger, self._state, self._say)
+            self._remote = RemoteRun(self._uri, self._ledger, self._state, self._say, self._closing.wait)
             threads += [threading.Thread(target=self._drain, args=(lane,), name=lane.name, daemon=True) for lane in self._lanes.values()]
             for thread in threads:
                 thread.start()

@@ -1,12 +1,14 @@
 """A checkpoint's second home: among the artifacts of its run, verified before it is called the latest, and in MLflow's list of models.
 
-Stored by hard link where the artifact store is a folder on the same file system, else uploaded, manifest last. Files are never opened.
+Stored by hard link where the artifact store is a folder on the same file system, else uploaded, manifest last.
 """
 
 import contextlib
 import errno
+import io
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from urllib.parse import unquote, urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, RunTag
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+from mlflow.utils.request_utils import augmented_raise_for_status
+from mlflow.utils.rest_utils import http_request
 
 from bdh_mlflow import checkpoint, tracking
 from bdh_mlflow.checkpoint import Checkpoint
@@ -26,15 +31,21 @@ from bdh_mlflow.journal import masked
 from bdh_mlflow.tracking import RunIdentity, first_line
 
 LARGE_BYTES = 50_000_000  # from here on a failed upload is worth a word about limits
+BESIDE_BYTES_PER_S = 32e6  # to a server on this machine, which receives and writes with the cores that train
+PIECE_BYTES = 2**18  # of an upload, between two rests
 MODEL_TYPE = "bdh-checkpoint"
 VAL_LOSS = "val/loss"
 
 
 class Mirror:
-    """The mirror of one run's checkpoints.   note: called with a line when something is worth one."""
+    """The mirror of one run's checkpoints.
 
-    def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None]) -> None:
-        self._client, self._run, self._note = client, run, note
+    note: called with a line when something is worth one.   rest: called between pieces of an upload with the seconds to wait; returns
+    sooner when there is no training beside it any more.
+    """
+
+    def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None], rest: Callable[[float], object]) -> None:
+        self._client, self._run, self._note, self._rest = client, run, note, rest
         self._folder = local_path(run.artifact_uri)
         self._warned: set[str] = set()
 
@@ -79,7 +90,7 @@ class Mirror:
             link_or_copy(saved.path, self._folder / remote / saved.path.name)
             return
         try:
-            self._client.log_artifact(self._run.run_id, str(saved.path), remote)
+            self._send(saved.path, remote)
         except FileNotFoundError:
             raise
         except Exception as error:  # each artifact store raises its own kinds
@@ -87,6 +98,17 @@ class Mirror:
                 self._warned.add(saved.path.name)
                 self._note(_about_limits(saved, error))
             raise
+
+    def _send(self, path: Path, remote: str) -> None:
+        """MLflow's own upload; through a server on this machine the same request, at the pace that training beside it can bear."""
+        there = get_artifact_repository(self._run.artifact_uri)
+        if not isinstance(there, HttpArtifactRepository) or not on_this_machine(there.artifact_uri) or there._should_multipart_upload(path):  # type: ignore[no-untyped-call]
+            self._client.log_artifact(self._run.run_id, str(path), remote)
+            return
+        kind = {"Content-Type": "application/octet-stream"}
+        with _Paced(path, BESIDE_BYTES_PER_S, self._rest) as file:
+            answer = http_request(there._host_creds, f"/{remote}/{path.name}", "PUT", data=file, extra_headers=kind)  # type: ignore[no-untyped-call]
+            augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
 
     def _verify(self, saved: Checkpoint, remote: str) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
@@ -165,6 +187,23 @@ class Mirror:
                 self._note(f"tracking: {file} stays in the mirror: {first_line(error)}")
 
 
+class _Paced(io.FileIO):
+    """A file that is read no faster than `bytes_per_s`, also after a pause: what was late is not made up for.   rest: waits."""
+
+    def __init__(self, path: Path, bytes_per_s: float, rest: Callable[[float], object]) -> None:
+        super().__init__(path)
+        self._bytes_per_s, self._rest = bytes_per_s, rest
+        self._began, self._read = time.monotonic(), 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self._read >= PIECE_BYTES:
+            self._rest(max(0.0, self._read / self._bytes_per_s - (time.monotonic() - self._began)))
+            self._began, self._read = time.monotonic(), 0
+        block = super().read(-1 if size is None else size)
+        self._read += len(block)
+        return block
+
+
 @dataclass(frozen=True)
 class Mirrored:
     """A mirrored checkpoint.   checkpoint: URI that `resume` takes.   val_loss: nats per token, None if it was not evaluated."""
@@ -210,6 +249,17 @@ def local_path(artifact_uri: str) -> Path | None:
     if parts.scheme == "file":
         return Path(unquote(parts.path))
     return Path(artifact_uri) if parts.scheme == "" else None
+
+
+def on_this_machine(uri: str) -> bool:
+    """Whether the server at an address runs on this machine: packets to it would come from the address they go to."""
+    parts = urlsplit(uri)
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # of a datagram socket: nothing is sent
+                return bool(probe.getsockname()[0] == address[0])
+    return False
 
 
 def link_or_copy(source: Path, target: Path) -> None:

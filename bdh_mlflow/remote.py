@@ -33,10 +33,13 @@ Point = tuple[str, int]
 
 
 class RemoteRun:
-    """One run in one store.   state: what earlier senders have acknowledged.   say: called with what is worth knowing."""
+    """One run in one store.
 
-    def __init__(self, uri: str, ledger: Ledger, state: Delivered, say: Callable[..., None]) -> None:
-        self._uri, self._ledger, self._state, self._say = uri, ledger, state, say
+    state: what earlier senders have acknowledged.   say: called with what is worth knowing.   rest: see `Mirror`.
+    """
+
+    def __init__(self, uri: str, ledger: Ledger, state: Delivered, say: Callable[..., None], rest: Callable[[float], object]) -> None:
+        self._uri, self._ledger, self._state, self._say, self._rest = uri, ledger, state, say, rest
         self._client: MlflowClient
         self._segment: dict[str, Any] = {}
         self._superseded = False
@@ -223,7 +226,7 @@ class RemoteRun:
             artifact_uri=run.info.artifact_uri,
             continued=continued,
         )
-        self._mirror = Mirror(self._client, self._identity, lambda text: self._say(note=text))
+        self._mirror = Mirror(self._client, self._identity, lambda text: self._say(note=text), self._rest)
         self.attached.set()
         self._say(attached=vars(self._identity))
 

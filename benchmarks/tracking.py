@@ -9,8 +9,9 @@ Targets: `sqlite` (the store as a file), `server` (`mlflow server` on loopback),
 nothing with the loop hands MLflow as many points into a database in one request: what that costs the loop, the machine costs.
 
 overhead: mean of a told second's steps less that of its two silent neighbours; the median with its standard error. p99/p99: 99th
-percentile of all told steps over that of all silent ones, checkpoints included; its error is that of ten parts. Every 1500 told steps
-hand a 300 MB checkpoint over (not in `nothing` and `floor`); there is no silence until it is written. call: median of the tracker's.
+percentile of all told steps over that of all silent ones, checkpoints included; its error is that of ten parts. stolen: steps, told/silent,
+in which a hypervisor gave the processors to somebody else (its steal time advanced); they are left out. Every 1500 told steps hand a
+300 MB checkpoint over (not in `nothing` and `floor`); there is no silence until it is written. call: median of the tracker's.
 blocks/copy: how long a checkpoint holds the loop, against copying the same bytes in this process at that moment (median). exit: from the
 last step to the process being free. Run alone: the machine has to be quiet.
 """
@@ -59,13 +60,17 @@ Blocks = list[list[float]]
 
 
 class Figures(NamedTuple):
-    """Of one training, in seconds.   told: steps of each told block.   silent: of the block before each, and of one after the last."""
+    """Of one training, in seconds.   told: steps of each told block.   silent: of the block before each, and of one after the last.
+
+    stolen: shares of told and of silent steps that are left out.   steps: told, with those.
+    """
 
     told: Blocks
     silent: Blocks
     call_s: list[float]
     blocked: list[float]
     exit_s: float
+    stolen: tuple[float, float]
     steps: int
 
 
@@ -78,7 +83,7 @@ def main() -> None:
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     torch.set_num_threads(1)
     print(f"{given.steps} told steps of {len(METRICS)} metrics, a checkpoint of {CHECKPOINT_BYTES / 1e6:.0f} MB every {CHECKPOINT_EVERY}")
-    heads = ("step ms", 8), ("overhead ms", 17), ("p99/p99", 14), ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
+    heads = ("step ms", 8), ("overhead ms", 17), ("p99/p99", 14), ("stolen", 11), ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
     print(f"{'target':8} {' '.join(f'{head:>{width}}' for head, width in heads)} {'points':>14}")
     for target in given.targets:
         with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +103,8 @@ def report(target: str, figures: Figures, found: str) -> None:
     print(
         f"{target:8} {1e3 * median(itertools.chain(*figures.silent)):8.2f} "
         f"{median(over_ms):+8.3f} +- {1.2533 * statistics.stdev(over_ms) / len(over_ms) ** 0.5:5.3f} "
-        f"{tail(figures.told, figures.silent):6.2f} +- {statistics.stdev(tails) / PARTS**0.5:4.2f} {1e6 * median(figures.call_s):8.0f} "
+        f"{tail(figures.told, figures.silent):6.2f} +- {statistics.stdev(tails) / PARTS**0.5:4.2f} "
+        f"{f'{figures.stolen[0]:.1%}/{figures.stolen[1]:.1%}':>11} {1e6 * median(figures.call_s):8.0f} "
         f"{median(figures.blocked or [float('nan')]):12.2f} {figures.exit_s:7.1f} {found:>14}",
         flush=True,
     )
@@ -179,11 +185,21 @@ def train(steps: int, tracker: Tracker | Nobody, writer: BackgroundWriter | None
     work, state = toy(), {"step": 1, "tokens_seen": 0, "loss": 1.0, "model_state_dict": weights()}
     told, silent, call_s, blocked = Blocks(), Blocks(), list[float](), list[float]()
     step, asleep = 0, set[int]()
+    quiet_steps = 0
 
     def silence() -> None:
+        nonlocal quiet_steps
+        times = list[float]()
         beside(signal.SIGSTOP, asleep)
-        silent.append([stepped(work) for _ in range(BLOCK)])
+        while len(times) < BLOCK:
+            taken, started = stolen_s(), time.perf_counter()
+            compute(work)
+            took = time.perf_counter() - started
+            quiet_steps += 1
+            if stolen_s() == taken:
+                times.append(took)
         beside(signal.SIGCONT, asleep)
+        silent.append(times)
 
     while step < steps:
         if server is not None and target in ("stopped", "killed") and step >= steps // 2 and not asleep:
@@ -192,13 +208,15 @@ def train(steps: int, tracker: Tracker | Nobody, writer: BackgroundWriter | None
         silence()
         times = list[float]()
         while len(times) < BLOCK or (writer is not None and writing() and step < steps):
-            started = time.perf_counter()
+            taken, started = stolen_s(), time.perf_counter()
             loss = compute(work)
             before = time.perf_counter()
             tracker.metrics(dict.fromkeys(METRICS, loss + step), step)
             call_s.append(time.perf_counter() - before)
             step += 1
-            times.append(time.perf_counter() - started)
+            took = time.perf_counter() - started
+            if stolen_s() == taken:
+                times.append(took)
             if writer is not None and step % CHECKPOINT_EVERY == CHECKPOINT_EVERY // 3:
                 copy_s = copying(state)
                 state["step"] = step
@@ -212,13 +230,13 @@ def train(steps: int, tracker: Tracker | Nobody, writer: BackgroundWriter | None
     before = time.perf_counter()
     tracker.close("FINISHED", {}, step)
     exit_s = time.perf_counter() - before
-    return Figures(told, silent, call_s, blocked, exit_s, step)
+    counted, quiet = sum(map(len, told)), sum(map(len, silent))
+    return Figures(told, silent, call_s, blocked, exit_s, (1 - counted / step, 1 - quiet / quiet_steps), step)
 
 
-def stepped(work: Work) -> float:
-    started = time.perf_counter()
-    compute(work)
-    return time.perf_counter() - started
+def stolen_s() -> float:
+    """Time that the processors of this machine were ready and not given, so far; zero where there is no hypervisor that says so."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def writing() -> bool:

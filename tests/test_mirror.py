@@ -188,3 +188,40 @@ def test_checkpoint_that_is_offered_again_late_is_not_called_the_latest(
     assert told.close() == 0  # the first was offered again at the end
     assert {m.step for m in mirror.search(TrackingConfig(), told.run_id, best=False)} == {1, 2}
     assert store.get_run(told.run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_2.pt")
+
+
+def test_upload_beside_a_training_keeps_its_pace_and_after_a_training_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3_000_000))
+    clock = [0.0]
+    monkeypatch.setattr(mirror.time, "monotonic", lambda: clock[0])
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
+    read = b""
+    with mirror._Paced(path, 1e6, wait) as file:
+        while block := file.read(16384):
+            read += block
+            assert len(read) <= 1e6 * clock[0] + mirror.PIECE_BYTES + 16384
+    assert read == path.read_bytes()
+    assert clock[0] == pytest.approx(3.0, abs=0.3)
+    before = clock[0]
+    with mirror._Paced(path, 1e6, wait) as file:
+        file.read(1_000_000)
+        clock[0] += 60  # a pause is no reason to hurry
+        while file.read(16384):
+            pass
+    assert clock[0] - before == pytest.approx(60 + 2.0, abs=0.3)
+    with mirror._Paced(path, 1e6, lambda seconds: None) as file:  # nobody to spare any more
+        assert file.read() == read
+        file.seek(0)  # as a request that is sent again
+        assert file.read() == read
+
+
+@pytest.mark.parametrize(
+    ("uri", "here"),
+    [("http://127.0.0.1:5000/api", True), ("http://localhost", True), ("https://192.0.2.1/x", False), ("http://name.invalid:80", False)],
+)
+def test_server_on_this_machine_is_known_by_its_address(uri: str, here: bool) -> None:
+    assert mirror.on_this_machine(uri) is here

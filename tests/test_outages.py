@@ -160,6 +160,22 @@ def test_upload_that_is_cut_off_is_made_again_and_verified(shared: Server, relay
     assert (result.exit_code, "1 whole, 0 not" in result.output) == (0, True), result.output
 
 
+def test_upload_is_not_held_back_once_training_is_over(
+    shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "BESIDE_BYTES_PER_S", 100.0)  # hours
+    told = Told(tmp_path, experiment="paced")
+    saved = large(told)
+    pointed = "bdh.latest_checkpoint"
+    until = time.monotonic() + LIMIT_S
+    while not any(uploading(line) for line in relay.requests) and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert pointed not in shared.client.get_run(told.run_id).data.tags
+    assert told.close() == 0
+    assert shared.client.get_run(told.run_id).data.tags[pointed] == saved.manifest.artifact_path
+
+
 def large(told: Told) -> Checkpoint:
     """A checkpoint of 2 MB, handed over."""
     weights = {"encoder": torch.randn(500_000)}
