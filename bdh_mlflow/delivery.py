@@ -263,15 +263,18 @@ class Sender:
                 self._await_points(lane, record)
                 self._mirror(record)
             case "end" if lane.name == POINTS:
-                last = not any(r.kind == "segment" for r in self._ledger.read(record.end))
-                if last:
+                if self._is_last(record):
                     self._await_files(lane)
                 remote.log([record])
-                if last:
+                if self._is_last(record):  # still: the wait may have been long
                     remote.end(record.fields["status"])
                 self._state.ended = self._state.segment
             case "end":
                 remote.write_segments(max(record.end, self._state.files), self._training())
+
+    def _is_last(self, end: Record) -> bool:
+        """Whether nobody has gone on after this end."""
+        return not any(r.kind == "segment" for r in self._ledger.read(end.end))
 
     def _rejoin(self, lane: _Lane) -> None:
         """Take the run up that an earlier sender has found or made. A store that does not know it is another one: it is told everything."""
@@ -320,7 +323,11 @@ class Sender:
             return  # else retention was quicker, or a rewind has replaced it and a later record speaks of what is there now
         newest = not any(r.kind == "checkpoint" for r in self._ledger.read(record.end, self._state.files))
         options = self._options
-        self._remote.checkpoint(saved, record.fields["evaluation"], options.get("mirror", True), options.get("keep"), newest=newest)
+        try:
+            self._remote.checkpoint(saved, record.fields["evaluation"], options.get("mirror", True), options.get("keep"), newest=newest)
+        except FileNotFoundError:
+            if path.is_file():
+                raise  # else retention came in between
 
     def _offer_again(self, lane: _Lane) -> None:
         """Files that were refused before, once each."""
@@ -344,8 +351,9 @@ class Sender:
 
         def end() -> None:
             self._await_files(lane)
-            self._remote.end_for_the_dead(rows[-1]["last_step"])
-            self._remote.write_segments(self._ledger.size(), False)
+            if not self._training():  # still: the wait may have been long
+                self._remote.end_for_the_dead(rows[-1]["last_step"])
+                self._remote.write_segments(self._ledger.size(), False)
 
         if self._state.ended < rows[-1]["segment"] and not self._attempt(lane, end):
             self._state.ended = rows[-1]["segment"]
@@ -372,7 +380,8 @@ class Sender:
         if record.fields["evaluation"] is None:
             return
         before = [r.end for r in self._ledger.read(self._state.points, record.end) if r.kind in KINDS[POINTS]]
-        while before and self._state.points < before[-1] and not self._files_awaited.is_set():
+        drained = self._lanes[POINTS].drained
+        while before and self._state.points < before[-1] and not (self._files_awaited.is_set() or drained.is_set()):
             self._check(lane)
             time.sleep(0.05)
 
@@ -436,6 +445,7 @@ def sync(folder: Path, uri: str | None, heard: tracking.Heard) -> Synced:
     def listen(said: dict[str, Any]) -> None:
         heard({"note": f"tracking: {said['refused']}"} if "refused" in said else said)
 
+    os.environ.setdefault(tracking.RETRIES, "0")  # as beside a training
     sender = Sender(folder, _address(rows[-1]["tracking_uri"], uri), listen)
     sender.close()
     left = sender.run()

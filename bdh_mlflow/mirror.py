@@ -1,10 +1,12 @@
 """A checkpoint's second home: among the artifacts of its run, verified before it is called the latest, and in MLflow's list of models.
 
-Stored by hard link where the artifact store is a folder on the same file system, else uploaded, manifest last.
+Stored by hard link where the artifact store is a folder on the same file system, else uploaded, manifest last; through a server on this
+machine at a pace that the training beside it can bear.
 """
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import shutil
@@ -18,13 +20,15 @@ from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.request_utils import augmented_raise_for_status
 from mlflow.utils.rest_utils import http_request
 
 from bdh_mlflow import checkpoint, tracking
-from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.checkpoint import PIECE_BYTES, Checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.journal import masked
@@ -32,7 +36,6 @@ from bdh_mlflow.tracking import RunIdentity, first_line
 
 LARGE_BYTES = 50_000_000  # from here on a failed upload is worth a word about limits
 BESIDE_BYTES_PER_S = 32e6  # to a server on this machine, which receives and writes with the cores that train
-PIECE_BYTES = 2**18  # of an upload, between two rests
 MODEL_TYPE = "bdh-checkpoint"
 VAL_LOSS = "val/loss"
 
@@ -48,6 +51,11 @@ class Mirror:
         self._client, self._run, self._note, self._rest = client, run, note, rest
         self._folder = local_path(run.artifact_uri)
         self._warned: set[str] = set()
+        self._begun: set[str] = set()
+
+    @functools.cached_property
+    def _repository(self) -> ArtifactRepository:
+        return get_artifact_repository(self._run.artifact_uri, tracking_uri=self._client.tracking_uri)
 
     def store(self, saved: Checkpoint, keep: int | None, evaluation: list[Metric], *, newest: bool = True) -> None:
         """Mirror a checkpoint, check what arrived, point to it, then prune.   Raises whatever the store does; may be called again.
@@ -57,11 +65,15 @@ class Mirror:
         """
         started, manifest, run_id = time.perf_counter(), saved.manifest, self._run.run_id
         remote = f"checkpoints/{saved.path.parent.name}"
-        if not self._is_there(saved, remote):
+        described = saved.manifest_path.read_bytes()  # now: retention or a rewind may come while the file is under way
+        if not self._is_there(saved, described, remote):
             self._client.log_artifact(run_id, str(saved.path.parent / checkpoint.CONFIG_NAME), remote)
             self._upload(saved, remote)
-            self._client.log_artifact(run_id, str(saved.manifest_path), remote)
-        self._verify(saved, remote)
+            with tempfile.TemporaryDirectory(prefix="mirror-") as folder:
+                copy = Path(folder) / saved.manifest_path.name
+                copy.write_bytes(described)
+                self._client.log_artifact(run_id, str(copy), remote)
+        self._verify(saved, described, remote)
         self._describe(saved, evaluation)
         tags = self._pointers(saved, newest)
         known = {m.step for m in self._client.get_metric_history(run_id, "ckpt/upload_s")}
@@ -71,18 +83,17 @@ class Mirror:
         if keep is not None:
             self._prune(remote, keep, tags.get("bdh.best_checkpoint"), manifest.step)
 
-    def _is_there(self, saved: Checkpoint, remote: str) -> bool:
+    def _is_there(self, saved: Checkpoint, described: bytes, remote: str) -> bool:
         """Whether an earlier attempt has stored this very checkpoint. The manifest of another one goes before its file is replaced."""
         sizes, name = self._sizes(remote), saved.manifest_path.name
         if name not in sizes:
             return False
         with tempfile.TemporaryDirectory(prefix="mirror-") as folder:
             there = Path(self._client.download_artifacts(self._run.run_id, f"{remote}/{name}", folder)).read_bytes()
-        if there == saved.manifest_path.read_bytes():
+        if there == described:
             return sizes.get(saved.path.name) == saved.manifest.bytes
-        repository = get_artifact_repository(self._run.artifact_uri)
         with contextlib.suppress(Exception):  # not every store lets files be deleted; it is replaced in a moment anyway
-            repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
+            self._repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
         return False
 
     def _upload(self, saved: Checkpoint, remote: str) -> None:
@@ -90,7 +101,7 @@ class Mirror:
             link_or_copy(saved.path, self._folder / remote / saved.path.name)
             return
         try:
-            self._send(saved.path, remote)
+            self._put(saved.path, remote)
         except FileNotFoundError:
             raise
         except Exception as error:  # each artifact store raises its own kinds
@@ -99,18 +110,23 @@ class Mirror:
                 self._note(_about_limits(saved, error))
             raise
 
-    def _send(self, path: Path, remote: str) -> None:
-        """MLflow's own upload; through a server on this machine the same request, at the pace that training beside it can bear."""
-        there = get_artifact_repository(self._run.artifact_uri)
-        if not isinstance(there, HttpArtifactRepository) or not on_this_machine(there.artifact_uri) or there._should_multipart_upload(path):  # type: ignore[no-untyped-call]
+    def _put(self, path: Path, remote: str) -> None:
+        """MLflow's own upload; through a server on this machine the same request, at a pace.
+
+        At a pace only the first time: there are servers that give a request no more than some seconds.
+        """
+        repository, again = self._repository, path.name in self._begun
+        self._begun.add(path.name)
+        beside = isinstance(repository, HttpArtifactRepository) and on_this_machine(repository.artifact_uri)
+        if again or not beside or repository._should_multipart_upload(path):  # type: ignore[attr-defined]
             self._client.log_artifact(self._run.run_id, str(path), remote)
             return
         kind = {"Content-Type": "application/octet-stream"}
         with _Paced(path, BESIDE_BYTES_PER_S, self._rest) as file:
-            answer = http_request(there._host_creds, f"/{remote}/{path.name}", "PUT", data=file, extra_headers=kind)  # type: ignore[no-untyped-call]
+            answer = http_request(repository._host_creds, f"/{remote}/{path.name}", "PUT", data=file, extra_headers=kind)  # type: ignore[attr-defined,no-untyped-call]
             augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
 
-    def _verify(self, saved: Checkpoint, remote: str) -> None:
+    def _verify(self, saved: Checkpoint, described: bytes, remote: str) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
         if self._folder is not None:
             copy = self._folder / remote / saved.path.name
@@ -120,7 +136,7 @@ class Mirror:
                 copy.unlink()
                 raise OSError(f"{remote}/{saved.path.name} arrived damaged")
         sizes = self._sizes(remote)
-        for name, size in ((saved.path.name, saved.manifest.bytes), (saved.manifest_path.name, saved.manifest_path.stat().st_size)):
+        for name, size in ((saved.path.name, saved.manifest.bytes), (saved.manifest_path.name, len(described))):
             if name not in sizes:
                 raise OSError(f"{remote}/{name} did not arrive")
             if sizes[name] not in (size, None):
@@ -171,20 +187,31 @@ class Mirror:
     def _prune(self, remote: str, keep: int, best: str | None, up_to: int) -> None:
         """The mirror keeps what retention keeps: the newest `keep` up to this step, and the best."""
         steps = sorted(s for name in self._sizes(remote) if (s := checkpoint.step_of(Path(name))) is not None and s <= up_to)
-        repository = get_artifact_repository(self._run.artifact_uri)
         for step in steps[:-keep]:
             file = checkpoint.file_name(step)
             if best == f"{remote}/{file}":
                 continue
-            if model := self._model(step):  # the file last: as long as it is there, what was interrupted here is done again
-                self._client.delete_logged_model(model.model_id)
+            try:
+                if model := self._model(step):  # the file last: as long as it is there, what was interrupted here is done again
+                    self._client.delete_logged_model(model.model_id)
+            except MlflowException as error:
+                if not tracking.refused(error):
+                    raise
+                self._stays(file, error)
+                continue
             try:
                 for name in (Path(file).with_suffix(".json").name, file):
-                    repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
+                    self._repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
             except FileNotFoundError:
                 pass
-            except Exception as error:  # pruning is a convenience, and each store refuses in its own way
-                self._note(f"tracking: {file} stays in the mirror: {first_line(error)}")
+            except Exception as error:  # each store refuses in its own way
+                self._stays(file, error)
+
+    def _stays(self, file: str, error: Exception) -> None:
+        """Pruning is a convenience: said once, and done without."""
+        if file not in self._warned:
+            self._warned.add(file)
+            self._note(f"tracking: {file} stays in the mirror: {first_line(error)}")
 
 
 class _Paced(io.FileIO):
@@ -254,11 +281,14 @@ def local_path(artifact_uri: str) -> Path | None:
 def on_this_machine(uri: str) -> bool:
     """Whether the server at an address runs on this machine: packets to it would come from the address they go to."""
     parts = urlsplit(uri)
-    with contextlib.suppress(OSError):
-        for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind) as probe:
-                probe.connect(address)  # of a datagram socket: nothing is sent
-                return bool(probe.getsockname()[0] == address[0])
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, _, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:  # a name may have an address of a family that is off
+            probe.connect(address)  # of a datagram socket: nothing is sent
+            return bool(probe.getsockname()[0] == address[0])
     return False
 
 

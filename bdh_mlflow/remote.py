@@ -7,12 +7,13 @@ instead of being logged twice. Calls raise whatever MLflow does and may be repea
 import contextlib
 import itertools
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.artifacts import load_text
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
@@ -89,7 +90,8 @@ class RemoteRun:
         if run is None:
             run = (tracking.find_run(client, wrapper) if wrapper else None) or self._create(segment)
         run_id, later = run.info.run_id, int(run.data.tags.get("bdh.segment", 0))
-        self._superseded = later > number  # another machine has gone on since: how the run stands is its to say
+        own = max(r.fields["number"] for r in self._ledger.read(0) if r.kind == "segment")
+        self._superseded = later > own  # another machine has gone on since: how the run stands is its to say
         if not self._superseded and not (again and continued):
             if continued:
                 self._end_killed_children(run, wrapper)
@@ -143,7 +145,7 @@ class RemoteRun:
         """The rows of a step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append them twice."""
         columns, step = list(new[0]), new[0]["step"]
         rows: list[dict[str, Any]] = []
-        table = self._there(SAMPLES)
+        table = self._table(SAMPLES)
         with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or somebody else's: begun anew
             there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
             rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
@@ -178,12 +180,14 @@ class RemoteRun:
     def end_for_the_dead(self, last_step: int) -> None:
         """The last segment was killed: say so, once."""
         run = self._client.get_run(self.run_id)
-        if self._superseded or (run.info.status, run.data.tags.get("bdh.stop_reason")) == ("KILLED", "killed"):
+        if self._superseded:
+            return
+        self._end_killed_children(run, None)
+        if (run.info.status, run.data.tags.get("bdh.stop_reason")) == ("KILLED", "killed"):
             return
         tags = {"bdh.stop_reason": "killed", "bdh.stop_step": str(last_step)}
         self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
         self._client.set_terminated(self.run_id, "KILLED")
-        self._end_killed_children(run, None)
 
     def write_segments(self, up_to: int, training: bool) -> None:
         """`segments.json`: every process that has worked on the run; those on other machines from the file that is there.
@@ -193,8 +197,10 @@ class RemoteRun:
         rows = {row["segment"]: row for row in segments_of(self._ledger.read(0, up_to))}
         last = max(rows, default=0)
         if len(rows) < last or self._superseded:
-            for row in self._there(SEGMENTS) or []:
-                rows.setdefault(row["segment"], row)
+            written = self._table(SEGMENTS)
+            with contextlib.suppress(KeyError, TypeError):  # none, or somebody else's
+                for row in written:
+                    rows.setdefault(row["segment"], row)
         ordered = [rows[number] for number in sorted(rows)]
         for before, row in itertools.pairwise(ordered):
             ended = before["ended_at_ms"] or before["last_seen_ms"]
@@ -204,13 +210,14 @@ class RemoteRun:
             ordered[-1]["reason"] = "killed"
         self._client.log_text(self.run_id, json.dumps(ordered, indent=1), SEGMENTS)
 
-    def _there(self, name: str) -> Any:
-        """What a JSON file at the top of the run's artifacts holds; None if there is none, or what is there is none and holds nobody up."""
+    def _table(self, name: str) -> Any:
+        """What a JSON file at the top of the run's artifacts holds; None if there is no such file, or it is something else."""
         if not any(f.path == name for f in self._client.list_artifacts(self.run_id)):
             return None
-        text = load_text(f"runs:/{self.run_id}/{name}")
+        with tempfile.TemporaryDirectory(prefix="table-") as folder:
+            content = Path(self._client.download_artifacts(self.run_id, name, folder)).read_bytes()
         try:
-            return json.loads(text)
+            return json.loads(content)
         except ValueError:
             return None
 
@@ -269,8 +276,8 @@ class RemoteRun:
                     self._compare(key, step, before[0], value)
         audit = AUDIT, step
         if replayed and (audit not in logged or logged[audit][1] == record.at_ms):
-            new[AUDIT] = self._replay_diff
-            logged[audit] = (self._replay_diff, record.at_ms)
+            logged.setdefault(audit, (self._replay_diff, record.at_ms))
+            new[AUDIT] = logged[audit][0]  # as it was said first: the value is part of what makes a point another one
         return [Metric(key, value, record.at_ms, step) for key, value in new.items()]
 
     def _compare(self, key: str, step: int, before: float, now: float) -> None:

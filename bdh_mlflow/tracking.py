@@ -35,7 +35,8 @@ LAST_WORD_S = 45.0  # of silence, at the end: no sender is silent for so long
 FIRST_RESTART_S, LAST_RESTART_S = 2.0, 60.0
 SELF_S = 1.0  # least time between two points about tracking itself
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
-_RETRIES_GIVEN = "MLFLOW_HTTP_REQUEST_MAX_RETRIES" in os.environ
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_RETRIES_GIVEN = RETRIES in os.environ
 REPLAYED = ("train/loss", "val/loss", "optim/lr", "optim/grad_norm")
 """Metrics that a replayed step must give again to the bit."""
 
@@ -116,7 +117,7 @@ class InProcess:
     def _start(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": self._uri}  # not an argument: it may hold a password
         if not _RETRIES_GIVEN:
-            environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # patience is the sender's own
+            environment[RETRIES] = "0"  # patience is the sender's own, and MLflow would make a run twice whose answer is lost
         command = [sys.executable, "-m", "bdh_mlflow.delivery", str(self._folder())]
         return subprocess.Popen(  # in a session of its own: Ctrl-C is for the trainer
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -308,7 +309,7 @@ def connect(tracking: TrackingConfig) -> MlflowClient:
 
 def client_of(uri: str) -> MlflowClient:
     """A client, with patience inside one call bounded; nothing is asked yet."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", HTTP_RETRIES)
+    os.environ.setdefault(RETRIES, HTTP_RETRIES)
     mlflow.set_tracking_uri(uri)
     return MlflowClient(uri)
 

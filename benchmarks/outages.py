@@ -1,7 +1,7 @@
 """A run killed at random moments, its server down half of the time: `python benchmarks/outages.py [--kills 20] [--seed 0]`.
 
 Every other kill takes the sender along with the trainer. After the last one the server comes back, `bdh-mlflow sync` runs once, and every
-point in the journal must be on the server, once; a second `sync` must deliver nothing. Exit code 1 if not.
+point in the journal must be on the server, once, and every checkpoint's model; a second `sync` must deliver nothing. Exit code 1 if not.
 """
 
 import argparse
@@ -100,10 +100,12 @@ def report(folder: Path, server: Server) -> int:
     config = folder / "any.yaml"
     config.write_text(f"training: {{checkpoint_dir: {folder / 'checkpoints'}}}\n")
     command = [sys.executable, "-m", "bdh_mlflow", "sync", "--config", str(config)]
+    wrong, journalled = 0, 0
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
         print(f"{done.stdout}{done.stderr}".strip())
-    wrong, journalled = done.returncode, 0
+        wrong += done.returncode
+    wrong += any(": 0 records" not in line for line in done.stdout.splitlines()[:-1])
     for place in checkpoint.list_all(folder / "checkpoints"):  # what has saved no checkpoint is gone when it is delivered
         state = journal.delivered(place)
         assert state is not None
@@ -123,6 +125,12 @@ def report(folder: Path, server: Server) -> int:
             f"{place.name}: {segments} segments, {len(told)} points journalled, {sum(told.values()) - len(told)} again after a kill; "
             f"{len(missing)} missing, {len(twice)} twice, replay difference {max(audit, default=0.0)}, status {run.info.status}"
         )
+        experiment = [run.info.experiment_id]
+        models = Counter(m.name for m in server.client.search_logged_models(experiment, f"source_run_id = '{state.run_id}'"))
+        runs = server.client.search_runs(experiment, f"tags.`bdh.training` = '{run.data.tags['bdh.training']}'")
+        if len(runs) > 1 or any(times > 1 for times in models.values()):
+            print(f"  {len(runs)} runs of one training, models {models}")
+            wrong += 1
         for name, points in (("missing", missing), ("twice", twice)):
             for key, step in sorted(points)[:10]:
                 print(f"  {name}: {key} at step {step}")

@@ -9,11 +9,13 @@ Targets: `sqlite` (the store as a file), `server` (`mlflow server` on loopback),
 nothing with the loop hands MLflow as many points into a database in one request: what that costs the loop, the machine costs.
 
 overhead: mean of a told second's steps less that of its two silent neighbours; the median with its standard error. p99/p99: 99th
-percentile of all told steps over that of all silent ones, checkpoints included; its error is that of ten parts. stolen: steps, told/silent,
-in which a hypervisor gave the processors to somebody else (its steal time advanced); they are left out. Every 1500 told steps hand a
-300 MB checkpoint over (not in `nothing` and `floor`); there is no silence until it is written. call: median of the tracker's.
-blocks/copy: how long a checkpoint holds the loop, against copying the same bytes in this process at that moment (median). exit: from the
-last step to the process being free. Run alone: the machine has to be quiet.
+percentile of all told steps over that of all silent ones, checkpoints included; its error is that of ten parts. Both without the steps in
+which a hypervisor gave the processors to somebody else (its steal time advanced); stolen: how many those are, told/silent, and both figures
+with them. Every 1500 told steps hand a 300 MB checkpoint over (not in `nothing` and `floor`); there is no silence until it is written.
+call: median of the tracker's. blocks/copy: how long a checkpoint holds the loop, against copying the same bytes in this process at that
+moment (median). exit: from the last step to the process being free. Run alone: the machine has to be quiet.
+
+All of it, relay and server included, is on one machine, so in every target an upload keeps the pace that it keeps there (see `mirror`).
 """
 
 import argparse
@@ -56,21 +58,18 @@ TARGETS = ("nothing", "floor", "sqlite", "server", "slow", "stopped", "killed")
 BLOCK = 100  # steps by turns told and not
 PARTS = 10
 Work = tuple[torch.Tensor, torch.Tensor]
-Blocks = list[list[float]]
+Step = tuple[float, bool]  # seconds, and whether some of them were stolen
+Blocks = list[list[Step]]
 
 
 class Figures(NamedTuple):
-    """Of one training, in seconds.   told: steps of each told block.   silent: of the block before each, and of one after the last.
-
-    stolen: shares of told and of silent steps that are left out.   steps: told, with those.
-    """
+    """Of one training, in seconds.   told: steps of each told block.   silent: of the block before each, and of one after the last."""
 
     told: Blocks
     silent: Blocks
     call_s: list[float]
     blocked: list[float]
     exit_s: float
-    stolen: tuple[float, float]
     steps: int
 
 
@@ -83,7 +82,8 @@ def main() -> None:
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     torch.set_num_threads(1)
     print(f"{given.steps} told steps of {len(METRICS)} metrics, a checkpoint of {CHECKPOINT_BYTES / 1e6:.0f} MB every {CHECKPOINT_EVERY}")
-    heads = ("step ms", 8), ("overhead ms", 17), ("p99/p99", 14), ("stolen", 11), ("call us", 8), ("blocks/copy", 12), ("exit s", 7)
+    heads = [("step ms", 8), ("overhead ms", 17), ("p99/p99", 14), ("stolen: steps, overhead, p99", 28)]
+    heads += [("call us", 8), ("blocks/copy", 12), ("exit s", 7)]
     print(f"{'target':8} {' '.join(f'{head:>{width}}' for head, width in heads)} {'points':>14}")
     for target in given.targets:
         with tempfile.TemporaryDirectory() as folder:
@@ -96,23 +96,40 @@ def main() -> None:
 
 
 def report(target: str, figures: Figures, found: str) -> None:
-    median, mean = statistics.median, statistics.mean
-    sides = [(mean(before) + mean(after)) / 2 for before, after in itertools.pairwise(figures.silent)]
-    over_ms = [1e3 * (mean(told) - side) for told, side in zip(figures.told, sides, strict=True)]
-    tails = [tail(figures.told[part::PARTS], figures.silent[part::PARTS]) for part in range(PARTS)]
+    median = statistics.median
+    (over_ms, over_error), (p99, p99_error) = overhead_ms(figures), tail(figures)
+    sides = [list(itertools.chain(*blocks)) for blocks in (figures.told, figures.silent)]
+    stolen = "/".join(f"{sum(stolen for _, stolen in side) / len(side):.1%}" for side in sides)
     print(
-        f"{target:8} {1e3 * median(itertools.chain(*figures.silent)):8.2f} "
-        f"{median(over_ms):+8.3f} +- {1.2533 * statistics.stdev(over_ms) / len(over_ms) ** 0.5:5.3f} "
-        f"{tail(figures.told, figures.silent):6.2f} +- {statistics.stdev(tails) / PARTS**0.5:4.2f} "
-        f"{f'{figures.stolen[0]:.1%}/{figures.stolen[1]:.1%}':>11} {1e6 * median(figures.call_s):8.0f} "
+        f"{target:8} {1e3 * median(took for took, _ in sides[1]):8.2f} {over_ms:+8.3f} +- {over_error:5.3f} {p99:6.2f} +- {p99_error:4.2f} "
+        f"{stolen:>13} {overhead_ms(figures, True)[0]:+8.3f} {tail(figures, True)[0]:5.2f} {1e6 * median(figures.call_s):8.0f} "
         f"{median(figures.blocked or [float('nan')]):12.2f} {figures.exit_s:7.1f} {found:>14}",
         flush=True,
     )
 
 
-def tail(told: Blocks, silent: Blocks) -> float:
-    above, below = (sorted(itertools.chain(*blocks)) for blocks in (told, silent))
-    return above[int(0.99 * (len(above) - 1))] / below[int(0.99 * (len(below) - 1))]
+def counted(blocks: Blocks, stolen_too: bool) -> list[list[float]]:
+    return [[took for took, stolen in block if stolen_too or not stolen] for block in blocks]
+
+
+def overhead_ms(figures: Figures, stolen_too: bool = False) -> tuple[float, float]:
+    """Median over the told blocks and its standard error; a block of which no step counts is passed over."""
+    told, silent = counted(figures.told, stolen_too), counted(figures.silent, stolen_too)
+    trios = [trio for trio in zip(told, silent, silent[1:], strict=False) if all(trio)]
+    over = [1e3 * (statistics.mean(a) - (statistics.mean(b) + statistics.mean(c)) / 2) for a, b, c in trios]
+    return statistics.median(over), 1.2533 * statistics.stdev(over) / len(over) ** 0.5
+
+
+def tail(figures: Figures, stolen_too: bool = False) -> tuple[float, float]:
+    """Ratio of the 99th percentiles and its standard error."""
+    told, silent = counted(figures.told, stolen_too), counted(figures.silent, stolen_too)
+
+    def p99(blocks: list[list[float]]) -> float:
+        times = sorted(itertools.chain(*blocks))
+        return times[int(0.99 * (len(times) - 1))]
+
+    parts = [p99(told[part::PARTS]) / p99(silent[part::PARTS]) for part in range(PARTS)]
+    return p99(told) / p99(silent), statistics.stdev(parts) / PARTS**0.5
 
 
 def tracked(steps: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
@@ -185,19 +202,15 @@ def train(steps: int, tracker: Tracker | Nobody, writer: BackgroundWriter | None
     work, state = toy(), {"step": 1, "tokens_seen": 0, "loss": 1.0, "model_state_dict": weights()}
     told, silent, call_s, blocked = Blocks(), Blocks(), list[float](), list[float]()
     step, asleep = 0, set[int]()
-    quiet_steps = 0
 
     def silence() -> None:
-        nonlocal quiet_steps
-        times = list[float]()
+        times = list[Step]()
         beside(signal.SIGSTOP, asleep)
-        while len(times) < BLOCK:
-            taken, started = stolen_s(), time.perf_counter()
+        for _ in range(BLOCK):
+            stolen, started = stolen_s(), time.perf_counter()
             compute(work)
             took = time.perf_counter() - started
-            quiet_steps += 1
-            if stolen_s() == taken:
-                times.append(took)
+            times.append((took, stolen_s() > stolen))
         beside(signal.SIGCONT, asleep)
         silent.append(times)
 
@@ -206,17 +219,16 @@ def train(steps: int, tracker: Tracker | Nobody, writer: BackgroundWriter | None
             asleep = set(server.pids())
             server.signal(signal.SIGSTOP if target == "stopped" else signal.SIGKILL)
         silence()
-        times = list[float]()
+        times = list[Step]()
         while len(times) < BLOCK or (writer is not None and writing() and step < steps):
-            taken, started = stolen_s(), time.perf_counter()
+            stolen, started = stolen_s(), time.perf_counter()
             loss = compute(work)
             before = time.perf_counter()
             tracker.metrics(dict.fromkeys(METRICS, loss + step), step)
             call_s.append(time.perf_counter() - before)
             step += 1
             took = time.perf_counter() - started
-            if stolen_s() == taken:
-                times.append(took)
+            times.append((took, stolen_s() > stolen))
             if writer is not None and step % CHECKPOINT_EVERY == CHECKPOINT_EVERY // 3:
                 copy_s = copying(state)
                 state["step"] = step
@@ -230,8 +242,7 @@ def train(steps: int, tracker: Tracker | Nobody, writer: BackgroundWriter | None
     before = time.perf_counter()
     tracker.close("FINISHED", {}, step)
     exit_s = time.perf_counter() - before
-    counted, quiet = sum(map(len, told)), sum(map(len, silent))
-    return Figures(told, silent, call_s, blocked, exit_s, (1 - counted / step, 1 - quiet / quiet_steps), step)
+    return Figures(told, silent, call_s, blocked, exit_s, step)
 
 
 def stolen_s() -> float:

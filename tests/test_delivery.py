@@ -278,9 +278,10 @@ def test_replayed_evaluation_of_a_checkpoint_is_there_once_though_files_are_quic
     log = remote.RemoteRun.log
 
     def late(self: remote.RemoteRun, batch: list[journal.Record]) -> None:
-        time.sleep(0.5)
+        time.sleep(0.5 if batch[0].kind == "points" else 0.0)
         log(self, batch)
 
+    monkeypatch.setattr(delivery, "DATABASE_PATIENCE_S", 30.0)
     monkeypatch.setattr(remote.RemoteRun, "log", late)
     again = Told(tmp_path, path=told.directory.path, number=2)
     again.tracker.metrics({"val/loss": 2.0, "val/bpb": 3.0}, 1)

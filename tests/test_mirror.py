@@ -2,7 +2,9 @@
 
 import errno
 import os
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,7 +196,7 @@ def test_upload_beside_a_training_keeps_its_pace_and_after_a_training_none(tmp_p
     path = tmp_path / "file"
     path.write_bytes(os.urandom(3_000_000))
     clock = [0.0]
-    monkeypatch.setattr(mirror.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def wait(seconds: float) -> None:
         clock[0] += seconds
@@ -221,7 +223,14 @@ def test_upload_beside_a_training_keeps_its_pace_and_after_a_training_none(tmp_p
 
 @pytest.mark.parametrize(
     ("uri", "here"),
-    [("http://127.0.0.1:5000/api", True), ("http://localhost", True), ("https://192.0.2.1/x", False), ("http://name.invalid:80", False)],
+    [("http://127.0.0.1:5000/api", True), ("http://localhost", True), ("https://203.0.113.1/x", False), ("http://name.invalid:80", False)],
 )
 def test_server_on_this_machine_is_known_by_its_address(uri: str, here: bool) -> None:
     assert mirror.on_this_machine(uri) is here
+
+
+def test_name_with_an_address_of_a_family_that_is_off_is_asked_for_its_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = (socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::1%nowhere", 80, 0, 0))
+    here = (socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.0.1", 80))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [off, here])
+    assert mirror.on_this_machine("http://localhost")

@@ -1,5 +1,6 @@
 """A real server that is slow, refuses, cuts connections, has a full disk, is stopped or killed: no point is lost, no training stops."""
 
+import itertools
 import json
 import os
 import resource
@@ -104,11 +105,10 @@ def test_any_request_whose_answer_is_lost_may_be_made_again(
     """As a server leaves it that is killed after the work and before the word: each request of a training in turn."""
     for name, value in (("GATHER_S", 0.01), ("FIRST_RETRY_S", 0.01)):
         monkeypatch.setattr(delivery, name, value)
-    number, posted = 0, 1
+    number, posted, lost = 0, 1, list[str]()
     while number < posted:
         relay.requests.clear()
-        left = [number]
-        relay.trouble = lambda line, left=left: nth(line, left)  # type: ignore[misc]
+        relay.trouble = losing(number, lost)
         told = Told(tmp_path / str(number), training=f"{number:032}", experiment="answers lost")
         told.tracker.params({"seed": 1})
         told.tracker.dataset("text (validation)", "d" * 32, "/data", {}, "validation")
@@ -120,12 +120,48 @@ def test_any_request_whose_answer_is_lost_may_be_made_again(
         posted = sum(posting(line) for line in relay.requests)
         whole(shared.client, told, number)
         number += 1
-    assert number > 12
+    for request in ("runs/create", "log-batch", "log-inputs", "logged-models ", "runs/outputs", ".pt ", ".json ", "samples/step_1.txt"):
+        assert any(request in line for line in lost), (request, lost)
 
 
-def nth(line: str, left: list[int]) -> Answer | None:
-    left[0] -= posting(line)
-    return Answer(lost=True) if posting(line) and left[0] == -1 else None
+def losing(number: int, lost: list[str]) -> Callable[[str], Answer | None]:
+    """No answer to one request that changes something.   number: of those before it.   lost: told of it."""
+    left = itertools.count(number, -1)
+
+    def trouble(line: str) -> Answer | None:
+        if not posting(line) or next(left):
+            return None
+        lost.append(line)
+        return Answer(lost=True)
+
+    return trouble
+
+
+@pytest.mark.parametrize(
+    ("answer", "request_", "kept"),
+    [
+        (Answer(lost=True), "logged-models/m-", {2}),
+        (Answer(lost=True), "logged-models/search", {2}),
+        (Answer(403), "logged-models/m-", {1, 2}),
+    ],
+)
+def test_pruning_is_done_again_or_given_up_but_holds_nothing_up(
+    shared: Server, relay: Relay, tmp_path: Path, answer: Answer, request_: str, kept: set[int]
+) -> None:
+    told = Told(tmp_path, experiment="prunes", training=f"{answer.status:03}{request_}".rjust(32), keep=1)
+    told.save(1, 2.0)
+    until = time.monotonic() + LIMIT_S
+    pointed = f"checkpoints/{told.directory.path.name}/checkpoint_1.pt"
+    while shared.client.get_run(told.run_id).data.tags.get("bdh.latest_checkpoint") != pointed and time.monotonic() < until:
+        time.sleep(0.1)
+    relay.requests.clear()
+    refuses = answer.status != 0
+    relay.trouble = first(9 if refuses else 1, answer, lambda line: request_ in line and (line.startswith("DELETE") or "search" in line))
+    told.save(2, 1.0)
+    assert told.close() == 0, told.notes
+    files = {Path(f.path).name for f in shared.client.list_artifacts(told.run_id, f"checkpoints/{told.directory.path.name}")}
+    assert {f"checkpoint_{step}.pt" for step in kept} == {name for name in files if name.endswith(".pt")}
+    assert sum("stays in the mirror" in note for note in told.notes) == int(refuses)
 
 
 def whole(store: MlflowClient, told: Told, number: int) -> None:
