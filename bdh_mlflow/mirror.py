@@ -11,7 +11,6 @@ import io
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, RunTag
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -65,17 +64,15 @@ class Mirror:
         """
         started, manifest, run_id = time.perf_counter(), saved.manifest, self._run.run_id
         remote = f"checkpoints/{saved.path.parent.name}"
-        described = saved.manifest_path.read_bytes()  # now: retention or a rewind may come while the file is under way
-        if not self._is_there(saved, described, remote):
+        manifest_file = saved.manifest_path.read_bytes()  # now: retention or a rewind may come while the file is under way
+        if not self._is_there(saved, manifest_file, remote):
             self._client.log_artifact(run_id, str(saved.path.parent / checkpoint.CONFIG_NAME), remote)
             self._upload(saved, remote)
-            with tempfile.TemporaryDirectory(prefix="mirror-") as folder:
-                copy = Path(folder) / saved.manifest_path.name
-                copy.write_bytes(described)
-                self._client.log_artifact(run_id, str(copy), remote)
-        self._verify(saved, described, remote)
-        self._describe(saved, evaluation)
-        tags = self._pointers(saved, newest)
+            self._client.log_text(run_id, manifest_file.decode(), f"{remote}/{saved.manifest_path.name}")
+        self._verify(saved, manifest_file, remote)
+        run = self._client.get_run(run_id)
+        self._describe(saved, evaluation, run)
+        tags = self._pointers(saved, newest, run.data.tags)
         known = {m.step for m in self._client.get_metric_history(run_id, "ckpt/upload_s")}
         took = Metric("ckpt/upload_s", time.perf_counter() - started, int(time.time() * 1000), manifest.step)
         points = [] if manifest.step in known else [took]
@@ -83,14 +80,12 @@ class Mirror:
         if keep is not None:
             self._prune(remote, keep, tags.get("bdh.best_checkpoint"), manifest.step)
 
-    def _is_there(self, saved: Checkpoint, described: bytes, remote: str) -> bool:
+    def _is_there(self, saved: Checkpoint, manifest_file: bytes, remote: str) -> bool:
         """Whether an earlier attempt has stored this very checkpoint. The manifest of another one goes before its file is replaced."""
         sizes, name = self._sizes(remote), saved.manifest_path.name
         if name not in sizes:
             return False
-        with tempfile.TemporaryDirectory(prefix="mirror-") as folder:
-            there = Path(self._client.download_artifacts(self._run.run_id, f"{remote}/{name}", folder)).read_bytes()
-        if there == described:
+        if tracking.small_artifact(self._client, self._run.run_id, f"{remote}/{name}") == manifest_file:
             return sizes.get(saved.path.name) == saved.manifest.bytes
         with contextlib.suppress(Exception):  # not every store lets files be deleted; it is replaced in a moment anyway
             self._repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
@@ -126,7 +121,7 @@ class Mirror:
             answer = http_request(repository._host_creds, f"/{remote}/{path.name}", "PUT", data=file, extra_headers=kind)  # type: ignore[attr-defined,no-untyped-call]
             augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
 
-    def _verify(self, saved: Checkpoint, described: bytes, remote: str) -> None:
+    def _verify(self, saved: Checkpoint, manifest_file: bytes, remote: str) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
         if self._folder is not None:
             copy = self._folder / remote / saved.path.name
@@ -136,7 +131,7 @@ class Mirror:
                 copy.unlink()
                 raise OSError(f"{remote}/{saved.path.name} arrived damaged")
         sizes = self._sizes(remote)
-        for name, size in ((saved.path.name, saved.manifest.bytes), (saved.manifest_path.name, len(described))):
+        for name, size in ((saved.path.name, saved.manifest.bytes), (saved.manifest_path.name, len(manifest_file))):
             if name not in sizes:
                 raise OSError(f"{remote}/{name} did not arrive")
             if sizes[name] not in (size, None):
@@ -145,16 +140,15 @@ class Mirror:
     def _sizes(self, remote: str) -> dict[str, int | None]:
         return {PurePosixPath(f.path).name: f.file_size for f in self._client.list_artifacts(self._run.run_id, remote)}
 
-    def _pointers(self, saved: Checkpoint, newest: bool) -> dict[str, str]:
+    def _pointers(self, saved: Checkpoint, newest: bool, have: dict[str, str]) -> dict[str, str]:
         manifest = saved.manifest
         tags = {"bdh.run_dir": manifest.run_dir} | ({"bdh.latest_checkpoint": manifest.artifact_path} if newest else {})
-        have = self._client.get_run(self._run.run_id).data.tags
         best = float(have.get("bdh.best_val_loss", "inf"))
         if manifest.val_loss is not None and manifest.val_loss < best:
             return {**tags, "bdh.best_checkpoint": manifest.artifact_path, "bdh.best_val_loss": repr(manifest.val_loss)}
         return tags | {key: have[key] for key in ("bdh.best_checkpoint",) if key in have}
 
-    def _describe(self, saved: Checkpoint, evaluation: list[Metric]) -> None:
+    def _describe(self, saved: Checkpoint, evaluation: list[Metric], run: Run) -> None:
         """A LoggedModel that points to the checkpoint, so that one search finds the best of all runs. Metadata, not a second copy."""
         client, manifest, run_id = self._client, saved.manifest, self._run.run_id
         model = self._model(manifest.step)
@@ -165,7 +159,6 @@ class Mirror:
             model = client.create_logged_model(self._run.experiment_id, name, run_id, tags, params, MODEL_TYPE)
         elif model.tags.get("bdh.sha256") != manifest.sha256:
             client.set_logged_model_tags(model.model_id, tags)
-        run = client.get_run(run_id)
         if str(model.status) != "READY":
             linked_to = {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}
             if model.model_id not in linked_to:  # a second link of the two is refused, for ever

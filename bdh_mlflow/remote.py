@@ -7,10 +7,8 @@ instead of being logged twice. Calls raise whatever MLflow does and may be repea
 import contextlib
 import itertools
 import json
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -214,8 +212,7 @@ class RemoteRun:
         """What a JSON file at the top of the run's artifacts holds; None if there is no such file, or it is something else."""
         if not any(f.path == name for f in self._client.list_artifacts(self.run_id)):
             return None
-        with tempfile.TemporaryDirectory(prefix="table-") as folder:
-            content = Path(self._client.download_artifacts(self.run_id, name, folder)).read_bytes()
+        content = tracking.small_artifact(self._client, self.run_id, name)
         try:
             return json.loads(content)
         except ValueError:

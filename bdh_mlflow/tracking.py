@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -400,6 +401,12 @@ def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
         return []
     runs = client.search_runs(ids, run_view_type=ViewType.ACTIVE_ONLY, order_by=["attributes.start_time DESC"])
     return [run for run in runs if "bdh.latest_checkpoint" in run.data.tags]
+
+
+def small_artifact(client: MlflowClient, run_id: str, path: str) -> bytes:
+    """What a file among a run's artifacts holds, to the byte."""
+    with tempfile.TemporaryDirectory(prefix="artifact-") as folder:
+        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
 def refused(error: BaseException) -> bool:

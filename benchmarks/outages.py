@@ -1,7 +1,8 @@
 """A run killed at random moments, its server down half of the time: `python benchmarks/outages.py [--kills 20] [--seed 0]`.
 
 Every other kill takes the sender along with the trainer. After the last one the server comes back, `bdh-mlflow sync` runs once, and every
-point in the journal must be on the server, once, and every checkpoint's model; a second `sync` must deliver nothing. Exit code 1 if not.
+point in the journal must be on the server, once; no run and no checkpoint's model may be there twice, and a second `sync` must deliver
+nothing. Exit code 1 if not.
 """
 
 import argparse
