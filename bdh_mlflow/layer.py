@@ -21,6 +21,11 @@ ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
 ACTIVITY_STRIDE = 64
 FEW = 0.25  # share of active neurons; going to each or through all costs the same at a third to a half on the CPU measured
 
+# MKL chooses its kernel for a function in the function's first call. Where two threads make that call at once, one may get a kernel of 11
+# bits, and the angles of half a table would be wrong for a whole training (pytorch/pytorch#188792). One element is one thread's work.
+for _function in (torch.cos, torch.sin):
+    _function(torch.zeros(1))
+
 
 class LayerWeights(NamedTuple):
     """The three projections, as the layer is to see them (after any quantisation).

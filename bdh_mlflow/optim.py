@@ -26,6 +26,7 @@ SMALLEST_QUANTISED = 4096  # elements; both libraries keep smaller tensors' stat
 BLOCK_4BIT = 128  # state values that share a scale in torchao's AdamW4bit, which keeps tensors that are no multiple of it in fp32
 LIBRARIES = {8: "bitsandbytes", 4: "torchao"}
 CODES, LEVELS, SIGNED = "codes", "levels", "signed"
+torch.sqrt(torch.zeros(1))  # as `layer` does with cos and sin: the low-bit optimizers' first one would be made by all threads at once
 
 
 def problems(config: Config) -> Iterable[Problem]:

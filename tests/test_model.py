@@ -1,5 +1,8 @@
 """The network against the published implementation, and its forms against each other."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +293,44 @@ def test_nothing_is_counted_outside_an_observation() -> None:
         pass
     network(torch.zeros(1, 4, dtype=torch.long))
     assert facts == {}
+
+
+FIRST_CALLS = """
+import json, math
+from torch.profiler import ProfilerActivity, profile
+
+def train():
+    import torch
+    from bdh_mlflow import host
+    from bdh_mlflow.config import TrainingConfig
+    from bdh_mlflow.model import BDH, BDHConfig
+    from bdh_mlflow.optim import build_optimizer
+    host.compiler = lambda: None  # eager: what is compiled calls no MKL
+    for form, bits in (("blocked", 32), ("reference", 8), ("reference", 4)):
+        model = BDH(BDHConfig(1, 128, 0.1, 2, 8, 256))
+        model.use(form)
+        optimizer = build_optimizer(model.parameters(), TrainingConfig(), bits)
+        ids = torch.randint(0, 256, (2, 65))
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        optimizer.step()
+
+with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+    train()
+calls = {}
+for event in sorted(profiled.events(), key=lambda event: event.time_range.start):
+    if event.name.startswith("aten::"):
+        sizes = [math.prod(shape) for shape in event.input_shapes or [] if shape is not None]
+        calls.setdefault(event.name.removeprefix("aten::").rstrip("_"), []).append(max(sizes, default=0))
+print(json.dumps({name: [sizes[0], max(sizes)] for name, sizes in calls.items()}))
+"""
+MKL_FUNCTIONS = {"acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2"}
+MKL_FUNCTIONS |= {"cosh", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"}
+ONE_THREAD = 2048  # elements that torch gives to one thread
+
+
+def test_no_function_of_mkl_is_called_by_two_threads_at_once_the_first_time() -> None:
+    """Or one of them may get a kernel of low precision, and a run other numbers than the next."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, check=True)
+    calls = {name: sizes for name, sizes in json.loads(done.stdout.splitlines()[-1]).items() if name in MKL_FUNCTIONS}
+    assert {"cos", "sin", "sqrt"} <= {name for name, (_, most) in calls.items() if most > ONE_THREAD}
+    assert {name: first for name, (first, _) in calls.items() if first > ONE_THREAD} == {}
