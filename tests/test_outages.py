@@ -103,7 +103,7 @@ def test_slow_server_gets_few_requests(shared: Server, relay: Relay, tmp_path: P
 def test_any_request_whose_answer_is_lost_may_be_made_again(
     shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a server leaves it that is killed after the work and before the word: each request of a training in turn."""
+    """As a server leaves it that is killed after the work and before the word: each request of a training, a few at a time."""
     for name, value in (("GATHER_S", 0.01), ("FIRST_RETRY_S", 0.01)):
         monkeypatch.setattr(delivery, name, value)
     lost = list[str]()
@@ -125,23 +125,23 @@ def test_any_request_whose_answer_is_lost_may_be_made_again(
         assert any(request in line for line in lost), (request, lost)
 
 
-def losing(lost: list[str]) -> Callable[[str], Answer | None]:
-    """No answer to one request that changes something.   lost: those that lost theirs before, as (kind, how often in one training).
+def losing(lost: list[str], most: int = 3) -> Callable[[str], Answer | None]:
+    """No answer to some requests that change something.   lost: those that lost theirs before, as (kind, how often in one training).
 
     By kind, not by place: which points share a request, and so how many requests there are, is a matter of milliseconds.
     """
     seen = Counter[str]()
-    done = False
+    left = most
 
     def trouble(line: str) -> Answer | None:
-        nonlocal done
-        if not posting(line) or done:
+        nonlocal left
+        if not posting(line):
             return None
         kind = re.sub("[0-9a-f]{32}|[0-9_]{15,}", "*", line)
         seen[kind] += 1
-        done = (request := f"{kind} {seen[kind]}") not in lost
-        if not done:
+        if not left or (request := f"{kind} {seen[kind]}") in lost:
             return None
+        left -= 1
         lost.append(request)
         return Answer(lost=True)
 
