@@ -544,6 +544,7 @@ def test_word_of_success_that_comes_after_patience_is_over_is_not_acknowledged(
 ) -> None:
     monkeypatch.setattr(delivery, "DATABASE_PATIENCE_S", 0.1)
     monkeypatch.setattr(delivery, "PROBE_S", 3600)
+    others = set(threading.enumerate())  # of earlier tests, which may never end
     told = Told(tmp_path)
     assert told.run_id
     host = told.tracker._host
@@ -554,7 +555,7 @@ def test_word_of_success_that_comes_after_patience_is_over_is_not_acknowledged(
     assert told.close() > 0
     before = journal.delivered(told.directory.folder)
     go_on.set()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - others:
         if thread.name in ("points", "files"):
             thread.join(10)
     assert journal.delivered(told.directory.folder) == before
