@@ -125,13 +125,13 @@ def test_any_request_whose_answer_is_lost_may_be_made_again(
         assert any(request in line for line in lost), (request, lost)
 
 
-def losing(lost: list[str], most: int = 3) -> Callable[[str], Answer | None]:
-    """No answer to some requests that change something.   lost: those that lost theirs before, as (kind, how often in one training).
+def losing(lost: list[str]) -> Callable[[str], Answer | None]:
+    """No answer to three requests that change something.   lost: those that lost theirs before, as (kind, how often in one training).
 
     By kind, not by place: which points share a request, and so how many requests there are, is a matter of milliseconds.
     """
     seen = Counter[str]()
-    left = most
+    left = 3
 
     def trouble(line: str) -> Answer | None:
         nonlocal left
