@@ -3,19 +3,12 @@
 Knows nothing of a run: facts go out as text and numbers.
 """
 
-import contextlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-SAMPLE_EVERY_S = 10.0  # MLflow's own default interval
 SOURCES = {".py", ".yaml", ".yml", ".toml", ".sh", ".md"}
 LARGEST_SOURCE_BYTES = 200_000
 
@@ -47,60 +40,6 @@ def environment() -> str:
     """Installed packages with their versions, a line each."""
     found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}
     return "\n".join(sorted(found, key=str.lower)) + "\n"
-
-
-class SystemMetrics:
-    """Samples CPU, memory, disk, network and GPU use with MLflow's own monitors until closed.
-
-    MLflow's own thread talks to the server and ends with the first call that fails; here samples go to `told` and nowhere else.
-    started_at: Unix time that `step`, the number of the sample, is counted from, so that a later process goes on counting.
-    """
-
-    def __init__(self, told: Callable[[dict[str, float], int], None], started_at: float, interval_s: float = SAMPLE_EVERY_S) -> None:
-        self._told, self._started_at, self._interval_s = told, started_at, interval_s
-        self._closing = threading.Event()
-        self._monitors = _monitors()
-        self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Take a last sample and stop."""
-        self._closing.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while True:
-            last = self._closing.wait(self._interval_s)
-            values: dict[str, float] = {}
-            for monitor in list(self._monitors):
-                try:
-                    monitor.collect_metrics()
-                    values |= {f"system/{key}": float(value) for key, value in monitor.aggregate_metrics().items()}
-                    monitor.clear_metrics()
-                except Exception:  # a driver or sensor that has gone: its curves end, training does not
-                    self._monitors.remove(monitor)
-            if values:
-                self._told(values, int((time.time() - self._started_at) / self._interval_s))
-            if last:
-                return
-
-
-def system_metrics_missing() -> str | None:
-    """Why the machine cannot be sampled, None if it can."""
-    return None if importlib.util.find_spec("psutil") else "psutil is not installed: pip install psutil"
-
-
-def _monitors() -> list[Any]:
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    monitors = []
-    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
-        with contextlib.suppress(Exception):  # no nvidia-ml-py, no driver, no network counters: each fails in its own way
-            monitors.append(kind())
-    return monitors
 
 
 def _git(folder: Path, *arguments: str, accepted: tuple[int, ...] = (0,)) -> str | None:

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from bdh_mlflow.config import Config
-from bdh_mlflow.model import BDH
-from bdh_mlflow.trainer import evaluate
+from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.training.evaluate import evaluate
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdh_mlflow.config import DatasetConfig
-from bdh_mlflow.data import Batch, ParquetText, Position, TrainingBatches
+from bdh_mlflow.data.order import Batch, Position, TrainingBatches
+from bdh_mlflow.data.parquet import ParquetText
 
 BLOCK_SIZE, BATCH_SIZE, LANES, SEED = 512, 8, 5, 1
 DOCUMENT_BYTES = 3000  # about FineWeb's mean

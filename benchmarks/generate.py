@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bdh_mlflow import serve
 from bdh_mlflow.config import Config, TrackingConfig
-from bdh_mlflow.model import BDH
+from bdh_mlflow.inference import load
+from bdh_mlflow.model.bdh import BDH
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     given = options.parse_args()
     torch.manual_seed(0)
     network = (
-        serve.load(given.run, Path("checkpoints"), TrackingConfig()).model
+        load.load(given.run, Path("checkpoints"), TrackingConfig()).model
         if given.run
         else BDH(Config.from_yaml(given.config).to_bdh_config())
     )

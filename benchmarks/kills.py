@@ -19,9 +19,11 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from bdh_mlflow import checkpoint, tracking, verify
+from bdh_mlflow import checkpoint
+from bdh_mlflow.studies import verify
+from bdh_mlflow.tracking import tracker
 
-CURVES = (*tracking.REPLAYED, "val/bpb", "progress/tokens_seen", "progress/epoch")
+CURVES = (*tracker.REPLAYED, "val/bpb", "progress/tokens_seen", "progress/epoch")
 
 
 def main() -> int:

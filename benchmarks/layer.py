@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bdh_mlflow import model, precision
 from bdh_mlflow.config import Config, LowPrecisionConfig
-from bdh_mlflow.model import BDH, useful_flops
-from bdh_mlflow.optim import LearningRate, build_optimizer
-from bdh_mlflow.precision import Precision
+from bdh_mlflow.model import bdh, precision
+from bdh_mlflow.model.bdh import BDH, useful_flops
+from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.training.optim import LearningRate, build_optimizer
 
 
 def main() -> None:
@@ -152,7 +152,7 @@ def remember(config: Config, rows: int, tokens: int) -> None:
     network = BDH(config.to_bdh_config())
     network.use("blocked")
     optimizer = build_optimizer(network.parameters(), config.training)
-    runs.prepare(network, model.PROJECTIONS, optimizer)
+    runs.prepare(network, bdh.PROJECTIONS, optimizer)
     forward: Callable[..., Any] = network
     for shape in ((1, 64), (rows, tokens)):  # the first makes the optimizer's states
         idx = torch.randint(0, 256, (shape[0], shape[1] + 1))

@@ -21,10 +21,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import yaml
 from mlflow import MlflowClient
 
-from bdh_mlflow import checkpoint, journal
-from tests.conftest import TINY
-from tests.servers import Server
+from bdh_mlflow import checkpoint
+from bdh_mlflow.tracking import journal
+from scripts.servers import Server
 
+TINY = {
+    "model": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},
+    "training": {"block_size": 8, "batch_size": 2},
+    "dataset": {"val_fraction": 0.3},
+    "low_precision": {"compute_dtype": "float32", "use_4bit": False},
+    "tracking": {"log_system_metrics": False},
+}
 OWN_COUNT = ("by_tokens/", "system/", "tracker/")  # curves whose step is not the training step: several points may share one
 
 
@@ -72,7 +79,7 @@ def start(folder: Path, uri: str) -> subprocess.Popen[bytes]:
         "dataset.source": Path(__file__).parent.parent / "README.md",
     }
     tiny = folder / "tiny.yaml"
-    tiny.write_text(yaml.safe_dump({**TINY, "dataset": {"val_fraction": 0.3}}))
+    tiny.write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(tiny)]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     if checkpoint.list_all(folder / "checkpoints"):

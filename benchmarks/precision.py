@@ -23,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from mlflow import MlflowClient
 
-from bdh_mlflow import checkpoint, export, fourbit, model, optim, precision, serve
+from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, TrackingConfig
-from bdh_mlflow.model import BDH, PROJECTIONS
-from bdh_mlflow.precision import Precision
+from bdh_mlflow.inference import export, load
+from bdh_mlflow.model import bdh, fourbit, precision
+from bdh_mlflow.model.bdh import BDH, PROJECTIONS
+from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.training import optim
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
@@ -137,10 +140,10 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
 
 
 def rounded_after(last: Path, kind: Any, nested: bool) -> float:
-    loaded = serve.load(str(last), last.parent.parent, TrackingConfig())
+    loaded = load.load(str(last), last.parent.parent, TrackingConfig())
     wish = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
     Precision(loaded.runs.device, wish).prepare(loaded.model, PROJECTIONS)
-    return serve.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
+    return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
 
 
 def share() -> None:
@@ -148,7 +151,7 @@ def share() -> None:
     config = Config.from_yaml(CONFIGS / "config.yaml").resolved()
     device = precision.pick_device()
     network, runs = BDH(config.to_bdh_config()).to(device), Precision.asked(config, device)
-    network.use(model.choose_form("auto", device)[0])
+    network.use(bdh.choose_form("auto", device)[0])
     optimizer = optim.build_optimizer(network.parameters(), config.training)
     runs.prepare(network, PROJECTIONS, optimizer)
     times = []

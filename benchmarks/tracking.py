@@ -45,11 +45,11 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from bdh_mlflow import delivery
-from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, Rest, RunDirectory
-from bdh_mlflow.tracking import REPLAYED, Tracker
-from bdh_mlflow.trainer import NullTracker
-from tests.servers import Server
+from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory, Throttle
+from bdh_mlflow.tracking import sync
+from bdh_mlflow.tracking.tracker import REPLAYED, Tracker
+from bdh_mlflow.training.trainer import NullTracker
+from scripts.servers import Server
 
 METRICS = ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "progress/tokens_seen")
 CHECKPOINT_BYTES = 300_000_000
@@ -143,10 +143,10 @@ def tracked(steps: int, folder: Path, uri: str, target: str, server: Server | No
     assert identity is not None, notes
     provenance = Provenance(identity.run_id, 1, None, False, "", "", {})
 
-    def write(contents: dict[str, Any], val_loss: float | None, rest: Rest) -> None:
+    def write(contents: dict[str, Any], val_loss: float | None, throttle: Throttle) -> None:
         directory.make()
         tracker.sync()
-        tracker.checkpoint(directory.save(contents, provenance, val_loss, rest).path, contents["step"])
+        tracker.checkpoint(directory.save(contents, provenance, val_loss, throttle).path, contents["step"])
 
     figures = train(steps, tracker, BackgroundWriter(write), target, server)
     directory.close()
@@ -155,7 +155,7 @@ def tracked(steps: int, folder: Path, uri: str, target: str, server: Server | No
             server.signal(signal.SIGCONT)
         else:
             server.start()
-        done = delivery.sync(directory.path, uri, lambda said: None)
+        done = sync.sync(directory.path, uri, lambda said: None)
         assert done.left == 0, done
     client = MlflowClient(server.uri if server else uri)
     there = Counter((key, m.step) for key in METRICS for m in client.get_metric_history(identity.run_id, key))

@@ -19,9 +19,14 @@ import yaml
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
-from bdh_mlflow import delivery, start, tracking
-from bdh_mlflow.cli import cli
+from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import Config
+from bdh_mlflow.tracking import (
+    delivery,
+    sender,
+    tracker,
+)
+from bdh_mlflow.training import build
 
 TINY: dict[str, Any] = {
     "model": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},
@@ -70,11 +75,11 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(delivery, "GATHER_S", 0.05)
-    monkeypatch.setattr(start, "SAMPLE_BYTES", 16)  # a sample of full length takes longer than the evaluation it belongs to
+    monkeypatch.setattr(delivery, "BATCH_INTERVAL_S", 0.05)
+    monkeypatch.setattr(build, "SAMPLE_BYTES", 16)  # a sample of full length takes longer than the evaluation it belongs to
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tracking.hosted_by(delivery.InThread):  # a process for each of hundreds of trainings would take an hour
+    with tracker.hosted_by(sender.ThreadSender):  # a process for each of hundreds of trainings would take an hour
         yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

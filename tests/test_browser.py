@@ -7,9 +7,9 @@ import pytest
 from mlflow import MlflowClient
 from playwright.sync_api import expect
 
-from tests import browser
+from scripts import browser
+from scripts.servers import serving
 from tests.conftest import run_cli, train
-from tests.servers import serving
 
 
 @pytest.mark.slow

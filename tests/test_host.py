@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bdh_mlflow import host
+from bdh_mlflow.tracking import system_metrics
 
 
 class Broken:
@@ -15,10 +16,10 @@ class Broken:
 
 
 def test_samples_go_on_when_one_monitor_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = host._monitors()
-    monkeypatch.setattr(host, "_monitors", lambda: [Broken(), *real])
+    real = system_metrics._monitors()
+    monkeypatch.setattr(system_metrics, "_monitors", lambda: [Broken(), *real])
     told: list[tuple[dict[str, float], int]] = []
-    samples = host.SystemMetrics(lambda values, step: told.append((values, step)), time.time() - 1.0, interval_s=0.05)
+    samples = system_metrics.SystemMetrics(lambda values, step: told.append((values, step)), time.time() - 1.0, interval_s=0.05)
     while len(told) < 2:
         time.sleep(0.01)
     samples.close()

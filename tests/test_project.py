@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 from mlflow.projects import _project_spec
 
-from bdh_mlflow.cli import cli
+from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import CLASHES, Config, documentation
 
 PROJECT = Path(__file__).parent.parent

@@ -19,10 +19,10 @@ import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from bdh_mlflow import fp8, precision
-from bdh_mlflow.cli import cli
+from bdh_mlflow.cli.main import cli
+from bdh_mlflow.model import fp8, precision
+from scripts.servers import free_port, healthy, serving
 from tests.conftest import TINY, documents, write_shards
-from tests.servers import free_port, healthy, serving
 
 PROJECT = Path(__file__).parent.parent
 SET_UP = re.compile(r"python3 -m venv .* && ")  # `.ci/run` does that

@@ -1,0 +1,153 @@
+"""Checkpoints: a file is either a whole step or it is not a checkpoint.
+
+A step is written to `checkpoint_500.pt.partial`, synced and renamed; then its manifest `checkpoint_500.json` (bytes, sha256, step) the
+same way. The manifest is the commit: readers list only files it vouches for, so a kill during a save costs that save alone. Files are
+opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdh_mlflow.checkpoint.files import CONFIG_NAME, FORMAT, Checkpoint, Provenance, State, Throttle, file_name, not_saved, write
+from bdh_mlflow.errors import ResumeError
+from bdh_mlflow.files import atomic_write
+from bdh_mlflow.text import Evaluation
+
+if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
+    pass
+PENDING = ".pending"
+LOCK_ATTEMPTS = 10
+RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
+
+
+class RunDirectory:
+    """The folder of one run, made with its first checkpoint and never before.
+
+    Until then what must be on disk already (the journal) is in a folder under `.pending/`, which becomes the run directory. Either is
+    locked while this process lives: one process trains a run at a time, and a kill lets go of it.
+    """
+
+    def __init__(self, path: Path, config_yaml: str, *, new: bool = False) -> None:
+        """The run directory `path`, or one to be there.   new: a directory that has the name is another run's.
+
+        Raises ResumeError if another process trains there, SaveError.
+        """
+        self.path = path
+        self._config_yaml = config_yaml
+        self._lock: int | None = None
+        try:
+            if path.is_dir() and not new:
+                self.folder = path
+            else:
+                pending = path.parent / PENDING
+                pending.mkdir(parents=True, exist_ok=True)
+                self.folder = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=pending))
+                self.folder.chmod(0o777 & ~_umask())
+            self._claim()
+        except OSError as error:
+            raise not_saved(path, error) from error
+
+    @classmethod
+    def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
+        """A directory to be, named after the second in which the run started."""
+        return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml, new=True)
+
+    @property
+    def made(self) -> bool:
+        """Whether the run directory exists."""
+        return self.folder.parent.name != PENDING
+
+    def save(
+        self, state: State, provenance: Provenance, evaluation: Evaluation | None, throttle: Throttle = lambda worked_s: None
+    ) -> Checkpoint:
+        """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
+        self.make()
+        try:
+            return write(self.path, {"format": FORMAT, **state}, provenance, evaluation, throttle)
+        except (OSError, RuntimeError) as error:
+            raise not_saved(self.path / file_name(state["step"]), error) from error
+
+    def make(self) -> None:
+        """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
+        try:
+            while not self.made:
+                try:
+                    self.folder.rename(self.path)  # fails where a folder with anything in it has the name
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    started_at = datetime.strptime(self.path.name, "run_%Y%m%d_%H%M%S") + timedelta(seconds=1)
+                    self.path = self.path.with_name(f"run_{started_at:%Y%m%d_%H%M%S}")
+                else:
+                    self.folder = self.path
+                    with contextlib.suppress(OSError):
+                        (self.path.parent / PENDING).rmdir()
+            config = self.path / CONFIG_NAME
+            if not config.is_file() or config.read_text(encoding="utf-8") != self._config_yaml:
+                atomic_write(config, self._config_yaml.encode())
+        except OSError as error:
+            raise not_saved(self.path, error) from error
+
+    def discard(self) -> None:
+        """Nothing was saved and nothing is left to tell: leave no trace."""
+        if not self.made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (self.folder.parent, self.path.parent):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def close(self) -> None:
+        """Let another process train here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _claim(self) -> None:
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if attempt < LOCK_ATTEMPTS - 1:  # a sender that asks whether we are alive holds it for a moment
+                    time.sleep(0.05)
+                    continue
+                self.close()
+                raise ResumeError(f"{self.path}: another process is training this run; stop it first") from None
+            except OSError:  # a file system without locks
+                self.close()
+            return
+
+
+def why_unwritable(checkpoint_dir: Path) -> str | None:
+    """Why run directories cannot be created there, None if they can; creates nothing."""
+    place = checkpoint_dir.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write in {place}"
+
+
+def list_all(checkpoint_dir: Path) -> list[Path]:
+    """Run directories, oldest first."""
+    return sorted(p for p in checkpoint_dir.glob("run_*") if p.is_dir() and RUN_DIRECTORY.fullmatch(p.name))
+
+
+def pending(checkpoint_dir: Path) -> list[Path]:
+    """Folders of runs that have not saved a checkpoint: they train, or were killed and have something left to tell."""
+    return sorted(p for p in (checkpoint_dir / PENDING).glob("run_*") if p.is_dir())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,275 @@
+"""Checkpoints: a file is either a whole step or it is not a checkpoint.
+
+A step is written to `checkpoint_500.pt.partial`, synced and renamed; then its manifest `checkpoint_500.json` (bytes, sha256, step) the
+same way. The manifest is the commit: readers list only files it vouches for, so a kill during a save costs that save alone. Files are
+opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+
+from bdh_mlflow.errors import CheckpointError, SaveError
+from bdh_mlflow.files import atomic_write
+from bdh_mlflow.text import Evaluation
+
+if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
+    import torch
+
+FORMAT = 1
+CONFIG_NAME = "config.yaml"
+PIECE_BYTES = 2**18
+_FILE = re.compile(r"checkpoint_(\d+)\.pt")
+
+State = dict[str, Any]
+Throttle = Callable[[float], object]
+"""What a writer does after a piece that took it so many seconds."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The part of a manifest that is the same for every checkpoint of a process."""
+
+    mlflow_run_id: str | None
+    segment: int
+    git_commit: str | None
+    git_dirty: bool
+    config_digest: str
+    data_digest: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Provenance):
+    """What is known of a checkpoint without opening it."""
+
+    step: int
+    tokens_seen: int
+    bytes: int
+    sha256: str
+    loss: float | None
+    val_loss: float | None
+    run_dir: str
+    artifact_path: str
+    saved_at: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole step on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def manifest_path(self) -> Path:
+        """The file that vouches for it."""
+        return self.path.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Checkpoints of one run directory by step, and files that are not (path, reason)."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    rejected: tuple[tuple[Path, str], ...]
+
+
+def file_name(step: int) -> str:
+    """Name of the checkpoint after `step` updates."""
+    return f"checkpoint_{step}.pt"
+
+
+def step_of(path: Path) -> int | None:
+    """Step in a checkpoint's file name, None for another kind of file."""
+    match = _FILE.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def list_run(run_dir: Path) -> Listing:
+    """Checkpoints of a run directory, by manifest and size; contents are not read (see `verify`)."""
+    checkpoints, rejected = [], []
+    for path in run_dir.glob("checkpoint_*.pt*"):
+        if path.suffix == ".partial":
+            rejected.append((path, "the save was interrupted"))
+        elif step_of(path) is not None:
+            try:
+                checkpoints.append(describe(path))
+            except CheckpointError as error:
+                rejected.append((path, str(error).partition(": ")[2]))
+    return Listing(tuple(sorted(checkpoints, key=lambda c: c.manifest.step)), tuple(sorted(rejected)))
+
+
+def describe(path: Path) -> Checkpoint:
+    """A checkpoint by its manifest.   Raises CheckpointError if there is none or the file's size is another."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    manifest_path = path.with_suffix(".json")
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no manifest {manifest_path.name} beside it: the save was interrupted)")
+    try:
+        manifest = Manifest(**json.loads(manifest_path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {error})") from None
+    size = path.stat().st_size
+    if size != manifest.bytes:
+        raise CheckpointError(f"{path}: damaged ({size:,} bytes, its manifest says {manifest.bytes:,})")
+    return Checkpoint(path, manifest)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read the whole file and compare its digest.   Raises CheckpointError if it is another."""
+    digest = file_digest(checkpoint.path)
+    if digest != checkpoint.manifest.sha256:
+        raise CheckpointError(
+            f"{checkpoint.path}: damaged (sha256 {digest[:12]}..., its manifest says {checkpoint.manifest.sha256[:12]}...)"
+        )
+
+
+def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The furthest checkpoint that verifies, and what was passed over for it, in words."""
+    listing = list_run(run_dir)
+    passed_over = [f"{path}: {reason}" for path, reason in listing.rejected]
+    for checkpoint in reversed(listing.checkpoints):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+        else:
+            return checkpoint, passed_over
+    return None, passed_over
+
+
+def best(checkpoints: tuple[Checkpoint, ...]) -> Checkpoint | None:
+    """The checkpoint of lowest validation loss, if any was evaluated."""
+    evaluated = [(c.manifest.val_loss, c.manifest.step, c) for c in checkpoints if c.manifest.val_loss is not None]
+    return min(evaluated)[2] if evaluated else None
+
+
+def expired(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]:
+    """Checkpoints that retention gives up: of those up to step `up_to`, all but the newest `keep` and the best."""
+    if keep is None:
+        return []
+    checkpoints = tuple(c for c in list_run(run_dir).checkpoints if c.manifest.step <= up_to)
+    own = {None, *(c.manifest.mlflow_run_id for c in checkpoints[-1:])}
+    checkpoints = tuple(c for c in checkpoints if c.manifest.mlflow_run_id in own)  # files of other runs are not ours to delete
+    kept = {c.path for c in checkpoints[-keep:]}
+    top = best(checkpoints)
+    return [c for c in checkpoints if c.path not in kept and c != top]
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint, its manifest first, so that it never looks like a whole one without being it."""
+    checkpoint.manifest_path.unlink(missing_ok=True)
+    checkpoint.path.unlink(missing_ok=True)
+
+
+def load(path: Path) -> State:
+    """Tensors and plain values of a file, on the CPU.   Raises CheckpointError for anything that holds code or is no torch file."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[: ]+(\S+)", str(error))
+        what = f" ({wanted[1]})" if wanted else ""
+        raise CheckpointError(f"{path}: refused: it holds Python objects{what}, not only tensors and plain values") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0] or "it is empty or cut short"
+        raise CheckpointError(f"{path}: not a checkpoint: {reason}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint: holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def published_weights(state: Mapping[str, Any]) -> "dict[str, torch.Tensor] | None":
+    """Model weights in a file of another program: a bare state dict, or one under `model_state_dict` or `model`; None if ours or none."""
+    import torch
+
+    if "format" in state:
+        return None
+    for weights in (state.get("model_state_dict"), state.get("model"), state):
+        if isinstance(weights, Mapping):
+            bare = {str(key).removeprefix("_orig_mod."): value for key, value in weights.items()}
+            if "encoder" in bare and "lm_head" in bare:
+                return {key: value for key, value in bare.items() if isinstance(value, torch.Tensor)}
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def not_saved(path: Path, error: Exception) -> SaveError:
+    """The error of a file that could not be written."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+    return SaveError(f"{path}: not saved: {reason}. Earlier checkpoints are untouched")
+
+
+class _Pieces:
+    """A file for torch.save: written and digested piece by piece, with a rest after each."""
+
+    def __init__(self, file: BinaryIO, throttle: Throttle) -> None:
+        self._file = file
+        self._throttle = throttle
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        whole = memoryview(content).cast("B")
+        for start in range(0, len(whole), PIECE_BYTES):
+            began = time.perf_counter()
+            piece = whole[start : start + PIECE_BYTES]
+            self.digest.update(piece)
+            self._file.write(piece)
+            self._throttle(time.perf_counter() - began)
+        return len(whole)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write(run_dir: Path, state: State, provenance: Provenance, evaluation: Evaluation | None, throttle: Throttle) -> Checkpoint:
+    """Write a state and then its manifest into a run directory.   Raises OSError or RuntimeError; then neither is there."""
+    import torch
+
+    path = run_dir / file_name(state["step"])
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            pieces = _Pieces(file, throttle)
+            torch.save(state, cast("IO[bytes]", pieces))
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = Manifest(
+            step=state["step"],
+            tokens_seen=state["tokens_seen"],
+            bytes=partial.stat().st_size,
+            sha256=pieces.digest.hexdigest(),
+            loss=state["loss"],
+            val_loss=evaluation.loss if evaluation else None,
+            run_dir=run_dir.name,
+            artifact_path=f"checkpoints/{run_dir.name}/{path.name}",
+            saved_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **dataclasses.asdict(provenance),
+        )
+        checkpoint = Checkpoint(path, manifest)
+        # A file of that name from before a rewind: its manifest must not vouch for the new bytes, nor the other way round.
+        checkpoint.manifest_path.unlink(missing_ok=True)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    atomic_write(checkpoint.manifest_path, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+    return checkpoint

@@ -1,0 +1,115 @@
+"""What a person sees while a model trains: a live bar on a terminal, plain lines in a log. Knows only steps and numbers."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bdh_mlflow.training.trainer import Progress as Watcher
+
+
+class PlainLines:
+    """A line for each logged point and evaluation, flushed at once: for files and pipes."""
+
+    def __init__(self, out: TextIO, max_iters: int) -> None:
+        self._out = out
+        self._eta = _Eta(max_iters)
+
+    def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """An update was made."""
+        self._eta.advance(step)
+
+    def point(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics were logged."""
+        self.note(f"step {step}/{self._eta.max_iters}  {_summary(values)}  ETA {self._eta.left()}")
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        print(text, file=self._out, flush=True)
+
+
+class LiveBar:
+    """A bar with loss, speed and time to go, and everything noted above it: for terminals."""
+
+    def __init__(self, console: Console, max_iters: int) -> None:
+        self._eta = _Eta(max_iters)
+        self._bar = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=max_iters, loss="-", speed="-", eta="-", visible=False)
+
+    @property
+    def bar(self) -> Progress:
+        """The live display."""
+        return self._bar
+
+    def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """An update was made."""
+        self._eta.advance(step)
+        speed, eta = f"{tokens_per_s:,.0f}", self._eta.left()
+        self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", speed=speed, eta=eta, visible=True)
+
+    def point(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics were logged."""
+        self.note(f"step {step}/{self._eta.max_iters}  {_summary(values)}")
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def watching(out: TextIO, max_iters: int) -> Iterator[Watcher]:
+    """The display that suits `out`."""
+    console = Console(file=out)
+    if not console.is_terminal:
+        yield PlainLines(out, max_iters)
+        return
+    live = LiveBar(console, max_iters)
+    with live.bar:
+        yield live
+
+
+class _Eta:
+    """Time to go, from the pace of this process since its first update, pauses included."""
+
+    def __init__(self, max_iters: int) -> None:
+        self.max_iters = max_iters
+        self._first: tuple[int, float] | None = None
+        self._step = 0
+
+    def advance(self, step: int) -> None:
+        self._first = self._first or (step, time.monotonic())
+        self._step = step
+
+    def left(self) -> str:
+        if self._first is None or self._step == self._first[0]:
+            return "-"
+        pace_s = (time.monotonic() - self._first[1]) / (self._step - self._first[0])
+        hours, rest = divmod(round(pace_s * (self.max_iters - self._step)), 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+_SHOWN = {
+    "train/loss": ("loss", "{:.4f}"),
+    "val/loss": ("validation loss", "{:.4f}"),
+    "val/bpb": ("bits per byte", "{:.3f}"),
+    "optim/lr": ("lr", "{:.2e}"),
+    "optim/grad_norm": ("gradient norm", "{:.3f}"),
+    "perf/tokens_per_s": ("tokens/s", "{:,.0f}"),
+}
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {form.format(values[key])}" for key, (name, form) in _SHOWN.items() if key in values)

@@ -1,0 +1,230 @@
+"""What a run is: every setting, its default, its meaning and its limits, settled before anything is built.
+
+Sections are frozen dataclasses validated by pydantic; YAML and `section.key=value` overrides go in, one resolved `Config` comes out, and
+every problem is reported at once with its path, what was found, what is accepted and the nearest known name. Knows neither torch nor
+mlflow: what this machine can do is checked by callers who pass their own `checks` to `Config.from_yaml`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from bdh_mlflow.config.messages import Problem, explain, yaml_scalar
+from bdh_mlflow.config.reading import read_yaml, with_overrides
+from bdh_mlflow.config.settings import (
+    HARMLESS,
+    SECTIONS,
+    DataLoaderConfig,
+    DatasetConfig,
+    Fp8Config,
+    LowPrecisionConfig,
+    ModelConfig,
+    SchedulerConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from bdh_mlflow.errors import ConfigError
+from bdh_mlflow.files import nearest
+from bdh_mlflow.redact import masked
+
+
+class Difference(NamedTuple):
+    """A setting that two configurations disagree on."""
+
+    key: str
+    before: Any
+    after: Any
+
+
+class Clash(NamedTuple):
+    """Two settings that cannot both be carried out: the second is reported with what to do."""
+
+    key: str
+    value: Any
+    other: str
+    values: tuple[Any, ...]
+    remedy: str
+
+
+CLASHES = (
+    Clash("low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"),
+    Clash("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
+    Clash("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
+    Clash("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
+    Clash("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
+    Clash(
+        "low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"
+    ),
+)
+"""Every other combination of number formats, layer form and compilation works."""
+
+Check = Callable[["Config"], Iterable[Problem]]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Config:
+    """A run, resolved: every setting has its value."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+    dataloader: DataLoaderConfig = dataclasses.field(default_factory=DataLoaderConfig)
+    dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
+    fp8: Fp8Config = dataclasses.field(default_factory=Fp8Config)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> "Config":
+        """Read a YAML file, apply `section.key=value` overrides, validate, and fill in every default.
+
+        checks: further rules, for what this file alone cannot tell (the hardware, say). Raises ConfigError with every problem found.
+        """
+        tree = read_yaml(Path(path))
+        return cls.from_dict(tree, overrides, checks, origin=str(path))
+
+    @classmethod
+    def from_dict(
+        cls, tree: Mapping[str, Any], overrides: Sequence[str] = (), checks: Sequence[Check] = (), origin: str = "config"
+    ) -> "Config":
+        """The same from a nested mapping; `origin` heads the error message."""
+        problems: list[Problem] = []
+        merged = with_overrides(tree, overrides, problems)
+        config = _validated(merged, problems)
+        faulty = {p.key for p in problems}
+        for check in (_consistency, *checks):
+            problems += [p for p in check(config) if p.key not in faulty]
+        if problems:
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            raise ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
+        return config
+
+    def resolved(self, continued: "Config | None" = None) -> "Config":
+        """Settings that another one decides are given their value, so that the saved file says everything.
+
+        continued: the configuration of the run that is resumed. Its decay_steps stays, so a longer run does not bend the schedule, and so
+        does its layer_form, which `auto` leaves to the device otherwise.
+        """
+        training, scheduler, formats = self.training, self.scheduler, self.low_precision
+        if continued and training.layer_form == "auto":
+            training = dataclasses.replace(training, layer_form=continued.training.layer_form)
+        if scheduler.decay_steps is None:
+            own = max(training.max_iters, scheduler.warmup_steps + 1)
+            scheduler = dataclasses.replace(scheduler, decay_steps=continued.scheduler.decay_steps if continued else own)
+        bits = formats.optimizer_bits or (4 if formats.use_4bit_optimizer else 32)
+        formats = dataclasses.replace(formats, optimizer_bits=bits, use_4bit_optimizer=bits == 4)
+        return dataclasses.replace(self, training=training, scheduler=scheduler, low_precision=formats)
+
+    def to_bdh_config(self) -> "BDHConfig":
+        """The network's own configuration, in the published form."""
+        return BDHConfig(**dataclasses.asdict(self.model))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested plain values, section by section."""
+        return {section.name: dataclasses.asdict(getattr(self, section.name)) for section in dataclasses.fields(self)}
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its dotted key, tags one by one."""
+        return dict(_leaves(self.to_dict()))
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back to an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def digest(self) -> str:
+        """First 16 hex digits of the sha256 of all settings."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, later: "Config") -> list[Difference]:
+        """Settings whose value in `later` is another one, in the order of the sections."""
+        before, after = self.flat(), later.flat()
+        keys = [*before, *(key for key in after if key not in before)]
+        return [Difference(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
+
+
+@dataclasses.dataclass
+class BDHConfig:
+    """The published configuration of the network (pathwaycom/bdh, bdh.py)."""
+
+    n_layer: int = 6
+    n_embd: int = 256
+    dropout: float = 0.1
+    n_head: int = 4
+    mlp_internal_dim_multiplier: int = 128
+    vocab_size: int = 256
+
+
+def changes_trajectory(difference: Difference, config: Config) -> bool:
+    """Whether a resumed run with this difference would no longer follow the run it continues.
+
+    A plateau schedule listens to the evaluations, so there their cadence and size matter too.
+    """
+    if config.scheduler.type == "plateau" and difference.key in ("training.test_freq", "training.test_iters"):
+        return True
+    return difference.key not in HARMLESS and not difference.key.startswith("tracking.tags.")
+
+
+def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> Config:
+    """A configuration from the sound part of the tree; each unsound setting becomes a problem and keeps its default."""
+    sections = {}
+    for name, section in SECTIONS.items():
+        values = dict(tree.get(name, {}))
+        adapter = TypeAdapter(section)
+        for key in [k for k in values if not isinstance(k, str)]:
+            problems.append(Problem(f"{name}.{key}", f"unknown key{nearest(str(key), section.__pydantic_fields__)}"))
+            del values[key]
+        try:
+            sections[name] = adapter.validate_python(values)
+        except ValidationError as error:
+            for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
+                problems.append(Problem(f"{name}.{key}", explain(section, key, values[key])))
+                del values[key]
+            sections[name] = adapter.validate_python(values)
+    return Config(**sections)
+
+
+def _consistency(config: Config) -> Iterable[Problem]:
+    """Rules between settings."""
+    model, training, scheduler = config.model, config.training, config.scheduler
+    d, h, m = model.n_embd, model.n_head, model.mlp_internal_dim_multiplier
+    if (m * d) % (2 * h):
+        fits = [k for k in range(1, 4 * m) if (k * d) % (2 * h) == 0]
+        below, above = max((k for k in fits if k < m), default=None), min((k for k in fits if k > m), default=None)
+        near = ", ".join(str(k) for k in (below, above) if k is not None) or "none; change n_embd or n_head"
+        yield Problem(
+            "model.mlp_internal_dim_multiplier",
+            f"{m} * n_embd {d} is not a multiple of 2 * n_head {h} (RoPE turns neurons in pairs; nearest multipliers: {near})",
+        )
+    if scheduler.min_lr > training.learning_rate:
+        yield Problem("scheduler.min_lr", f"{scheduler.min_lr} is above training.learning_rate {training.learning_rate}")
+    if scheduler.decay_steps is not None and scheduler.decay_steps <= scheduler.warmup_steps:
+        yield Problem("scheduler.decay_steps", f"{scheduler.decay_steps} is not above scheduler.warmup_steps {scheduler.warmup_steps}")
+    if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
+        yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
+    settings = config.flat()
+    for clash in CLASHES:
+        if settings[clash.key] == clash.value and settings[clash.other] in clash.values:
+            found = f"{yaml_scalar(settings[clash.other])} with {clash.key} {yaml_scalar(clash.value)}"
+            yield Problem(clash.other, f"{found} cannot be had: {clash.remedy}")
+    uri = config.tracking.tracking_uri
+    if uri and masked(uri) != uri:
+        yield Problem(
+            "tracking.tracking_uri",
+            "holds a password or token, which would be copied to the run; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,227 @@
+"""Parquet rows to packed batches, in an order that is a pure function of the seed and can be entered anywhere.
+
+1. A folder of parquet files is indexed by its footers: row groups, rows, and a digest of names, sizes and footers (`ParquetText`).
+2. Each document (a row of the text column) belongs to training or to validation by a hash of its place: file and row.
+3. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
+   per epoch; `max_cached_files` of them are open at once, one per lane, and lanes deal windows in turn.
+4. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
+   row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
+5. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
+
+The only home of pyarrow. Shuffles are sorts by a hash written out here, because the streams of library generators may change.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from bdh_mlflow.config import DatasetConfig
+from bdh_mlflow.errors import DataError
+from bdh_mlflow.files import first_line
+from bdh_mlflow.text import SEPARATOR
+
+Bytes = npt.NDArray[np.uint8]
+VALIDATION_ROW_GROUPS = 16  # read for validation text, at the least
+_VALIDATION_ORDER = 0x76616C  # constant seed: validation text does not depend on the run
+
+
+class RowGroup(NamedTuple):
+    """Where a row group lies: file in the sorted listing, number in the file, its first row's number in the file, rows."""
+
+    file: int
+    number: int
+    first_row: int
+    rows: int
+
+
+class ParquetText:
+    """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that will not do."""
+
+    def __init__(self, dataset: DatasetConfig) -> None:
+        self.root = Path(dataset.parquet_dir)
+        self.column = dataset.text_column
+        self.val_fraction = dataset.val_fraction
+        self.files = parquet_files(self.root)
+        if not self.files:
+            raise DataError(_nothing_to_read(self.root))
+        self.row_groups: list[RowGroup] = []
+        self.manifest: list[dict[str, Any]] = []
+        for number, file in enumerate(self.files):
+            self._index(number, file)
+        if not self.row_groups:
+            raise DataError(f"{self.root}: {len(self.files)} parquet files without a single row")
+        self.rows = sum(group.rows for group in self.row_groups)
+        self.bytes = sum(entry["bytes"] for entry in self.manifest)
+        self._file_hashes = [text_hash(self._name(f)) for f in self.files]
+        self._forced_validation = self._validation_document_by_rank()
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits over names, sizes and footers; no row is read."""
+        return hashlib.sha256(json.dumps([self.column, self.manifest], sort_keys=True).encode()).hexdigest()[:32]
+
+    def describe(self) -> str:
+        """Files, sizes and row groups as JSON: what the digest is taken of."""
+        return json.dumps({"digest": self.digest, "column": self.column, "files": self.manifest}, indent=1)
+
+    def training_bytes(self, group: RowGroup) -> Bytes:
+        """Training documents of a row group in file order, each followed by a separator."""
+        return self._tokens(group, validation=False)
+
+    def validation_bytes(self, group: RowGroup) -> Bytes:
+        """Validation documents of a row group in file order, each followed by a separator."""
+        return self._tokens(group, validation=True)
+
+    def validation_batches(self, batches: int, batch_size: int, block_size: int) -> list[Tensor]:
+        """`batches` batches of validation windows, each (B, block_size + 1) uint8; fewer, the last smaller, if there is less text.
+
+        The same for every run on the same data: windows drawn from at least VALIDATION_ROW_GROUPS row groups (all, if there are fewer), so
+        that one file does not stand for everything.
+        """
+        if self.val_fraction == 0:
+            return []
+        wanted = batches * batch_size
+        text, length = [np.array([SEPARATOR], np.uint8)], 1
+        for read, unit in enumerate(shuffled(len(self.row_groups), _VALIDATION_ORDER, 0)):
+            if read >= VALIDATION_ROW_GROUPS and length > wanted * block_size:
+                break
+            text.append(self.validation_bytes(self.row_groups[unit]))
+            length += len(text[-1])
+        if length <= block_size:
+            raise DataError(
+                f"{self.root}: validation text has {length - 1} bytes, block_size {block_size} needs more; "
+                f"raise dataset.val_fraction (now {self.val_fraction}), lower training.block_size or add text"
+            )
+        windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(text), block_size + 1)[::block_size]
+        drawn = windows[shuffled(len(windows), _VALIDATION_ORDER, 1)[:wanted]]
+        return list(torch.split(torch.from_numpy(drawn), batch_size))
+
+    def _index(self, number: int, file: Path) -> None:
+        try:
+            with pq.ParquetFile(file) as opened:
+                metadata, schema = opened.metadata, opened.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a readable parquet file: {first_line(error)}") from None
+        if self.column not in schema.names:
+            raise DataError(f"{file}: no column `{self.column}`; it has {', '.join(schema.names) or 'none'}. Set dataset.text_column")
+        kind = schema.field(self.column).type
+        if not _is_text(kind):
+            raise DataError(f"{file}: column `{self.column}` holds {kind}; accepted: string, binary or a dictionary of them")
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        first = 0
+        for i, group in enumerate(groups):
+            if group.num_rows:
+                self.row_groups.append(RowGroup(number, i, first, group.num_rows))
+            first += group.num_rows
+        self.manifest.append(
+            {
+                "file": self._name(file),
+                "bytes": file.stat().st_size,
+                "row_groups": [[g.num_rows, g.total_byte_size] for g in groups],
+            }
+        )
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
+
+    def _tokens(self, group: RowGroup, *, validation: bool) -> Bytes:
+        documents = self._read(group)
+        held_out = self._in_validation(group)
+        length = pc.fill_null(pc.binary_length(documents), 0).to_numpy(zero_copy_only=False)
+        chosen = documents.filter(pa.array((held_out == validation) & (length > 0)))
+        separator = pa.scalar(bytes([SEPARATOR]), pa.large_binary())
+        joined = pc.binary_join_element_wise(chosen, separator, pa.scalar(b"", pa.large_binary()))
+        if len(joined) == 0:
+            return np.empty(0, np.uint8)
+        _, offsets, data = joined.buffers()
+        ends = np.frombuffer(offsets, np.int64)[joined.offset : joined.offset + len(joined) + 1]
+        return np.frombuffer(data, np.uint8)[ends[0] : ends[-1]]
+
+    def _read(self, group: RowGroup) -> pa.LargeBinaryArray:
+        file = self.files[group.file]
+        try:
+            with pq.ParquetFile(file) as opened:
+                column = opened.read_row_group(group.number, columns=[self.column]).column(self.column)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: row group {group.number} cannot be read: {first_line(error)}") from None
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        return column.cast(pa.large_binary()).combine_chunks() if column.num_chunks != 1 else column.chunk(0).cast(pa.large_binary())
+
+    def _in_validation(self, group: RowGroup) -> npt.NDArray[np.bool_]:
+        """Which rows of a row group are validation text."""
+        if self._forced_validation is not None:
+            file, row = self._forced_validation
+            place = np.arange(group.first_row, group.first_row + group.rows)
+            held_out: npt.NDArray[np.bool_] = (place == row) & (group.file == file)
+            return held_out
+        return self._draws(group) < self.val_fraction
+
+    def _draws(self, group: RowGroup) -> npt.NDArray[np.float64]:
+        """A number in [0, 1) for each row's place."""
+        place = np.arange(group.first_row, group.first_row + group.rows, dtype=np.uint64)
+        bits = mix(place + np.uint64(self._file_hashes[group.file])) >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
+
+    def _validation_document_by_rank(self) -> tuple[int, int] | None:
+        """For data so small that the draw may leave no validation document at all: the one document that is it."""
+        if self.val_fraction == 0 or self.rows * self.val_fraction > 50:
+            return None
+        if self.rows == 1:
+            raise DataError(f"{self.root}: one document cannot be split for validation; set dataset.val_fraction: 0 or add documents")
+        draws = [self._draws(group) for group in self.row_groups]
+        if min(float(d.min()) for d in draws) < self.val_fraction:
+            return None
+        group, draw = min(zip(self.row_groups, draws, strict=True), key=lambda pair: float(pair[1].min()))
+        return group.file, group.first_row + int(draw.argmin())
+
+
+def parquet_files(root: Path) -> list[Path]:
+    """Parquet files below a folder, sorted by path; hidden ones and those of unfinished preparations left out."""
+    found = (p for p in root.rglob("*.parquet") if p.is_file())
+    return sorted(p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
+
+
+# ---- small parts -----------------------------------------------------------------------------------------------------------------------
+
+
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser: 64 well-mixed bits for each number (Steele, Lea, Flood 2014)."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def shuffled(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
+    """A permutation of 0 .. count - 1, a pure function of seed and stream."""
+    base = text_hash(f"{seed}/{stream}")
+    return np.argsort(mix(np.arange(count, dtype=np.uint64) ^ np.uint64(base)), kind="stable")
+
+
+def text_hash(text: str) -> int:
+    """64 bits of the sha256 of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    t = pa.types
+    if t.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = (t.is_string, t.is_large_string, t.is_binary, t.is_large_binary, t.is_string_view, t.is_binary_view)
+    return any(test(kind) for test in tests)
+
+
+def _nothing_to_read(root: Path) -> str:
+    found = "no such folder" if not root.exists() else "not a folder" if not root.is_dir() else "no parquet files in it"
+    return f"{root}: {found} (dataset.parquet_dir). Set dataset.source to have it built, or run: bdh-mlflow data prepare SOURCE {root}"

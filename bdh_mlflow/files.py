@@ -1,0 +1,52 @@
+"""What a run tells, and to whom: a journal on disk at once, an MLflow store in its own time.
+
+`Tracker` is what the loop and its builder talk to. Every call appends to the journal and returns; one sender (`delivery`), a process of its
+own so that it takes neither the interpreter lock nor the loop's time, reads the journal and delivers it. Around that: which store is meant,
+whether it can be used, and the few questions others ask of it.
+"""
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdh_mlflow.redact import masked
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without secrets."""
+    text = str(error).strip() or type(error).__name__
+    return masked(text.split("\n")[0])[:300]
+
+
+if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
+    pass
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, and sync its folder, so that renames before it are on disk too."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"

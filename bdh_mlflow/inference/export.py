@@ -1,0 +1,134 @@
+"""A model in one file for others: plain float32 weights, or packed in 4 bits, and in its header all that is needed to run it.
+
+The file is in the safetensors format: it opens without unpickling anything. Tensors carry the published names; a projection packed in 4
+bits is its codes under that name and bitsandbytes' own quantisation state beside it (`encoder.absmax`, ...), as Hugging Face stores them.
+The header holds the configuration, where the weights come from, and a sha256 of everything. Knows neither MLflow nor the training.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bdh_mlflow import __version__, checkpoint
+from bdh_mlflow.config import Config
+from bdh_mlflow.errors import BdhError, CheckpointError, SaveError
+from bdh_mlflow.model import fourbit
+from bdh_mlflow.model.bdh import BDH, PROJECTIONS
+
+SUFFIX = ".safetensors"
+HEADER, DIGEST = "bdh_mlflow", "sha256"
+Format = Literal["4bit", "safetensors"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """An exported file.   bits: a quantised weight takes on average, its scales included; None in a plain file."""
+
+    path: Path
+    bytes: int
+    bits: float | None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file read back.   weights: published names, float32.   rounded: whether projections hold 4-bit values already."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    step: int
+    val_loss: float | None
+    rounded: bool
+
+
+def write(path: Path, state: Mapping[str, Any], val_loss: float | None, kind: Format) -> Written:
+    """Export a checkpoint's contents.   Raises SaveError; an older file of that name is replaced only by a whole one."""
+    config = Config.from_dict(state["config"], origin="the checkpoint's configuration")
+    tensors: dict[str, Tensor] = {}
+    quantised = packed = 0
+    for name, weight in state["model_state_dict"].items():
+        if kind == "4bit" and name in PROJECTIONS:
+            formats = config.low_precision
+            parts = fourbit.pack_4bit(weight.float(), formats.quantization_type, formats.use_double_quant)
+            tensors |= {f"{name}.{part}" if part else name: t for part, t in parts.items()}
+            quantised += weight.numel()
+            packed += sum(t.numel() * t.element_size() for t in parts.values())
+        else:
+            tensors[name] = weight.float().contiguous()
+    facts = {"format": kind, "version": __version__, "config": config.to_dict(), "step": state["step"], "val_loss": val_loss}
+    header = json.dumps(facts, sort_keys=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={HEADER: header, DIGEST: _digest(header, tensors)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"{path}: not written: {error}") from error
+    return Written(path, path.stat().st_size, 8 * packed / quantised if quantised else None)
+
+
+def read(path: Path) -> Exported:
+    """The model in a file that `write` made.   Raises CheckpointError for anything that is not one, whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if HEADER not in metadata:
+                raise CheckpointError(
+                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file made by export"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, or not a safetensors file: {error}") from None
+    if _digest(metadata[HEADER], tensors) != metadata.get(DIGEST):
+        raise CheckpointError(f"{path}: damaged: its contents are not what was written (sha256 differs). Export it again")
+    try:
+        facts = json.loads(metadata[HEADER])
+        config = Config.from_dict(facts["config"], origin=f"{path} (its configuration)")
+    except (BdhError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not written by this version of bdh-mlflow ({__version__}), nor readable by it: {error}") from None
+    with torch.device("meta"):
+        own = {name: t.shape for name, t in BDH(config.to_bdh_config()).state_dict().items()}
+    weights, missing = {}, []
+    for name, size in own.items():
+        parts = {key.removeprefix(name).removeprefix("."): t for key, t in tensors.items() if key == name or key.startswith(f"{name}.")}
+        packed = facts["format"] == "4bit" and name in PROJECTIONS
+        weight = fourbit.unpack_4bit(parts) if packed and parts else tensors.get(name)
+        if weight is None or weight.numel() != size.numel() or (not packed and weight.shape != size):
+            missing.append(f"{name}: {'missing' if weight is None else tuple(weight.shape)}, the configuration says {tuple(size)}")
+        else:
+            weights[name] = weight.reshape(size)
+    if missing:
+        raise CheckpointError("\n  ".join([f"{path}: of another architecture than its configuration", *missing]))
+    return Exported(config, weights, facts["step"], facts["val_loss"], facts["format"] == "4bit")
+
+
+def default_path(saved: checkpoint.Checkpoint, kind: Format) -> Path:
+    """Beside the checkpoint: `checkpoint_500.4bit.safetensors` or `checkpoint_500.safetensors`."""
+    return saved.path.with_suffix(f".4bit{SUFFIX}" if kind == "4bit" else SUFFIX)
+
+
+def runnable(exported: Exported) -> Config:
+    """The configuration to run a file with: values of 4 bits are not rounded once more, and FP8's scales are not in it."""
+    formats = exported.config.low_precision
+    formats = dataclasses.replace(formats, use_4bit=formats.use_4bit and not exported.rounded, use_fp8=False)
+    return dataclasses.replace(exported.config, low_precision=formats)
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of the header and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""Prompt to text: a model in memory that answers.
+
+Weights are those of training, 4-bit included; generation computes in float32. Needs neither MLflow nor the training: what a served model
+is made of.
+"""
+
+import codecs
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdh_mlflow.config import Config
+from bdh_mlflow.errors import InputError
+from bdh_mlflow.inference import export
+from bdh_mlflow.model import (
+    bdh,
+    fp8,
+    precision,
+)
+from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.text import SEPARATOR, VOCAB_SIZE, decode, encode
+
+LONGEST_PROMPT = 65_536  # bytes; the default model reads them in minutes on a CPU
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer, where it came from and how it computes.   run_id: its MLflow run, None for a file by itself."""
+
+    model: BDH
+    config: Config
+    path: Path
+    step: int
+    runs: Precision
+    notes: tuple[str, ...]
+    run_id: str | None = None
+
+
+def from_file(path: Path) -> Loaded:
+    """The model of an exported file.   Raises CheckpointError."""
+    exported = export.read(path)
+    formats = exported.config.low_precision
+    notes = (f"trained in FP8, whose scales are not in the file; it computes in {formats.compute_dtype}",) if formats.use_fp8 else ()
+    return from_weights(exported.weights, export.runnable(exported), {}, path, exported.step, notes)
+
+
+def from_weights(
+    weights: dict[str, Tensor],
+    config: Config,
+    formats: Mapping[str, Any],
+    path: Path,
+    step: int,
+    notes: tuple[str, ...],
+    run_id: str | None = None,
+) -> Loaded:
+    """formats: what the training's number formats remembered."""
+    device = precision.pick_device()
+    if config.low_precision.use_fp8 and not config.fp8.emulate and (reason := fp8.unavailable(device)):
+        notes += (f"trained in FP8, which {reason}; evaluation emulates it",)
+        config = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, emulate=True))
+    network = BDH(config.to_bdh_config())
+    network.load_published(weights)
+    network.to(device).eval()
+    network.use(bdh.choose_form("auto", device, config.low_precision.use_fp8)[0])
+    runs = Precision.asked(config, device)
+    runs.prepare(network, bdh.PROJECTIONS)
+    runs.load_state_dict(dict(formats))
+    return Loaded(network, config, path, step, runs, notes, run_id)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next byte is chosen.
+
+    temperature: 0 always takes the likeliest.   top_k: among the k likeliest.   top_p: among the likeliest that together reach this
+    probability.   seed: None for new randomness each time.   stop: text after which nothing more is written.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str = ""
+
+
+def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
+    """Continue a prompt, piece by piece as it is made; a character of several bytes comes when it is whole.
+
+    Raises InputError, at once, for a prompt that is too long.
+    """
+    return _decoded(_stream(loaded, [prompt], max_new_tokens, sampling))
+
+
+def _decoded(tokens: Iterator[torch.Tensor]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        piece = int(token)
+        yield decoder.decode(bytes([piece])) if 0 < piece < VOCAB_SIZE else decode([piece])
+    yield decoder.decode(b"", final=True)
+
+
+def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
+    """Continue several prompts of any lengths, together.   Raises InputError for one that is too long."""
+    tokens = torch.cat(list(_stream(loaded, prompts, max_new_tokens, sampling)), dim=1).tolist()
+    return [decode([token for token in row if token != bdh.STOPPED]) for row in tokens]
+
+
+def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling) -> Iterator[torch.Tensor]:
+    ids = [encode(prompt) or [SEPARATOR] for prompt in prompts]
+    longest = max(map(len, ids))
+    if longest > LONGEST_PROMPT:
+        raise InputError(f"prompt of {longest:,} bytes; at most {LONGEST_PROMPT:,} are taken")
+    device = loaded.runs.device
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return loaded.model.stream(
+        [torch.tensor(row, device=device) for row in ids],
+        max_new_tokens,
+        sampling.temperature,
+        sampling.top_k,
+        top_p=sampling.top_p,
+        stop=encode(sampling.stop),
+        generator=generator,
+    )

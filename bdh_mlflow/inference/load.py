@@ -1,0 +1,90 @@
+"""A run, a checkpoint, an exported file or a registered model, ready to answer, and its loss on text it has not seen.
+
+Takes the targets that resume takes. Evaluation computes in the number format of training.
+"""
+
+import dataclasses
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+from bdh_mlflow import checkpoint
+from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
+from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.errors import CheckpointError, InputError
+from bdh_mlflow.inference import export, generate
+from bdh_mlflow.inference.generate import Loaded
+from bdh_mlflow.redact import masked
+from bdh_mlflow.text import bits_per_byte
+from bdh_mlflow.tracking import locate, store
+from bdh_mlflow.training.evaluate import evaluate
+
+
+def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
+    """The model of a run or checkpoint (grammar of `resume`), of an exported file, or a registered one (models:/NAME@ALIAS).
+
+    Raises ResumeError or CheckpointError.
+    """
+    if target.endswith(export.SUFFIX):
+        return generate.from_file(Path(target))
+    if target.startswith("models:/") and (registered := _registered(target, config)):
+        return registered
+    found = locate.find(target, checkpoint_dir, config)
+    if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
+        raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
+    own = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
+    formats = found.state.get("precision_state_dict", {})
+    step, run_id = found.checkpoint.manifest.step, found.run_id or locate.run_of(found.checkpoint)
+    return generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes, run_id)
+
+
+def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
+    """The model that `registry` has made of a checkpoint; None for one of another kind, or of none."""
+    client = store.connect(config)
+    try:
+        version = client.get_model_version(*get_model_name_and_version(client, uri))  # type: ignore[no-untyped-call]
+    except (MlflowException, TypeError):  # TypeError: the id of a logged model, which has no version
+        return None
+    if "bdh.format" not in version.tags:
+        return None
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        (file,) = locate.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
+        try:
+            return dataclasses.replace(generate.from_file(file), path=Path(uri), run_id=version.run_id)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(file), uri)) from None
+
+
+def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:
+    """Loss in nats per token on validation text of `dataset`.   Raises DataError."""
+    training = loaded.config.training
+    windows = ParquetText(dataset).validation_batches(batches, training.batch_size, training.block_size)
+    if not windows:
+        raise InputError("dataset.val_fraction is 0: no text is kept for validation")
+    loss = evaluate(loaded.model, windows, loaded.runs.autocast, loaded.runs.device)
+    assert loss is not None, "nothing asks this evaluation to stop"
+    return loss
+
+
+def record(loaded: Loaded, dataset: DatasetConfig, loss: float, config: TrackingConfig) -> list[str]:
+    """Log an evaluation to the run it is of, at the checkpoint's step and with its data.   Returns the names of the metrics.
+
+    Raises TrackingError.
+    """
+    assert loaded.run_id is not None, "only a run has somewhere to log to"
+    text = ParquetText(dataset)
+    name = re.sub(r"[^\w.-]", "_", text.root.name)
+    values = {f"eval/{name}_loss": loss, f"eval/{name}_bpb": bits_per_byte(loss)}
+    client, now_ms = store.connect(config), int(1000 * time.time())
+    with store.reported(f"run {loaded.run_id}: the evaluation cannot be logged"):
+        client.log_batch(loaded.run_id, [Metric(key, value, now_ms, loaded.step) for key, value in values.items()], synchronous=True)
+        source = json.dumps({"uri": masked(str(text.root.absolute()))})
+        data = Dataset(f"{text.root.name} (evaluation)", text.digest, "local", source, profile=json.dumps({"num_rows": text.rows}))
+        client.log_inputs(loaded.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "evaluation")])])
+    return list(values)

@@ -1,0 +1,1 @@
+"""Several trainings together: compared, searched over, or proved equal."""

@@ -1,0 +1,216 @@
+"""Proof that a configuration resumes exactly: train straight, train with interruptions, compare every bit.
+
+The interrupted training is stopped in turn by a stop request, as SIGTERM makes one, and by a real SIGKILL of a child process, and each time
+goes on from what is on disk. Both trainings run the whole program, with a tracking store of their own in a temporary folder; what is
+compared is the last checkpoint, piece by piece, and the curves as MLflow has them.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+from torch import Tensor
+
+from bdh_mlflow import checkpoint
+from bdh_mlflow.config import Config
+from bdh_mlflow.errors import BdhError
+from bdh_mlflow.tracking import sender, tracker
+from bdh_mlflow.training import start
+from bdh_mlflow.training.stop import StopRequest
+
+PIECES = {
+    "weights": "model_state_dict",
+    "optimizer": "optimizer_state_dict",
+    "scheduler": "scheduler_state_dict",
+    "scaler": "scaler_state_dict",
+    "number formats": "precision_state_dict",
+    "RNG": "rng",
+    "data position": "data_position",
+    "tokens seen": "tokens_seen",
+    "metric accumulators": "accumulators",
+    "last loss": "loss",
+}
+CURVES = (*tracker.REPLAYED, "val/bpb", "progress/tokens_seen", "progress/epoch", "resume/replay_max_abs_diff")
+
+
+SAVE_S = 60.0  # longest wait for a checkpoint that is due
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing compared.   difference: empty if the two are equal to the bit."""
+
+    what: str
+    difference: str
+
+
+def verify(config: Config, steps: int, interruptions: int, folder: Path, note: Callable[[str], None]) -> list[Row]:
+    """Train `steps` steps straight and with interruptions in `folder`, and compare.   Raises a BdhError if one cannot be trained."""
+    with _own_store(folder) as uri, tracker.hosted_by(sender.ThreadSender):
+        straight = _config(config, steps, folder / "straight", uri, "straight")
+        note(f"straight: {steps} steps")
+        start.train(straight, _Silent(), StopRequest())
+        broken = _config(config, steps, folder / "interrupted", uri, "interrupted")
+        for number, step in enumerate(_moments(steps, interruptions)):
+            kill = number % 2 == 1
+            note(f"interrupted: {'SIGKILL' if kill else 'SIGTERM'} after step {step}")
+            (_die_at if kill else _stop_at)(broken, step)
+            broken = _resuming(broken)
+        note(f"interrupted: to the end, step {steps}")
+        start.train(broken, _Silent(), StopRequest())
+        rows = list(_compare_states(*(_last_state(c, steps) for c in (straight, broken))))
+        return [*rows, *_compare_curves(MlflowClient(uri))]
+
+
+def bitwise_difference(a: Any, b: Any, path: str = "") -> str:
+    """Where two nested states differ first, in words; empty if they are equal to the bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return f"{path}: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+        if torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)):
+            return ""
+        return f"{path}: values differ by up to {(a.double() - b.double()).abs().max().item():.3g}"
+    if type(a) is not type(b):
+        return f"{path}: {type(a).__name__} and {type(b).__name__}"
+    if isinstance(a, Mapping):
+        if a.keys() != b.keys():
+            return f"{path}: other keys"
+        return next((d for key in a if (d := bitwise_difference(a[key], b[key], f"{path}/{key}"))), "")
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return f"{path}: {len(a)} and {len(b)} items"
+        return next((d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := bitwise_difference(x, y, f"{path}/{i}"))), "")
+    return "" if a == b else f"{path}: {a!r} and {b!r}"
+
+
+class _Silent:
+    """Nobody watches; something may happen after a step."""
+
+    def __init__(self, after: int = -1, then: Callable[[], None] = lambda: None) -> None:
+        self._after, self._then = after, then
+
+    def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
+        if step == self._after:
+            self._then()
+
+    def point(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experiment: str) -> Config:
+    """The configuration for a short training: its own schedule, but things to compare happen often enough."""
+    config = config.resolved()
+    training = dataclasses.replace(
+        config.training,
+        max_iters=steps,
+        log_freq=min(config.training.log_freq, max(1, steps // 8)),
+        test_freq=min(config.training.test_freq, max(1, steps // 4)),
+        checkpoint_freq=min(config.training.checkpoint_freq, max(1, steps // 5)),
+        checkpoint_dir=str(checkpoint_dir),
+        keep_checkpoints=None,
+        resume_from_checkpoint=None,
+    )
+    own = dataclasses.replace(config.tracking, tracking_uri=uri, experiment=experiment, run_name=None, log_system_metrics=False)
+    return dataclasses.replace(config, training=training, tracking=own)
+
+
+def _moments(steps: int, interruptions: int) -> list[int]:
+    """Steps after which to interrupt: spread over the training, none twice."""
+    return sorted({max(1, min(steps - 1, (i + 1) * steps // (interruptions + 1))) for i in range(interruptions)})
+
+
+def _stop_at(config: Config, step: int) -> None:
+    stop = StopRequest()
+    start.train(config, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop)
+
+
+def _die_at(config: Config, step: int) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_train_and_die, args=(config.to_dict(), step))
+    child.start()
+    child.join()
+    if child.exitcode != -signal.SIGKILL:
+        raise BdhError(f"the child process that was to be killed after step {step} ended with {child.exitcode}")
+
+
+def _train_and_die(tree: dict[str, Any], step: int) -> None:
+    config = Config.from_dict(tree)
+    due = (step - 1) // config.training.checkpoint_freq * config.training.checkpoint_freq
+
+    def die() -> None:
+        end = time.monotonic() + SAVE_S
+        while due and not _is_saved(config, due) and time.monotonic() < end:
+            time.sleep(0.01)  # checkpoints are written behind the loop; this way every proof resumes from the same one
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with tracker.hosted_by(sender.ThreadSender):
+        start.train(config, _Silent(step, die), StopRequest())
+
+
+def _is_saved(config: Config, step: int) -> bool:
+    return any((d / f"checkpoint_{step}.json").is_file() for d in checkpoint.list_all(Path(config.training.checkpoint_dir)))
+
+
+def _resuming(config: Config) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, resume_from_checkpoint="latest"))
+
+
+def _last_state(config: Config, steps: int) -> dict[str, Any]:
+    (run_dir,) = checkpoint.list_all(Path(config.training.checkpoint_dir))
+    return checkpoint.load(run_dir / checkpoint.file_name(steps))
+
+
+def _compare_states(straight: dict[str, Any], interrupted: dict[str, Any]) -> Iterator[Row]:
+    for what, key in PIECES.items():
+        yield Row(what, bitwise_difference(straight[key], interrupted[key]))
+
+
+def _compare_curves(client: MlflowClient) -> Iterator[Row]:
+    runs = []
+    for name in ("straight", "interrupted"):
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+        runs.append(client.search_runs([experiment.experiment_id]))
+    yield Row("MLflow runs", "" if [len(r) for r in runs] == [1, 1] else f"{len(runs[0])} and {len(runs[1])}")
+    for key in CURVES:
+        straight, interrupted = (sorted((m.step, m.value) for m in client.get_metric_history(r[0].info.run_id, key)) for r in runs)
+        if key == "resume/replay_max_abs_diff":
+            worst = max((value for _, value in interrupted), default=0.0)
+            yield Row("replayed steps", f"differ by up to {worst:.3g}" if worst else "")
+        else:
+            yield Row(f"curve {key}", _curve_difference(straight, interrupted))
+
+
+def _curve_difference(straight: list[tuple[int, float]], interrupted: list[tuple[int, float]]) -> str:
+    if straight == interrupted:
+        return ""
+    steps, others = [s for s, _ in straight], [s for s, _ in interrupted]
+    if steps != others:
+        return f"points at {others}, straight at {steps}"
+    step, a, b = next((s, a, b) for (s, a), (_, b) in zip(straight, interrupted, strict=True) if a != b)
+    return f"step {step}: {a!r} and {b!r}"
+
+
+@contextmanager
+def _own_store(folder: Path) -> Iterator[str]:
+    """A tracking store in the folder; the run that `mlflow run` may have made is left alone."""
+    uri = f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    hidden = {name: os.environ.pop(name) for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID") if name in os.environ}
+    try:
+        client = MlflowClient(uri)
+        for name in ("straight", "interrupted"):
+            client.create_experiment(name, artifact_location=(folder / "artifacts" / name).absolute().as_uri())
+        yield uri
+    finally:
+        os.environ.update(hidden)

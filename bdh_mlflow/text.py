@@ -1,0 +1,61 @@
+"""Text to token ids and back: a token is a byte.
+
+BDH is trained on bytes, so there is no vocabulary to build and nothing out of it. Documents are told apart by one separator byte that
+text does not contain. Knows nothing of tensors or files.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+VOCAB_SIZE = 256
+"""Smallest vocabulary that holds every byte."""
+
+SEPARATOR = 0
+"""Token between two documents: NUL, which does not occur in text."""
+
+BYTES_PER_TOKEN = 1.0
+"""Bytes of text that one token stands for."""
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of `text`: its UTF-8 bytes; bytes of a command line that are not UTF-8 stay what they are."""
+    return list(text.encode("utf-8", "surrogateescape"))
+
+
+def decode(tokens: list[int]) -> str:
+    """Text of `tokens`; bytes that are not UTF-8 show as U+FFFD, separators and ids beyond a byte as U+2400 (a visible NUL)."""
+    visible = (bytes([t]) if 0 < t < VOCAB_SIZE else "\u2400".encode() for t in tokens)
+    return b"".join(visible).decode("utf-8", errors="replace")
+
+
+def bits_per_byte(loss: float) -> float:
+    """Bits per byte of text for a loss in nats per token."""
+    return loss / math.log(2) / BYTES_PER_TOKEN
+
+
+class Sample(NamedTuple):
+    """What the model made of a prompt; shown with its part in brackets."""
+
+    prompt: str
+    written: str
+
+    def __str__(self) -> str:
+        return f"{self.prompt}\u27e6{self.written}\u27e7\n"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss on the validation text after a step.
+
+    loss: nats per token.   logged_at_ms: time stamp of its points among the run's metrics, Unix time in ms.
+    """
+
+    step: int
+    loss: float
+    logged_at_ms: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same loss in bits per byte of text."""
+        return bits_per_byte(self.loss)

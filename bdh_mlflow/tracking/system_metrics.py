@@ -1,0 +1,67 @@
+"""The machine a run is on and the checkout it comes from: commit, uncommitted changes, packages, and how busy it all is.
+
+Knows nothing of a run: facts go out as text and numbers.
+"""
+
+import contextlib
+import importlib.util
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+SAMPLE_EVERY_S = 10.0  # MLflow's own default interval
+
+
+class SystemMetrics:
+    """Samples CPU, memory, disk, network and GPU use with MLflow's own monitors until closed.
+
+    MLflow's own thread talks to the server and ends with the first call that fails; here samples go to `told` and nowhere else.
+    started_at: Unix time that `step`, the number of the sample, is counted from, so that a later process goes on counting.
+    """
+
+    def __init__(self, told: Callable[[dict[str, float], int], object], started_at: float, interval_s: float = SAMPLE_EVERY_S) -> None:
+        self._told, self._started_at, self._interval_s = told, started_at, interval_s
+        self._closing = threading.Event()
+        self._monitors = _monitors()
+        self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take a last sample and stop."""
+        self._closing.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            last = self._closing.wait(self._interval_s)
+            values: dict[str, float] = {}
+            for monitor in list(self._monitors):
+                try:
+                    monitor.collect_metrics()
+                    values |= {f"system/{key}": float(value) for key, value in monitor.aggregate_metrics().items()}
+                    monitor.clear_metrics()
+                except Exception:  # a driver or sensor that has gone: its curves end, training does not
+                    self._monitors.remove(monitor)
+            if values:
+                self._told(values, int((time.time() - self._started_at) / self._interval_s))
+            if last:
+                return
+
+
+def why_unavailable() -> str | None:
+    """Why the machine cannot be sampled, None if it can."""
+    return None if importlib.util.find_spec("psutil") else "psutil is not installed: pip install psutil"
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = []
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        with contextlib.suppress(Exception):  # no nvidia-ml-py, no driver, no network counters: each fails in its own way
+            monitors.append(kind())
+    return monitors

@@ -1,0 +1,135 @@
+"""From a configuration to the first step: fresh, resumed or warm-started; every part is built here and handed to the trainer.
+
+The order is that of trust: what can be refused is refused first (configuration, folder, checkpoint, data, one whole batch), and only
+then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from bdh_mlflow import checkpoint
+from bdh_mlflow.checkpoint import Manifest, RunDirectory
+from bdh_mlflow.config import Config, ModelConfig, changes_trajectory
+from bdh_mlflow.data import order
+from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.errors import ResumeError
+from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.tracking import locate
+from bdh_mlflow.training.trainer import Progress
+
+SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"} | {
+    "low_precision.optimizer_bits",
+    "low_precision.use_4bit_optimizer",
+}
+"""Settings that weights and optimizer states depend on; even a fork cannot change them."""
+ORDER = frozenset({"training.seed", "training.block_size", "dataset.max_cached_files", "dataset.text_column", "dataset.val_fraction"})
+"""Settings that a position in the data depends on."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a training begins.
+
+    fresh: random weights.   resumed: a checkpoint of ours, whose run goes on.   forked: a checkpoint of ours, in a new run that may differ
+    from the old one.   warm: weights of another program.   saved: the checkpoint's configuration, for resumed and forked.
+    """
+
+    kind: Literal["fresh", "resumed", "forked", "warm"]
+    found: locate.Found | None = None
+    saved: Config | None = None
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """State to continue from; None where training starts at step 0."""
+        return self.found.state if self.found and self.saved else None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run of the checkpoint, if it had one or its journal has got one since."""
+        if self.found is None or self.found.checkpoint is None:
+            return None
+        return self.found.run_id or locate.run_of(self.found.checkpoint)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is known of the checkpoint."""
+        return self.found.checkpoint.manifest if self.found and self.found.checkpoint else None
+
+
+def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
+    """The directory of the run that goes on, or a new one."""
+    if origin.kind != "resumed" or origin.found is None or origin.manifest is None:
+        return RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
+    folder = origin.found.path.absolute().parent
+    if folder.name != origin.manifest.run_dir:  # a copy that lies elsewhere: its neighbours are none of this run's business
+        folder = checkpoint_dir / origin.manifest.run_dir
+    return RunDirectory(folder, config.to_yaml())
+
+
+def find_origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool) -> Origin:
+    """What training begins from, and proof that this configuration may."""
+    target = config.training.resume_from_checkpoint
+    if not target or target == "none":
+        if fork:
+            raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")
+        return Origin("fresh")
+    found = locate.find(target, checkpoint_dir, config.tracking)
+    for note in found.notes:
+        progress.note(f"passed over {note}")
+    if found.checkpoint is None:
+        return Origin("warm", found)
+    settings = found.state["config"]
+    settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
+    saved = Config.from_dict(settings, origin=f"{found.path} (its configuration)").resolved()
+    changes = [d for d in saved.differences(config.resolved(None if fork else saved)) if changes_trajectory(d, saved)]
+    if fork:
+        changes = [d for d in changes if d.key in SHAPES]
+    if changes:
+        lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
+        shapes = " Shapes are fixed for the life of a run." if any(d.key in SHAPES for d in changes) else ""
+        ways = "start a new run" if shapes else "begin a new run from this checkpoint with --fork"
+        raise ResumeError(
+            "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
+            + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or {ways}"
+        )
+    return Origin("forked" if fork else "resumed", found, saved)
+
+
+def position_of(origin: Origin, config: Config, text: ParquetText, progress: Progress) -> order.Position | None:
+    """Where in the data to go on: where the checkpoint was, unless a fork reads other data or in another order."""
+    if origin.state is None or origin.saved is None or origin.manifest is None or origin.found is None:
+        return None
+    position: order.Position = origin.state["data_position"]
+    same_data = origin.manifest.data_digest == text.digest
+    if origin.kind == "resumed" and not same_data:
+        raise ResumeError(
+            f"cannot resume: the data in {text.root} is not what {origin.found.path} was trained on "
+            f"(digest {text.digest[:12]}, was {origin.manifest.data_digest[:12]}). "
+            f"Restore it, or begin a new run from the checkpoint with --fork"
+        )
+    if same_data and not any(d.key in ORDER for d in origin.saved.differences(config)):
+        return position
+    progress.note("fork: other data or another order of it, so it is read from its beginning")
+    return None
+
+
+def load_warm(network: BDH, origin: Origin) -> None:
+    """Load the weights of another program.   Raises ResumeError with every name and shape that does not fit."""
+    assert origin.found is not None
+    weights = checkpoint.published_weights(origin.found.state)
+    assert weights is not None, "checked when the target was resolved"
+    own = network.state_dict()
+    given = {key: value for key, value in weights.items() if key != "attn.freqs"}
+    wrong = [f"{key}: the file has no such weight" for key in own if key not in given]
+    wrong += [f"{key}: unknown weight" for key in given if key not in own]
+    wrong += [
+        f"{key}: shape {tuple(given[key].shape)}, config says {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    if wrong:
+        raise ResumeError("\n  ".join([f"cannot start from {origin.found.path}: its weights do not fit the model section", *wrong]))
+    network.load_published(given)

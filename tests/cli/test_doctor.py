@@ -1,0 +1,55 @@
+"""What the doctor finds, and that it changes nothing."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from bdh_mlflow import checkpoint
+from bdh_mlflow.checkpoint import RunDirectory
+from bdh_mlflow.cli import doctor
+from bdh_mlflow.tracking import journal
+from tests.conftest import run_cli, tiny_config, train
+
+
+def found(what: str) -> doctor.Finding:
+    (finding,) = [f for f in doctor.examine(tiny_config()) if f.what == what]
+    return finding
+
+
+def test_everything_in_order_ends_with_what_to_type(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny).exit_code == 0
+    result = run_cli("doctor", "--config", str(tiny))
+    assert result.exit_code == 0, result.output
+    assert "Next: mlflow run . --env-manager local" in result.output
+    assert found("tracking URI").found == f"{store.tracking_uri} (MLFLOW_TRACKING_URI)"
+    assert found("checkpoints").found.endswith("checkpoints: 1 runs")
+    assert "the UI shows them on this machine" in found("artifact root").found
+
+
+def test_store_that_does_not_answer_is_not_in_order(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    result = run_cli("doctor", "--config", str(tiny))
+    assert result.exit_code == 1
+    assert "Not in order: tracking store" in result.output
+    assert "secret" not in result.output
+
+
+def test_what_waits_is_named_with_the_command_that_delivers_it(store: MlflowClient) -> None:
+    run = RunDirectory(Path("checkpoints/run_20251108_143022"), "")
+    told = journal.Journal(run.folder)
+    told.append("tags", tags={})
+    assert "being trained" in found("journal").found
+    run.close()
+    (folder,) = checkpoint.pending(Path("checkpoints"))
+    finding = found("journal")
+    assert (finding.good, finding.do) == (False, f"bdh-mlflow sync {folder}")
+
+
+def test_artifacts_that_a_server_elsewhere_cannot_show_are_not_in_order() -> None:
+    from mlflow.entities import Experiment
+
+    experiment = Experiment("1", "bdh", "file:///tmp/here", "active")
+    assert not doctor._artifacts(experiment, "http://server:5000").good
+    assert doctor._artifacts(experiment, "sqlite:////tmp/m.db").good

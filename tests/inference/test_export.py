@@ -1,0 +1,128 @@
+"""Exported files: the same model to the bit, small, and nothing damaged or foreign is run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import CheckpointError
+from bdh_mlflow.inference import export, generate, load
+from bdh_mlflow.model.bdh import PROJECTIONS
+from bdh_mlflow.model.fourbit import pack_4bit, round_to_4bit, unpack_4bit
+from tests.conftest import run_cli, train
+
+CONFIG = ("--config", "tiny.yaml")
+
+
+@pytest.fixture
+def trained(store: MlflowClient, text: Path, tiny: Path) -> Path:
+    """The last checkpoint of a tiny run with 4-bit weights."""
+    result = train(tiny, "low_precision.use_4bit=true", "model.mlp_internal_dim_multiplier=64")
+    assert result.exit_code == 0, result.output
+    (saved,) = Path("checkpoints").glob("*/checkpoint_6.pt")
+    return saved
+
+
+def exported(saved: Path, kind: str) -> Path:
+    result = run_cli("checkpoints", "export", str(saved), "--format", kind, "-o", f"out.{kind}.safetensors", *CONFIG)
+    assert result.exit_code == 0, result.output
+    return Path(f"out.{kind}.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("size", [64 * 64, 100, 18], ids=["blocks", "a short last block", "less than a block"])
+def test_packed_weights_are_the_rounded_ones_to_the_bit(kind: str, nested: bool, size: int) -> None:
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert torch.equal(unpack_4bit(pack_4bit(weight, kind, nested)), round_to_4bit(weight, kind, nested))
+
+
+def test_large_weights_take_4_13_bits() -> None:
+    parts = pack_4bit(torch.randn(2**20), "nf4", True)
+    assert 8 * sum(t.numel() * t.element_size() for t in parts.values()) / 2**20 == pytest.approx(4.13, abs=0.01)
+
+
+def test_4bit_file_is_the_model_that_training_saw(trained: Path) -> None:
+    path = exported(trained, "4bit")
+    run, file = (load.load(str(p), Path("checkpoints"), TrackingConfig()) for p in (trained, path))
+    assert path.stat().st_size < 0.3 * sum(p.numel() * 4 for p in run.model.parameters())
+    losses = [load.validation_loss(loaded, run.config.dataset, 2) for loaded in (run, file)]
+    assert losses[0] == losses[1]
+    assert file.step == 6
+    for name in PROJECTIONS:
+        assert torch.equal(file.model.get_parameter(name), run.model.weight_view(name, run.model.get_parameter(name)))
+    greedy = generate.Sampling(temperature=0)
+    assert "".join(generate.write(file, "def ", 12, greedy)) == "".join(generate.write(run, "def ", 12, greedy))
+
+
+def test_commands_take_the_file_and_say_what_it_is(trained: Path) -> None:
+    result = run_cli("checkpoints", "export", str(trained), "--format", "4bit", *CONFIG)
+    path = trained.with_name("checkpoint_6.4bit.safetensors")
+    assert f"{path}: " in result.output
+    assert "nf4 with double-quantised scales" in result.output
+    of_run, of_file = (run_cli("evaluate", str(p), "--no-log", *CONFIG).output.splitlines()[-1] for p in (trained, path))
+    assert of_run == of_file
+    assert run_cli("generate", str(path), "--prompt", "def ", "--max-new-tokens", "3", *CONFIG).exit_code == 0
+    assert "whole" in run_cli("checkpoints", "verify", str(trained.parent), *CONFIG).output, (
+        "the file stands beside checkpoints and is none"
+    )
+
+
+def test_plain_file_holds_the_published_weights(trained: Path) -> None:
+    weights = load_file(exported(trained, "safetensors"))
+    own = torch.load(trained, weights_only=True)["model_state_dict"]
+    assert weights.keys() == own.keys()
+    assert all(torch.equal(weights[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "safetensors"])
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.999])
+def test_flipped_byte_is_refused(trained: Path, kind: str, where: float) -> None:
+    path = exported(trained, kind)
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        export.read(path)
+    result = run_cli("evaluate", str(path), *CONFIG)
+    assert result.exit_code == 2
+    assert "damaged" in result.output
+
+
+def test_file_that_is_cut_short_is_refused(trained: Path) -> None:
+    path = exported(trained, "4bit")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged, or not a safetensors file"):
+        export.read(path)
+
+
+def test_file_of_another_architecture_is_refused(trained: Path) -> None:
+    path = exported(trained, "safetensors")
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()[export.HEADER])
+    facts["config"]["model"]["n_embd"] = 32
+    header, tensors = json.dumps(facts), load_file(path)
+    save_file(tensors, path, metadata={export.HEADER: header, export.DIGEST: export._digest(header, tensors)})
+    with pytest.raises(CheckpointError, match="of another architecture than its configuration\n  decoder: "):
+        export.read(path)
+
+
+def test_foreign_and_missing_files_are_refused(tiny: Path, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    for name, message in (("foreign", "not exported by bdh-mlflow"), ("absent", "no such file")):
+        result = run_cli("generate", str(tmp_path / f"{name}.safetensors"), *CONFIG)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert "Traceback" not in result.output
+
+
+def test_run_that_was_not_trained_for_4bit_is_exported_with_a_word_of_warning(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    result = run_cli("checkpoints", "export", "latest", "--format", "4bit", *CONFIG)
+    assert result.exit_code == 0
+    assert "not trained for 4-bit weights" in result.output

@@ -1,0 +1,256 @@
+"""The blocked form against the definition: values, gradients, masks, memory."""
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bdh_mlflow import host
+from bdh_mlflow.model import (
+    blocked,
+    layer,
+)
+from bdh_mlflow.model.bdh import BDH, BDHConfig
+from bdh_mlflow.model.blocked import Plan
+from bdh_mlflow.model.layer import LayerWeights
+from tests.model.test_bdh import relative_error
+
+FP32 = 1e-5  # relative to the largest value: fp32 sums in another order
+FP64 = 1e-12
+NAMES = ("out", "x", "encoder", "encoder_v", "decoder")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_filled_with_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(batch: int, heads: int, tokens: int, width: int = 24, neurons: int = 30, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """x, encoder, encoder_v, decoder and the gradient of the output, at the scales of a real layer."""
+    made = torch.Generator().manual_seed(tokens + 7 * batch + 31 * heads)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=made, dtype=torch.float64)
+
+    x = layer.norm(random(batch, 1, tokens, width))
+    weights = (random(heads, width, neurons) * 0.1, random(heads, width, neurons) * 0.1, random(heads * neurons, width) * 0.1)
+    return tuple(t.to(dtype) for t in (x, *weights, random(batch, 1, tokens, width)))
+
+
+def results(given: tuple[Any, ...], run: Any) -> dict[str, Tensor]:
+    leaves = [t.clone().requires_grad_() for t in given[:4]]
+    table = layer.rope_table(0, leaves[0].shape[2], leaves[1].shape[2], CPU)
+    out = run(leaves[0], LayerWeights(*leaves[1:]), table)
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, given[4].to(out.dtype))), strict=True))
+
+
+def by_blocks(dropout: float = 0.0, dtype: torch.dtype | None = None, compiled: bool = False) -> Any:
+    def run(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
+        cut = blocked.plan(x.shape[0], x.shape[2], x.shape[3], weights.encoder.shape[2], CPU)
+        return blocked.blocked_layer(x, blocked.arrange(weights, dtype or x.dtype, cut), table, dropout, compiled=compiled)
+
+    return run
+
+
+def by_definition(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
+    return layer.reference_layer(x, weights, table, 0.0)
+
+
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative to the largest value; absolute where all are zero, as with one token, which attends to nothing."""
+    return {
+        name: relative_error(found[name].double(), exact.double()) if exact.any() else float(found[name].abs().max())
+        for name, exact in expected.items()
+    }
+
+
+PLANS = [None, Plan(2, 64, 64, 30), Plan(3, 64, 64, 4), Plan(1, 12, 4, 8), Plan(3, 6, 3, 30), Plan(2, 64, 16, 22)]
+"""Neurons in one block, in blocks that leave a shorter one, and texts in one chunk, in chunks of one span and of several."""
+
+
+@pytest.mark.parametrize("cut", PLANS, ids=str)
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 1, 1), (5, 3, 2), (1, 3, 33), (5, 1, 33)])
+def test_values_and_every_gradient_are_those_of_the_definition(
+    batch: int, heads: int, tokens: int, cut: Plan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cut is not None:
+        monkeypatch.setattr(blocked, "plan", lambda *args: cut)
+    given = inputs(batch, heads, tokens)
+    found = errors(results(given, by_blocks()), results(given, by_definition))
+    assert max(found.values()) < FP64, found
+
+
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 1, 511), (5, 3, 1000), (1, 3, 1000)])
+def test_lengths_that_divide_by_nothing_in_fp32(batch: int, heads: int, tokens: int) -> None:
+    """Against the definition in fp64. With D = 24 the longer ones go by chunks and a state."""
+    given = inputs(batch, heads, tokens)
+    assert (blocked.plan(batch, tokens, 24, 30, CPU).chunk < tokens) == (tokens > 4 * 24)
+    exact = results(given, by_definition)
+    found = errors(results(tuple(t.float() for t in given), by_blocks()), exact)
+    assert max(found.values()) < FP32, found
+
+
+@pytest.mark.parametrize("tokens", [64, 300, 512])
+def test_bfloat16_is_no_further_from_the_truth_than_the_published_form(tokens: int) -> None:
+    given = inputs(2, 2, tokens, width=64, neurons=256)
+    exact = results(given, by_definition)
+    single = tuple(t.float() for t in given)
+    with torch.autocast("cpu", torch.bfloat16):
+        published = results(single, by_definition)
+    ours = results(single, by_blocks(dtype=torch.bfloat16))
+
+    def distance(found: dict[str, Tensor], name: str) -> float:
+        return float((found[name].double() - exact[name]).norm() / exact[name].norm())
+
+    distances = {name: (distance(ours, name), distance(published, name)) for name in NAMES}
+    assert {name: pair for name, pair in distances.items() if not pair[0] <= 1.1 * pair[1]} == {}  # 1.1: two draws of rounding errors
+    assert distances["out"][0] < 0.006, distances  # bf16 has 8 bits: half a unit is 0.002
+
+
+@pytest.mark.parametrize("cut", [Plan(2, 9, 9, 8), Plan(1, 6, 3, 30)], ids=str)
+def test_dropout_is_the_same_mask_forward_and_backward(cut: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition, handed the mask in the published order."""
+    monkeypatch.setattr(blocked, "plan", lambda *args: cut)
+    given = inputs(3, 2, 9)
+    torch.manual_seed(5)
+    found = results(given, by_blocks(dropout=0.3))
+    torch.manual_seed(5)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    whole = torch.full((3, 2, 9, 30), torch.nan, dtype=torch.float64)
+    for block, head, rows in cut.blocks(3, 2):
+        for start, first in itertools.product(range(0, 9, cut.span), range(0, 30, cut.neurons)):
+            part = whole[rows, head, start : start + cut.span, first : first + cut.neurons]
+            mask = blocked.keep_mask(tuple(part.shape), 0.3, seed + (block * 9 + start) * 30 + first, part)
+            part.copy_(torch.stack(mask.chunk(2, -1), -1).flatten(-2))
+    assert 0.6 < (whole > 0).double().mean() < 0.8
+    assert set(whole.unique().tolist()) == {0.0, 1 / 0.7}
+    assert not torch.equal(whole[0], whole[1])
+    monkeypatch.setattr(layer.F, "dropout", lambda neurons, p: neurons * whole)
+    assert max(errors(found, results(given, by_definition)).values()) < FP64
+
+
+@pytest.mark.parametrize(("tokens", "cut"), [(5, Plan(2, 5, 5, 4)), (7, Plan(1, 4, 2, 6))], ids=str)
+def test_gradients_are_finite_differences(tokens: int, cut: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "plan", lambda *args: cut)
+    x, *weights, _ = inputs(2, 2, tokens, width=4, neurons=6)
+    table = layer.rope_table(0, tokens, 6, CPU)
+
+    def run(*leaves: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return by_blocks(dropout=0.2)(leaves[0], LayerWeights(*leaves[1:]), table)
+
+    assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in (x, *weights)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
+def test_fused_passes_give_the_same_values() -> None:
+    given = tuple(t.float() for t in inputs(2, 2, 40, neurons=64))
+    found = errors(results(given, by_blocks(compiled=True)), results(given, by_blocks()))
+    assert max(found.values()) < FP32, found
+
+
+def test_turns_made_span_by_span_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "plan", lambda *args: Plan(1, 12, 4, 8))
+    given = inputs(2, 2, 33)
+
+    def without_table(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
+        return blocked.blocked_layer(x, blocked.arrange(weights, x.dtype, blocked.plan()), None, 0.0)  # type: ignore[call-arg]
+
+    assert max(errors(results(given, without_table), results(given, by_definition)).values()) < FP64
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    x, *weights, _ = inputs(1, 1, 4)
+    x.requires_grad_()
+    out = by_blocks()(x, LayerWeights(*weights), layer.rope_table(0, 4, 30, CPU))
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_weights_and_texts_are_free_after_the_backward_pass() -> None:
+    x, *weights, grad = inputs(1, 1, 4)
+    arranged = blocked.arrange(LayerWeights(*(w.requires_grad_() for w in weights)), torch.float32, blocked.plan(1, 4, 24, 30, CPU))
+    copy = weakref.ref(arranged.compute[0])
+    out = blocked.blocked_layer(x, arranged, layer.rope_table(0, 4, 30, CPU), 0.0)
+    del arranged
+    assert copy() is not None
+    out.backward(grad)
+    assert copy() is None
+
+
+def test_activity_is_counted_as_in_the_definition() -> None:
+    torch.use_deterministic_algorithms(False)
+    network = BDH(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0)).eval()
+    idx = torch.randint(0, 256, (3, 300))
+    seen = []
+    for form in ("reference", "blocked"):
+        network.use(form)  # type: ignore[arg-type]
+        with torch.no_grad(), network.observed() as facts:
+            network(idx)
+        seen.append(facts)
+    assert seen[0] == pytest.approx(seen[1], abs=1e-4)
+    assert all(0 < seen[0][f"bdh/active_{name}_l1"] < 1 for name in ("x", "xy"))
+
+
+def test_curves_of_a_hundred_steps_are_those_of_the_definition() -> None:
+    """In fp64: in fp32 two orders of one sum come apart by more than the forms do."""
+    torch.use_deterministic_algorithms(False)
+    curves = []
+    for form in ("reference", "blocked"):
+        torch.manual_seed(0)
+        network = BDH(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0)).double()
+        network.use(form)  # type: ignore[arg-type]
+        optimizer, losses = torch.optim.AdamW(network.parameters(), lr=3e-3), []
+        for _ in range(100):
+            idx = torch.randint(97, 101, (2, 80)).cumsum(1) % 256
+            _, loss = network(idx[:, :-1], idx[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < 0.8 * curves[0][0]
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-8
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_no_tensor_holds_the_neurons_of_all_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(blocked.BLOCK_TOKENS, "cpu", 128)
+    given = inputs(4, 4, tokens, width=16, neurons=512, dtype=torch.float32)
+    with _Largest() as blocks:
+        results(given, by_blocks())
+    with _Largest() as definition:
+        results(given, by_definition)
+    assert definition.elements == 4 * 4 * tokens * 512
+    assert blocks.elements <= max(4 * 4 * tokens * 64, 256 * 512)  # scores of all heads and texts; neurons of one head for a block
+
+
+def test_long_texts_are_cut_where_a_state_is_cheaper_than_all_pairs() -> None:
+    assert blocked.plan(8, 1024, 256, 8192, CPU) == Plan(1, 1024, 1024, 1024)
+    assert blocked.plan(8, 1025, 256, 8192, CPU) == Plan(1, 1024, 256, 1024)
+    assert blocked.plan(8, 512, 256, 8192, CPU) == Plan(1, 512, 512, 2048)
+    assert blocked.plan(8, 128, 96, 384, CPU) == Plan(4, 128, 128, 384)
+    assert blocked.plan(64, 512, 256, 8192, torch.device("cuda")) == Plan(64, 512, 512, 8192)

@@ -1,0 +1,171 @@
+"""A study of real, tiny trainings: children of one run, pruned, cut off and taken up again."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from bdh_mlflow.errors import ConfigError, NonFiniteError
+from bdh_mlflow.studies import sweep
+from bdh_mlflow.studies.sweep import Space
+from bdh_mlflow.training import start
+from tests.conftest import run_cli
+from tests.training.test_endings import wait_until
+
+SPACE: dict[str, Any] = {
+    "study": "tiny",
+    "parameters": {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "model.n_layer": {"low": 1, "high": 2}},
+    "settings": {"training.max_iters": 6, "training.test_freq": 2, "training.checkpoint_freq": 2},
+}
+
+
+def written(tmp_path: Path, **changes: Any) -> str:
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump({**SPACE, **changes}))
+    return str(path)
+
+
+def swept(tiny: Path, tmp_path: Path, trials: int, **changes: Any) -> Any:
+    return run_cli("sweep", "--config", str(tiny), "--space", written(tmp_path, **changes), "--trials", str(trials))
+
+
+def children(store: MlflowClient) -> list[Any]:
+    runs = store.search_runs([store.get_experiment_by_name("bdh").experiment_id], order_by=["attributes.start_time ASC"])
+    return [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+
+
+def parent(store: MlflowClient) -> Any:
+    (run,) = store.search_runs([store.get_experiment_by_name("bdh").experiment_id], "tags.`bdh.sweep` = 'tiny'")
+    return run
+
+
+@pytest.mark.slow
+def test_trials_are_children_of_one_run_that_shows_what_was_found(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    result = swept(tiny, tmp_path, 3)
+    assert result.exit_code == 0, result.output
+    assert "3 complete, 0 pruned, 0 fail" in result.output
+    assert [run.info.run_name for run in children(store)] == ["trial 0", "trial 1", "trial 2"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children(store)} == {parent(store).info.run_id}
+    assert len({run.data.params["training.learning_rate"] for run in children(store)}) == 3
+    best = min(children(store), key=lambda run: run.data.metrics["val/loss"])
+    assert parent(store).data.tags["best.training.learning_rate"] == best.data.params["training.learning_rate"]
+    assert parent(store).info.status == "FINISHED"
+    assert f"-P training.learning_rate={best.data.params['training.learning_rate']}" in result.output
+    files = {f.path for f in store.list_artifacts(parent(store).info.run_id, "sweep")}
+    assert files == {f"sweep/{name}" for name in ("space.yaml", "trials.json", "importance.png", "parallel_coordinates.png")}
+    again = swept(tiny, tmp_path, 4)
+    assert "study tiny goes on: 3 trials so far" in again.output
+    assert len(children(store)) == 4
+    table = mlflow.artifacts.load_dict(f"{parent(store).info.artifact_uri}/sweep/trials.json")
+    assert [row[0] for row in table["data"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_hopeless_trial_is_pruned_and_diverged_one_has_failed(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep.optuna.Trial, "should_prune", lambda self: self.number == 1)
+    real = start.train
+
+    def diverging(config: Any, *rest: Any) -> Any:
+        if config.tracking.run_name == "trial 2":
+            raise NonFiniteError("update 1: loss nan")
+        return real(config, *rest)
+
+    monkeypatch.setattr(start, "train", diverging)
+    result = swept(tiny, tmp_path, 4)
+    assert result.exit_code == 0, result.output
+    assert "2 complete, 1 pruned, 1 fail" in result.output
+    pruned = children(store)[1]
+    assert (pruned.info.status, pruned.data.tags["bdh.stop_reason"], pruned.data.tags["bdh.stop_step"]) == ("KILLED", "pruned", "2")
+    assert children(store)[2].info.run_name == "trial 3"
+
+
+@pytest.mark.slow
+def test_killed_sweep_goes_on_with_the_trial_it_was_at(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    long = {"training.max_iters": 100_000, "training.test_freq": 50, "training.checkpoint_freq": 50}
+    space = written(tmp_path, settings=long)
+    command = [sys.executable, "-m", "bdh_mlflow", "sweep", "--config", str(tiny), "--space", space, "--trials", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    folder = Path("checkpoints/sweeps/tiny/trial_0")
+    wait_until(lambda: list(folder.glob("run_*/checkpoint_100.json")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    steps = max(int(p.stem.split("_")[1]) for p in folder.glob("run_*/checkpoint_*.json"))
+    study = Path("checkpoints/sweeps/tiny/study.log")
+    text_of = study.read_text()
+    study.write_text(text_of.replace("100000", str(steps + 20)))  # the same space, with an end in sight
+    result = swept(tiny, tmp_path, 2, settings={**long, "training.max_iters": steps + 20})
+    assert result.exit_code == 0, result.output
+    assert "trial 0 was cut off; it goes on as trial 1" in result.output
+    assert "2 complete, 0 pruned, 0 fail" in result.output
+    assert len(list(folder.glob("run_*"))) == 1
+    assert len(children(store)) == 2, "the trial that was cut off went on in its own run"
+
+
+@pytest.mark.slow
+def test_signal_ends_a_sweep_after_a_checkpoint(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweep._Judge.point
+
+    def interrupting(self: Any, values: Any, step: int) -> None:
+        real(self, values, step)
+        if step == 2 and "val/loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sweep._Judge, "point", interrupting)
+    result = swept(tiny, tmp_path, 2)
+    assert result.exit_code == 143, result.output
+    assert parent(store).info.status == "KILLED"
+    monkeypatch.setattr(sweep._Judge, "point", real)
+    again = swept(tiny, tmp_path, 1)
+    assert "trial 0 was cut off" in again.output
+    (run,) = children(store)
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": {"training.lerning_rate": {"low": 0, "high": 1}}}, "did you mean `learning_rate`?"),
+        ({"parameters": {"model.dropout": {"low": 0.0, "high": 1.5}}}, "model.dropout: found 1.5"),
+        ({"parameters": {"model.dropout": {"low": 0.5, "high": 0.1}}}, "model.dropout: low 0.5 is above high 0.1"),
+        ({"parameters": {"model.dropout": {"low": 0.5}}}, "needs choices, or low and high"),
+        ({"parameters": {"model.dropout": {"low": 0, "high": 1, "log": True}}}, "a log scale needs low above 0"),
+        ({"parameters": {}}, "parameters: Dictionary should have at least 1 item"),
+        ({"study": "a/b"}, "study: String should match pattern"),
+        ({"settings": {"training.max_iter": 3}}, "did you mean `max_iters`?"),
+        ({"settings": {"dataset.val_fraction": 0}}, "dataset.val_fraction: 0; trials are judged by val/loss"),
+        ({"tries": 3}, "tries: Extra inputs are not permitted"),
+    ],
+)
+def test_faulty_space_is_refused_before_anything_is_made(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    result = swept(tiny, tmp_path, 1, **changes)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not Path("checkpoints").exists()
+    assert store.get_experiment_by_name("bdh") is None
+
+
+def test_other_space_under_the_same_name_is_refused(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    assert swept(tiny, tmp_path, 1).exit_code == 0
+    result = swept(tiny, tmp_path, 2, parameters={"model.dropout": {"choices": [0.0, 0.1]}})
+    assert result.exit_code == 2
+    assert "holds one with another space; give this one another name" in result.output
+
+
+def test_shipped_space_is_sound() -> None:
+    space = Space.from_yaml(str(Path(__file__).parents[2] / "configs/sweep.yaml"))
+    assert space.parameters
+    with pytest.raises(ConfigError, match="no such file"):
+        Space.from_yaml("absent.yaml")

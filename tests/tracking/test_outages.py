@@ -1,0 +1,482 @@
+"""A real server that is slow, refuses, cuts connections, has a full disk, is stopped or killed: no point is lost, no training stops."""
+
+import itertools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import load_text
+
+from bdh_mlflow import checkpoint
+from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.text import Sample
+from bdh_mlflow.tracking import (
+    delivery,
+    journal,
+    locate,
+    mirror,
+    sync,
+)
+from scripts.relay import Answer, Relay
+from scripts.servers import Server, serving
+from tests.conftest import history, run_cli
+from tests.tracking.test_delivery import PROVENANCE, Told, quiet
+
+pytestmark = pytest.mark.slow
+LIMIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def shared(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(empty_store, tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def relay(shared: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
+    """In front of the shared server, with an experiment for this test."""
+    relay = Relay(shared.port)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name, value in (("FIRST_RETRY_S", 0.05), ("LAST_RETRY_S", 0.2)):
+        monkeypatch.setattr(delivery, name, value)
+    yield relay
+    relay.close()
+
+
+def posting(line: str) -> bool:
+    return line.startswith(("POST", "PUT", "PATCH"))
+
+
+def uploading(line: str) -> bool:
+    """Whether a request brings a checkpoint."""
+    return line.startswith("PUT") and line.split()[1].endswith(".pt")
+
+
+def first(count: int, answer: Answer, wanted: Callable[[str], bool] = posting) -> Callable[[str], Answer | None]:
+    """This answer to the first requests that are wanted."""
+    left = [answer] * count
+    return lambda line: left.pop() if left and wanted(line) else None
+
+
+def exactly_once(store: MlflowClient, run_id: str, steps: int) -> None:
+    assert history(store, run_id, "train/loss") == [(s, float(s)) for s in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_server_that_answers_with_an_error_gets_everything_later(shared: Server, relay: Relay, tmp_path: Path, status: int) -> None:
+    told = Told(tmp_path, training=f"{status}" * 8, experiment=f"answers {status}")
+    run_id = told.run_id
+    relay.trouble = first(4, Answer(status))
+    told.losses(*range(1, 200))
+    saved = told.save(199, 1.0)
+    told.losses(200)
+    assert told.close() == 0
+    exactly_once(shared.client, run_id, 200)
+    assert shared.client.get_run(run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
+    assert any("does not answer" in note for note in told.notes)
+
+
+def test_slow_server_gets_few_requests(shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "BATCH_INTERVAL_S", 1.0)
+    told = Told(tmp_path, experiment="slow")
+    run_id = told.run_id
+    relay.delay_s = 0.2
+    relay.requests.clear()
+    started = time.monotonic()
+    for step in range(1, 301):
+        told.losses(step)
+        time.sleep(0.01)
+    told.close()
+    batches = [line for line in relay.requests if "log-batch" in line]
+    assert len(batches) <= 3 + (time.monotonic() - started)
+    exactly_once(shared.client, run_id, 300)
+
+
+def test_any_request_whose_answer_is_lost_may_be_made_again(
+    shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server leaves it that is killed after the work and before the word: each request of a training, a few at a time."""
+    for name, value in (("BATCH_INTERVAL_S", 0.01), ("FIRST_RETRY_S", 0.01)):
+        monkeypatch.setattr(delivery, name, value)
+    lost = list[str]()
+    for number in itertools.count():
+        before = len(lost)
+        relay.trouble = losing(lost)
+        told = Told(tmp_path / str(number), training=f"{number:032}", experiment="answers lost")
+        told.tracker.params({"seed": 1})
+        told.tracker.dataset("text (validation)", "d" * 32, "/data", {}, "validation")
+        told.losses(1)
+        told.tracker.metrics({"val/loss": 2.0, "val/bpb": 3.0}, 1)
+        told.tracker.samples([Sample("a", "b")], 1)
+        told.save(1, 2.0)
+        assert told.close() == 0, (number, told.notes)
+        whole(shared.client, told, number)
+        if len(lost) == before:
+            break
+    for request in ("runs/create", "log-batch", "log-inputs", "logged-models ", "runs/outputs", ".pt ", ".json ", "samples/step_1.txt"):
+        assert any(request in line for line in lost), (request, lost)
+
+
+def losing(lost: list[str]) -> Callable[[str], Answer | None]:
+    """No answer to three requests that change something.   lost: those that lost theirs before, as (kind, how often in one training).
+
+    By kind, not by place: which points share a request, and so how many requests there are, is a matter of milliseconds.
+    """
+    seen = Counter[str]()
+    left = 3
+
+    def trouble(line: str) -> Answer | None:
+        nonlocal left
+        if not posting(line):
+            return None
+        kind = re.sub("[0-9a-f]{32}|[0-9_]{15,}", "*", line)
+        seen[kind] += 1
+        if not left or (request := f"{kind} {seen[kind]}") in lost:
+            return None
+        left -= 1
+        lost.append(request)
+        return Answer(lost=True)
+
+    return trouble
+
+
+@pytest.mark.parametrize(
+    ("answer", "request_", "kept"),
+    [
+        (Answer(lost=True), "logged-models/m-", {2}),
+        (Answer(lost=True), "logged-models/search", {2}),
+        (Answer(403), "logged-models/m-", {1, 2}),
+    ],
+)
+def test_pruning_is_done_again_or_given_up_but_holds_nothing_up(
+    shared: Server, relay: Relay, tmp_path: Path, answer: Answer, request_: str, kept: set[int]
+) -> None:
+    told = Told(tmp_path, experiment="prunes", training=f"{answer.status:03}{request_}".rjust(32), keep=1)
+    told.save(1, 2.0)
+    pointed = f"checkpoints/{told.directory.path.name}/checkpoint_1.pt"
+    wait_for(lambda: shared.client.get_run(told.run_id).data.tags.get("bdh.latest_checkpoint") == pointed)
+    relay.requests.clear()
+    refuses = answer.status != 0
+    relay.trouble = first(9 if refuses else 1, answer, lambda line: request_ in line and (line.startswith("DELETE") or "search" in line))
+    told.save(2, 1.0)
+    assert told.close() == 0, told.notes
+    files = {Path(f.path).name for f in shared.client.list_artifacts(told.run_id, f"checkpoints/{told.directory.path.name}")}
+    assert {f"checkpoint_{step}.pt" for step in kept} == {name for name in files if name.endswith(".pt")}
+    assert sum("stays in the mirror" in note for note in told.notes) == int(refuses)
+
+
+def whole(store: MlflowClient, told: Told, number: int) -> None:
+    """The training of the test above is there, each thing once."""
+    runs = store.search_runs([store.get_run(told.run_id).info.experiment_id], f"tags.`bdh.training` = '{number:032}'")
+    assert [run.info.run_id for run in runs] == [told.run_id], number
+    (run,) = runs
+    assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "1"}), number
+    for key, value in (("train/loss", 1.0), ("val/loss", 2.0), ("val/bpb", 3.0)):
+        assert history(store, told.run_id, key) == [(1, value)], (number, key)
+    folder = f"checkpoints/{told.directory.path.name}"
+    assert run.data.tags["bdh.latest_checkpoint"] == run.data.tags["bdh.best_checkpoint"] == f"{folder}/checkpoint_1.pt", number
+    files = {Path(f.path).name for f in store.list_artifacts(told.run_id, folder)}
+    assert files == {"config.yaml", "checkpoint_1.json", "checkpoint_1.pt"}, number
+    models = store.search_logged_models([run.info.experiment_id], f"source_run_id = '{told.run_id}'")
+    assert [(m.name, str(m.status)) for m in models] == [("bdh-step-1", "READY")], number
+    assert {(m.key, m.value) for m in models[0].metrics or []} == {("val/loss", 2.0), ("val/bpb", 3.0)}, number
+    assert len(run.inputs.dataset_inputs) == 1, number
+    rows = json.loads(load_text(f"runs:/{told.run_id}/samples.json"))["data"]
+    assert [row[0] for row in rows] == [1], number
+
+
+def test_upload_that_is_cut_off_is_made_again_and_verified(shared: Server, relay: Relay, tmp_path: Path) -> None:
+    told = Told(tmp_path, experiment="cut")
+    run_id = told.run_id
+    relay.trouble = first(2, Answer(cut_after=200_000), uploading)
+    large(told)
+    told.losses(1)
+    assert told.close() == 0
+    exactly_once(shared.client, run_id, 1)
+    result = run_cli("checkpoints", "verify", run_id, "--config", str(written_config(tmp_path)))
+    assert (result.exit_code, "1 whole, 0 not" in result.output) == (0, True), result.output
+
+
+def test_upload_is_not_held_back_once_training_is_over(
+    shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "SAME_HOST_UPLOAD_BYTES_PER_S", 100.0)  # hours
+    told = Told(tmp_path, experiment="paced")
+    saved = large(told)
+    pointed = "bdh.latest_checkpoint"
+    wait_for(lambda: any(uploading(line) for line in relay.requests))
+    time.sleep(0.5)
+    assert pointed not in shared.client.get_run(told.run_id).data.tags
+    assert told.close() == 0
+    assert shared.client.get_run(told.run_id).data.tags[pointed] == saved.manifest.artifact_path
+
+
+def large(told: Told) -> Checkpoint:
+    """A checkpoint of 2 MB, handed over."""
+    weights = {"encoder": torch.randn(500_000)}
+    saved = told.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": weights}, PROVENANCE, None)
+    told.tracker.checkpoint(saved.path, 1)
+    return saved
+
+
+def written_config(tmp_path: Path) -> Path:
+    path = tmp_path / "any.yaml"
+    path.write_text("{}")
+    return path
+
+
+def test_upload_that_a_proxy_refuses_is_named_with_what_helps_and_kept_for_sync(
+    shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "LARGE_BYTES", 1)
+    relay.trouble = lambda line: Answer(413) if uploading(line) else None
+    told = Told(tmp_path, experiment="refuses")
+    run_id = told.run_id
+    saved = told.save(1)
+    told.losses(1)
+    assert told.close() == 1
+    text = "\n".join(told.notes)
+    assert "client_max_body_size" in text
+    assert "checkpoint_1.pt was refused and stays here" in text
+    assert shared.client.get_run(run_id).info.status == "FINISHED"
+    assert "bdh.latest_checkpoint" not in shared.client.get_run(run_id).data.tags
+    relay.trouble = lambda line: None
+    assert sync.sync(told.directory.path, None, quiet).left == 0
+    assert shared.client.get_run(run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
+
+
+def test_server_with_a_full_disk_gets_the_checkpoint_when_there_is_room(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of its files stands for the disk: the same error at the same place in the real server."""
+    monkeypatch.setattr(delivery, "FIRST_RETRY_S", 0.05)
+    with serving(empty_store, tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        told = Told(tmp_path)
+        run_id = told.run_id
+        size = 3_000_000
+        server.limit_files(size)
+        told.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": {"w": torch.randn(size)}}, PROVENANCE, None)
+        told.tracker.checkpoint(told.directory.path / "checkpoint_1.pt", 1)
+        told.losses(*range(1, 50))
+        wait_for(lambda: "does not answer" in "".join(told.notes))
+        wait_for(lambda: len(history(server.client, run_id, "train/loss")) == 49)  # points do not wait behind the file
+        server.limit_files(resource.RLIM_INFINITY)
+        assert told.close() == 0
+        exactly_once(server.client, run_id, 49)
+        assert server.client.get_run(run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_1.pt")
+
+
+def wait_for(found: Callable[[], Any]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not found():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_server_that_is_stopped_and_goes_on_misses_nothing(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(empty_store, tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        told = Told(tmp_path)
+        run_id = told.run_id
+        told.losses(*range(1, 11))
+        server.signal(signal.SIGSTOP)
+        told.losses(*range(11, 21))
+        time.sleep(0.5)
+        server.signal(signal.SIGCONT)
+        assert told.close() == 0
+        exactly_once(server.client, run_id, 20)
+
+
+@dataclass
+class Program:
+    """`bdh-mlflow train` as a process, with its sender as another."""
+
+    process: subprocess.Popen[str]
+
+    def end(self) -> str:
+        return self.process.communicate(timeout=LIMIT_S)[0]
+
+    def senders(self) -> list[int]:
+        """Process ids; each thread has the children that it started."""
+        lists = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")]
+        return [int(pid) for line in lists for pid in line.split() if "delivery" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    def kill_all(self) -> None:
+        """The trainer and its sender, as a power switch would."""
+        for pid in (*self.senders(), self.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def program(tiny: Path, *settings: str, resume: str = "none") -> Program:
+    words = [w for s in settings for w in ("--set", s)]
+    command = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(tiny), "--resume", resume, *words]
+    return Program(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+def test_training_begins_and_ends_without_a_server_and_sync_delivers_the_whole(
+    empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with serving(empty_store, tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        server.signal(signal.SIGKILL)
+        output = program(tiny, "tracking.log_system_metrics=true").end()
+        assert f"MLflow: {server.uri} does not answer; training goes on" in output
+        assert "Finished at step 6" in output
+        (folder,) = checkpoint.list_all(Path("checkpoints"))
+        assert f"Deliver: bdh-mlflow sync {folder}" in output
+        again = program(tiny, "training.max_iters=9", resume="latest").end()  # goes on without having had a run id
+        assert "Finished at step 9" in again
+        down = run_cli("sync", str(folder))
+        assert down.exit_code == 1
+        assert "records left; try again" in down.output
+        server.start()
+        up = run_cli("sync", str(folder))
+        assert up.exit_code == 0, up.output
+        second = run_cli("sync", "--config", str(tiny))
+        assert f"{folder}: 0 records delivered, 0 left" in second.output
+        experiment = server.client.get_experiment_by_name("bdh")
+        assert experiment is not None
+        (run,) = server.client.search_runs([experiment.experiment_id])
+        assert [s for s, _ in history(server.client, run.info.run_id, "train/loss")] == list(range(1, 10))
+        assert (run.info.status, run.data.tags["bdh.stop_step"], run.data.tags["bdh.segment"]) == ("FINISHED", "9", "2")
+        assert run.data.params["training.max_iters"] == "6"
+        assert run.data.tags["bdh.latest_checkpoint"].endswith("checkpoint_9.pt")
+        verified = run_cli("checkpoints", "verify", run.info.run_id, "--config", str(tiny))
+        assert "3 whole, 0 not" in verified.output
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_end_without_a_server_is_not_held_up_and_a_signal_still_saves(
+    empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    """That it ends at all is asserted; how soon is measured by benchmarks/tracking.py."""
+    with serving(empty_store, tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        trained = program(tiny, "training.max_iters=1000000", "training.checkpoint_freq=1000000", "training.test_freq=1000000")
+        wait_for(lambda: losses_on(server))
+        server.signal(how)
+        trained.process.terminate()
+        output = trained.end()
+        assert trained.process.returncode == 143, output
+        assert "Deliver: bdh-mlflow sync" in output
+        (folder,) = checkpoint.list_all(Path("checkpoints"))
+        newest, _ = checkpoint.newest(folder)
+        assert newest is not None
+        assert f"Stopped by SIGTERM at step {newest.manifest.step}" in output
+        server.signal(signal.SIGCONT) if how == signal.SIGSTOP else server.start()
+        assert sync.sync(folder, None, quiet).left == 0
+        run = the_run(server)
+        assert run.info.status == "KILLED"
+        assert [s for s, _ in history(server.client, run.info.run_id, "train/loss")] == list(range(1, newest.manifest.step + 1))
+
+
+def the_run(server: Server) -> Any:
+    experiment = server.client.get_experiment_by_name("bdh")
+    runs = server.client.search_runs([experiment.experiment_id]) if experiment else []
+    assert len(runs) < 2
+    return runs[0] if runs else None
+
+
+def losses_on(server: Server) -> list[tuple[int, float]]:
+    run = the_run(server)
+    return history(server.client, run.info.run_id, "train/loss") if run else []
+
+
+def test_kills_of_everything_with_the_server_down_half_of_the_time_lose_nothing(
+    empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kills here; benchmarks/outages.py makes twenty at random moments."""
+    settings = ("training.max_iters=1000000", "training.checkpoint_freq=25", "training.test_freq=1000000")
+    with serving(empty_store, tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        for number, down in enumerate((False, True)):
+            if down:
+                server.signal(signal.SIGKILL)
+            trained = program(tiny, *settings, resume="latest" if number else "none")
+            reached = 60 * (number + 1)
+            wait_for(
+                lambda reached=reached: any(
+                    (d / f"checkpoint_{reached // 25 * 25}.json").is_file() for d in checkpoint.list_all(Path("checkpoints"))
+                )
+            )
+            trained.kill_all()
+        server.start()
+        (folder,) = checkpoint.list_all(Path("checkpoints"))
+        assert sync.sync(folder, None, quiet).left == 0
+        journalled = {
+            (key, record.fields["step"])
+            for record in journal.read(folder)
+            if record.kind == "points"
+            for key in record.fields["values"]
+            if not key.startswith(("by_tokens/", "system/", "tracker/"))
+        }
+        run = the_run(server)
+        there = Counter(
+            (key, m.step)
+            for key in run.data.metrics
+            if not key.startswith(("by_tokens/", "system/", "tracker/"))
+            for m in server.client.get_metric_history(run.info.run_id, key)
+        )
+        assert {point for point, times in there.items() if times > 1} == set()
+        assert journalled <= set(there)
+        assert {key for key, _ in set(there) - journalled} <= {"resume/replay_max_abs_diff", "ckpt/upload_s"}
+        assert (run.info.status, run.data.tags["bdh.stop_reason"]) == ("KILLED", "killed")
+        assert {m.value for m in server.client.get_metric_history(run.info.run_id, "resume/replay_max_abs_diff")} <= {0.0}
+        rows = json.loads(Path(server.client.download_artifacts(run.info.run_id, "segments.json", str(tmp_path))).read_text())
+        assert [row["reason"] for row in rows] == ["killed", "killed"]
+
+
+def test_sender_outlives_a_killed_trainer_and_ends_the_run(
+    empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    trained = program(tiny, "training.max_iters=1000000", "training.checkpoint_freq=1000000", "training.test_freq=1000000")
+    wait_for(lambda: (e := client.get_experiment_by_name("bdh")) and (r := client.search_runs([e.experiment_id])) and r[0].data.metrics)
+    trained.process.kill()
+    trained.process.communicate()
+    (folder,) = checkpoint.pending(Path("checkpoints"))
+    told = max(r.fields["step"] for r in journal.read(folder) if r.kind == "points")
+    experiment = client.get_experiment_by_name("bdh")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    wait_for(lambda: client.get_run(run.info.run_id).info.status == "KILLED")
+    assert [s for s, _ in history(client, run.info.run_id, "train/loss")] == list(range(1, told + 1))
+    assert run_cli("sync", str(folder)).exit_code == 0
+    assert checkpoint.pending(Path("checkpoints")) == []
+
+
+def test_sender_that_is_killed_is_replaced(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    trained = program(tiny, "training.max_iters=1000000", "training.checkpoint_freq=1000000", "training.test_freq=1000000")
+    wait_for(lambda: (e := store.get_experiment_by_name("bdh")) and (r := store.search_runs([e.experiment_id])) and r[0].data.metrics)
+    (sender,) = trained.senders()
+    os.kill(sender, signal.SIGKILL)
+    wait_for(lambda: any(pid != sender for pid in trained.senders()))
+    trained.process.terminate()
+    output = trained.end()
+    assert trained.process.returncode == 143, output
+    assert "wait for the tracking server" not in output
+    (folder,) = checkpoint.list_all(Path("checkpoints"))
+    state = journal.delivered(folder)
+    assert state is not None
+    assert state.points == state.files == (folder / journal.FILE_NAME).stat().st_size
+    tracking = TrackingConfig()
+    assert len(locate.search(tracking, state.run_id, best=False)) == 1
