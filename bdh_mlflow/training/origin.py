@@ -38,7 +38,7 @@ class Origin:
     """
 
     kind: Literal["fresh", "resumed", "forked", "warm"]
-    found: locate.Found | None = None
+    found: locate.ResolvedCheckpoint | None = None
     saved: Config | None = None
 
     @property
@@ -76,7 +76,7 @@ def find_origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: 
         if fork:
             raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")
         return Origin("fresh")
-    found = locate.find(target, checkpoint_dir, config.tracking)
+    found = locate.Locator(checkpoint_dir, config.tracking).find(target)
     for note in found.notes:
         progress.note(f"passed over {note}")
     if found.checkpoint is None:

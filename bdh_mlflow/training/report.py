@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance
@@ -22,41 +21,41 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import journal, store, tracker
-from bdh_mlflow.tracking.tracker import Tracker
+from bdh_mlflow.tracking.records import Segment
+from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
 from bdh_mlflow.training.origin import Origin
 
 
-def segment_of(config: Config, origin: Origin, door: store.StoreStatus, folder: Path, device: str) -> dict[str, Any]:
+def segment_of(config: Config, origin: Origin, door: store.StoreStatus, folder: Path, device: str) -> Segment:
     """What the sender must know of this process to find or make its run, and what `segments.json` says of it."""
-    earlier = [r.fields for r in journal.read(folder) if r.kind == "segment"]
+    with journal.reading(folder) as reader:
+        earlier = reader.index.segments if reader else []
     tags = door.run.data.tags if door.run else {}
     saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
-    number = 1 + max(saved, int(tags.get("bdh.segment", 0)), earlier[-1]["number"] if earlier else 0)
-    training = earlier[0]["training"] if earlier else tags.get("bdh.training", uuid.uuid4().hex)
     audit = list(tracker.REPLAYED)
     if origin.saved:  # a mean over other spans is another number
         for key, metric in (("log_freq", "train/loss"), ("test_iters", "val/loss")):
             if getattr(origin.saved.training, key) != getattr(config.training, key):
                 audit.remove(metric)
-    return {
-        "number": number,
-        "training": training,
-        "continues": origin.run_id if origin.kind == "resumed" else None,
-        "wrapper": os.environ.get("MLFLOW_RUN_ID"),
-        "experiment": config.tracking.experiment,
-        "run_name": config.tracking.run_name,
-        "user": os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
-        "tracking_uri": redact.masked(door.tracking_uri),
-        "mirror": config.tracking.mirror_checkpoints,
-        "keep": config.training.keep_checkpoints,
-        "audit": audit,
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "device": device,
-        "versions": versions(),
-        "started_at_ms": int(time.time() * 1000),
-        "first_step": origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
-    }
+    return Segment(
+        number=1 + max(saved, int(tags.get("bdh.segment", 0)), earlier[-1].number if earlier else 0),
+        training=earlier[0].training if earlier else tags.get("bdh.training", uuid.uuid4().hex),
+        continues=origin.run_id if origin.kind == "resumed" else None,
+        wrapper=os.environ.get("MLFLOW_RUN_ID"),
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name,
+        user=os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        tracking_uri=redact.masked(door.tracking_uri),
+        mirror=config.tracking.mirror_checkpoints,
+        keep=config.training.keep_checkpoints,
+        audit=audit,
+        host=platform.node(),
+        pid=os.getpid(),
+        device=device,
+        versions=versions(),
+        started_at_ms=int(time.time() * 1000),
+        first_step=origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
+    )
 
 
 def introduce(
@@ -95,9 +94,12 @@ def introduce(
     if patch:
         tracker.text(patch, "code/uncommitted.patch")
     profile = {"num_rows": text.rows, "files": len(text.files), "bytes": text.bytes, "val_fraction": text.val_fraction}
-    tracker.dataset(text.root.name, text.digest, str(text.root.absolute()), profile, "training")
+    names = {"training": text.root.name}
     if text.val_fraction:  # under a name of its own: a run lists a dataset of one name and digest once
-        tracker.dataset(f"{text.root.name} (validation)", text.digest, str(text.root.absolute()), profile, "validation")
+        names["validation"] = f"{text.root.name} (validation)"
+    for context, name in names.items():
+        folder = str(text.root.absolute())
+        tracker.dataset(DatasetFacts(name=name, digest=text.digest, folder=folder, profile=profile, context=context))
 
 
 def headline(

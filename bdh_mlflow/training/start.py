@@ -28,7 +28,8 @@ from bdh_mlflow.tracking import (
     system_metrics,
 )
 from bdh_mlflow.tracking.records import RunIdentity
-from bdh_mlflow.tracking.tracker import ATTACH_S, Tracker
+from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training import optim
 from bdh_mlflow.training.build import build_batches, build_network, build_sampler, open_text, shown
 from bdh_mlflow.training.origin import find_origin, load_warm, position_of, run_directory
@@ -54,10 +55,13 @@ class Outcome:
     experiment: str
 
 
-def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool = False) -> Outcome:
+def train(
+    config: Config, progress: Progress, stop: StopRequest, *, fork: bool = False, make_sender: MakeSender = SubprocessSender
+) -> Outcome:
     """Train as configured, to the end or a signal.   Raises a BdhError for whatever else ends it.
 
-    fork: begin a new run from the checkpoint named by resume_from_checkpoint; settings may then differ from its own.
+    fork: begin a new run from the checkpoint named by resume_from_checkpoint; settings may then differ from its own.   make_sender:
+    where the sender runs.
     """
     device = precision.pick_device()
     checkpoint_dir = Path(config.training.checkpoint_dir)
@@ -85,11 +89,11 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     with contextlib.closing(run_dir):
         segment = segment_of(config, origin, door, run_dir.folder, facts["bdh.device"])
         try:
-            tracker = Tracker(lambda: run_dir.folder, door.tracking_uri, segment, progress.note)
+            tracker = Tracker(lambda: run_dir.folder, door.tracking_uri, segment, progress.note, make_sender)
         except BaseException:
             run_dir.discard()
             raise
-        provenance = Provenance(None, segment["number"], commit, dirty, config.digest(), text.digest, versions())
+        provenance = Provenance(None, segment.number, commit, dirty, config.digest(), text.digest, versions())
         with report_ending(tracker, stop, run_dir) as told:
             try:
                 tracker.wait(ATTACH_S if door.reachable else 0)
@@ -97,10 +101,8 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
                 told.refused = True
                 raise
             introduce(tracker, config, text, facts, provenance, patch, origin)
-            progress.note(headline(network, config, text, facts, tracker, door, origin, segment["number"]))
-            writer = BackgroundWriter(
-                _save_into(run_dir, tracker, provenance, config, segment["continues"] or segment["wrapper"], progress.note)
-            )
+            progress.note(headline(network, config, text, facts, tracker, door, origin, segment.number))
+            writer = BackgroundWriter(_save_into(run_dir, tracker, provenance, config, segment.continues or segment.wrapper, progress.note))
             parts = Parts(
                 model=network,
                 optimizer=optimizer,
@@ -219,7 +221,8 @@ def _system_metrics(config: Config, tracker: Tracker, folder: Path, door: store.
         note(f"no system metrics: {missing}")
         yield
         return
-    first = next((r.fields["started_at_ms"] for r in journal.read(folder) if r.kind == "segment"), None)
+    with journal.reading(folder) as reader:
+        first = reader.index.segments[0].started_at_ms if reader and reader.index.segments else None
     if door.run is not None:
         first = min(first or door.run.info.start_time, door.run.info.start_time)
     samples = system_metrics.SystemMetrics(tracker.metrics, (first or 1000 * time.time()) / 1000)
