@@ -1,12 +1,12 @@
 """What a run is: every setting, its default, its meaning and its limits, settled before anything is built."""
 
 from bdh_mlflow.config.config import (
-    CLASHES,
+    INCOMPATIBLE,
     BDHConfig,
     Check,
-    Clash,
     Config,
     Difference,
+    Incompatibility,
     changes_trajectory,
 )
 from bdh_mlflow.config.messages import Problem, documentation
@@ -17,28 +17,32 @@ from bdh_mlflow.config.settings import (
     Fp8Config,
     LowPrecisionConfig,
     ModelConfig,
+    Role,
     SchedulerConfig,
     TrackingConfig,
     TrainingConfig,
+    role_of,
 )
 
 __all__ = [
-    "CLASHES",
+    "INCOMPATIBLE",
     "SECTIONS",
     "BDHConfig",
     "Check",
-    "Clash",
     "Config",
     "DataLoaderConfig",
     "DatasetConfig",
     "Difference",
     "Fp8Config",
+    "Incompatibility",
     "LowPrecisionConfig",
     "ModelConfig",
     "Problem",
+    "Role",
     "SchedulerConfig",
     "TrackingConfig",
     "TrainingConfig",
     "changes_trajectory",
     "documentation",
+    "role_of",
 ]

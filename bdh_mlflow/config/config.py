@@ -1,8 +1,8 @@
-"""What a run is: every setting, its default, its meaning and its limits, settled before anything is built.
+"""What a run is: every setting with its value, settled before anything is built.
 
-Sections are frozen dataclasses validated by pydantic; YAML and `section.key=value` overrides go in, one resolved `Config` comes out, and
-every problem is reported at once with its path, what was found, what is accepted and the nearest known name. Knows neither torch nor
-mlflow: what this machine can do is checked by callers who pass their own `checks` to `Config.from_yaml`.
+YAML and `section.key=value` overrides go in, one `Config` comes out, and every problem is reported at once with its path, what was found,
+what is accepted and the nearest known name. Knows neither torch nor mlflow: what this machine can do is checked by callers who pass their
+own `checks` to `Config.from_yaml`, and `resolve` settles what is left to it.
 """
 
 import dataclasses
@@ -20,16 +20,17 @@ from pydantic.dataclasses import dataclass
 from bdh_mlflow.config.messages import Problem, explain, yaml_scalar
 from bdh_mlflow.config.reading import read_yaml, with_overrides
 from bdh_mlflow.config.settings import (
-    HARMLESS,
     SECTIONS,
     DataLoaderConfig,
     DatasetConfig,
     Fp8Config,
     LowPrecisionConfig,
     ModelConfig,
+    Role,
     SchedulerConfig,
     TrackingConfig,
     TrainingConfig,
+    role_of,
 )
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
@@ -44,8 +45,8 @@ class Difference(NamedTuple):
     after: Any
 
 
-class Clash(NamedTuple):
-    """Two settings that cannot both be carried out: the second is reported with what to do."""
+class Incompatibility(NamedTuple):
+    """A value of one setting and values of another that exclude each other; `other` is reported, with the remedy."""
 
     key: str
     value: Any
@@ -54,13 +55,21 @@ class Clash(NamedTuple):
     remedy: str
 
 
-CLASHES = (
-    Clash("low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"),
-    Clash("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
-    Clash("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
-    Clash("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
-    Clash("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
-    Clash(
+INCOMPATIBLE = (
+    Incompatibility(
+        "low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"
+    ),
+    Incompatibility(
+        "low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"
+    ),
+    Incompatibility("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
+    Incompatibility(
+        "low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"
+    ),
+    Incompatibility(
+        "fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"
+    ),
+    Incompatibility(
         "low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"
     ),
 )
@@ -165,15 +174,15 @@ class BDHConfig:
 def changes_trajectory(difference: Difference, config: Config) -> bool:
     """Whether a resumed run with this difference would no longer follow the run it continues.
 
-    A plateau schedule listens to the evaluations, so there their cadence and size matter too.
+    A plateau schedule depends on the evaluations, so there their cadence and size matter too.
     """
     if config.scheduler.type == "plateau" and difference.key in ("training.test_freq", "training.test_iters"):
         return True
-    return difference.key not in HARMLESS and not difference.key.startswith("tracking.tags.")
+    return role_of(difference.key) is not Role.FREE
 
 
 def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> Config:
-    """A configuration from the sound part of the tree; each unsound setting becomes a problem and keeps its default."""
+    """A configuration from the valid part of the tree; each invalid setting becomes a problem and keeps its default."""
     sections = {}
     for name, section in SECTIONS.items():
         values = dict(tree.get(name, {}))
@@ -185,7 +194,7 @@ def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> C
             sections[name] = adapter.validate_python(values)
         except ValidationError as error:
             for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
-                problems.append(Problem(f"{name}.{key}", explain(section, key, values[key])))
+                problems.append(Problem(f"{name}.{key}", explain(name, key, values[key])))
                 del values[key]
             sections[name] = adapter.validate_python(values)
     return Config(**sections)
@@ -210,10 +219,10 @@ def _consistency(config: Config) -> Iterable[Problem]:
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
     settings = config.flat()
-    for clash in CLASHES:
-        if settings[clash.key] == clash.value and settings[clash.other] in clash.values:
-            found = f"{yaml_scalar(settings[clash.other])} with {clash.key} {yaml_scalar(clash.value)}"
-            yield Problem(clash.other, f"{found} cannot be had: {clash.remedy}")
+    for pair in INCOMPATIBLE:
+        if settings[pair.key] == pair.value and settings[pair.other] in pair.values:
+            found = yaml_scalar(settings[pair.other])
+            yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
     uri = config.tracking.tracking_uri
     if uri and masked(uri) != uri:
         yield Problem(

@@ -4,7 +4,6 @@ The order is that of trust: what can be refused is refused first (configuration,
 then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,21 +11,13 @@ from typing import Any, Literal
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Manifest, RunDirectory
-from bdh_mlflow.config import Config, ModelConfig, changes_trajectory
+from bdh_mlflow.config import Config, Role, changes_trajectory, role_of
 from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import locate
 from bdh_mlflow.training.trainer import Progress
-
-SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"} | {
-    "low_precision.optimizer_bits",
-    "low_precision.use_4bit_optimizer",
-}
-"""Settings that weights and optimizer states depend on; even a fork cannot change them."""
-ORDER = frozenset({"training.seed", "training.block_size", "dataset.max_cached_files", "dataset.text_column", "dataset.val_fraction"})
-"""Settings that a position in the data depends on."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +77,10 @@ def find_origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: 
     saved = Config.from_dict(settings, origin=f"{found.path} (its configuration)").resolved()
     changes = [d for d in saved.differences(config.resolved(None if fork else saved)) if changes_trajectory(d, saved)]
     if fork:
-        changes = [d for d in changes if d.key in SHAPES]
+        changes = [d for d in changes if role_of(d.key) is Role.SHAPE]
     if changes:
         lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
-        shapes = " Shapes are fixed for the life of a run." if any(d.key in SHAPES for d in changes) else ""
+        shapes = " Shapes are fixed for the life of a run." if any(role_of(d.key) is Role.SHAPE for d in changes) else ""
         ways = "start a new run" if shapes else "begin a new run from this checkpoint with --fork"
         raise ResumeError(
             "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
@@ -110,7 +101,7 @@ def position_of(origin: Origin, config: Config, text: ParquetText, progress: Pro
             f"(digest {text.digest[:12]}, was {origin.manifest.data_digest[:12]}). "
             f"Restore it, or begin a new run from the checkpoint with --fork"
         )
-    if same_data and not any(d.key in ORDER for d in origin.saved.differences(config)):
+    if same_data and not any(role_of(d.key) is Role.ORDER for d in origin.saved.differences(config)):
         return position
     progress.note("fork: other data or another order of it, so it is read from its beginning")
     return None

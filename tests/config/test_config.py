@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bdh_mlflow.config import SECTIONS, BDHConfig, Config, Difference, Problem, changes_trajectory, documentation
-from bdh_mlflow.config.settings import HARMLESS
+from bdh_mlflow.config import BDHConfig, Config, Difference, Problem, Role, changes_trajectory, documentation, role_of
 from bdh_mlflow.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -242,9 +241,34 @@ def test_evaluation_cadence_matters_to_a_plateau_schedule_only() -> None:
     assert changes_trajectory(difference, Config.from_dict({"scheduler": {"type": "plateau"}}))
 
 
-def test_harmless_settings_exist() -> None:
-    assert {key for key in HARMLESS if key not in Config().flat()} == set()
-    assert set(SECTIONS) == set(DEFAULTS)
+def keys_of(role: Role) -> set[str]:
+    return {f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys if role_of(f"{section}.{key}") is role}
+
+
+def test_setting_says_whether_a_resume_may_change_it() -> None:
+    assert keys_of(Role.SHAPE) == {
+        "model.n_embd",
+        "model.n_head",
+        "model.mlp_internal_dim_multiplier",
+        "model.vocab_size",
+        "low_precision.use_4bit_optimizer",
+        "low_precision.optimizer_bits",
+    }
+    assert keys_of(Role.ORDER) == {
+        "training.block_size",
+        "training.seed",
+        "dataset.text_column",
+        "dataset.max_cached_files",
+        "dataset.val_fraction",
+    }
+    assert {"training.max_iters", "dataset.parquet_dir", "dataloader.num_workers", "tracking.tags"} <= keys_of(Role.FREE)
+    assert {"model.n_layer", "training.learning_rate", "training.layer_form", "fp8.format"} <= keys_of(Role.TRAJECTORY)
+
+
+def test_one_tag_has_the_role_of_all_tags_and_an_unknown_setting_none() -> None:
+    assert role_of("tracking.tags.team") is Role.FREE
+    with pytest.raises(KeyError):
+        role_of("training.learning_rat")
 
 
 def test_network_configuration_is_the_published_one() -> None:

@@ -158,7 +158,7 @@ def test_both_names_of_the_setting_agree(settings: dict[str, Any], bits: int) ->
 @pytest.mark.parametrize("bits", [32, 8])
 def test_names_that_contradict_each_other_are_refused(bits: int) -> None:
     tree = {"low_precision": {"use_4bit_optimizer": True, "optimizer_bits": bits}}
-    with pytest.raises(ConfigError, match=f"low_precision.optimizer_bits: {bits} with low_precision.use_4bit_optimizer true cannot be had"):
+    with pytest.raises(ConfigError, match=f"optimizer_bits: {bits} cannot be combined with low_precision.use_4bit_optimizer true: set one"):
         Config.from_dict(tree)
 
 
