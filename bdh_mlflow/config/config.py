@@ -132,6 +132,34 @@ class Config:
         formats = dataclasses.replace(formats, optimizer_bits=bits, use_4bit_optimizer=bits == 4)
         return dataclasses.replace(self, training=training, scheduler=scheduler, low_precision=formats)
 
+    def replaced(self, values: Mapping[str, Any]) -> "Config":
+        """The same with other values, given under dotted keys: `{"training.max_iters": 5}`.   Raises ConfigError with every problem."""
+        tree: dict[str, Any] = self.to_dict()
+        for dotted, value in values.items():
+            *path, key = dotted.split(".")
+            node = tree
+            for name in path:
+                node = node.setdefault(name, {})
+            node[key] = value
+        return Config.from_dict(tree, origin="settings")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of training text that one optimizer update sees."""
+        training = self.training
+        return training.batch_size * training.block_size * training.gradient_accumulation_steps
+
+    @property
+    def neurons(self) -> int:
+        """Neurons N of one head."""
+        return self.model.mlp_internal_dim_multiplier * self.model.n_embd // self.model.n_head
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers: encoder, encoder_v and decoder of H * N * D each, embedding and lm_head of V * D each."""
+        model = self.model
+        return (3 * model.n_head * self.neurons + 2 * model.vocab_size) * model.n_embd
+
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""
         return BDHConfig(**dataclasses.asdict(self.model))

@@ -169,7 +169,7 @@ def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:
     m, t = config.model, config.training
     sides = {
         "model.n_embd": (m.n_embd, "D"),
-        "model.mlp_internal_dim_multiplier": (m.mlp_internal_dim_multiplier * m.n_embd // m.n_head, "N, neurons a head,"),
+        "model.mlp_internal_dim_multiplier": (config.neurons, "N, neurons a head,"),
         "training.block_size": (t.batch_size * t.block_size, "batch_size * block_size"),
     }
     for key, (size, name) in sides.items():

@@ -97,7 +97,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
                 told.refused = True
                 raise
             introduce(tracker, config, text, facts, provenance, patch, origin)
-            progress.note(headline(network, config, text, facts, tracker, door, origin, segment["number"]))
+            progress.note(headline(config, text, facts, tracker, door, origin, segment["number"]))
             writer = BackgroundWriter(
                 _save_into(run_dir, tracker, provenance, config, segment["continues"] or segment["wrapper"], progress.note)
             )

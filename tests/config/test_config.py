@@ -228,6 +228,31 @@ def test_decay_ends_with_the_first_segment_and_is_not_bent_by_a_longer_one() -> 
     assert (first.scheduler.decay_steps, longer.scheduler.decay_steps) == (100, 100)
 
 
+def test_replaced_takes_values_and_leaves_the_rest() -> None:
+    before = Config.from_dict({"training": {"seed": 7}, "tracking": {"tags": {"a": "1"}}})
+    after = before.replaced({"training.max_iters": 5, "training.keep_checkpoints": None, "scheduler.min_lr": 1e-5, "tracking.tags.b": "2"})
+    assert after.differences(before) == [
+        Difference("training.max_iters", 5, 3000),
+        Difference("scheduler.min_lr", 1e-5, 0.0),
+        Difference("tracking.tags.b", "2", None),
+    ]
+    assert before.tracking.tags == {"a": "1"}
+
+
+def test_replaced_refuses_what_a_file_could_not_say() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*training\.max_iter: unknown key.*optimizer_bits: found 16"):
+        Config().replaced({"training.max_iter": 5, "low_precision.optimizer_bits": 16})
+    with pytest.raises(ConfigError, match=r"trainin: unknown section"):
+        Config().replaced({"trainin.max_iters": 5})
+    with pytest.raises(ConfigError, match=r"min_lr: 1.0 is above training.learning_rate"):
+        Config().replaced({"scheduler.min_lr": 1.0})
+
+
+def test_derived_numbers_are_those_of_the_published_network() -> None:
+    config = Config.from_dict({"training": {"gradient_accumulation_steps": 3}})
+    assert (config.tokens_per_step, config.neurons, config.parameters) == (3 * 8 * 512, 8192, 25_296_896)
+
+
 def test_differences_name_the_setting_and_both_values() -> None:
     later = Config.from_dict({"training": {"seed": 2, "max_iters": 9}})
     differences = Config().differences(later)
