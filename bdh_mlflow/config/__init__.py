@@ -10,6 +10,7 @@ from bdh_mlflow.config.config import (
     changes_trajectory,
 )
 from bdh_mlflow.config.messages import Problem, documentation
+from bdh_mlflow.config.resolve import Machine, Resolved, resolve
 from bdh_mlflow.config.settings import (
     SECTIONS,
     DataLoaderConfig,
@@ -36,13 +37,16 @@ __all__ = [
     "Fp8Config",
     "Incompatibility",
     "LowPrecisionConfig",
+    "Machine",
     "ModelConfig",
     "Problem",
+    "Resolved",
     "Role",
     "SchedulerConfig",
     "TrackingConfig",
     "TrainingConfig",
     "changes_trajectory",
     "documentation",
+    "resolve",
     "role_of",
 ]

@@ -55,32 +55,29 @@ class Incompatibility(NamedTuple):
     remedy: str
 
 
-INCOMPATIBLE = (
-    Incompatibility(
-        "low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"
-    ),
-    Incompatibility(
-        "low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"
-    ),
-    Incompatibility("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
-    Incompatibility(
-        "low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"
-    ),
-    Incompatibility(
-        "fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"
-    ),
-    Incompatibility(
-        "low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"
-    ),
+INCOMPATIBLE = tuple(
+    Incompatibility(*row)
+    for row in (
+        ("low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"),
+        ("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
+        ("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
+        ("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
+        ("training.recompute", False, "training.layer_form", ("blocked",), "this form always recomputes; set one of them to auto"),
+        ("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
+        ("low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"),
+    )
 )
 """Every other combination of number formats, layer form and compilation works."""
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number in each compute_dtype."""
 
 Check = Callable[["Config"], Iterable[Problem]]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config:
-    """A run, resolved: every setting has its value."""
+    """A run: every setting with its value; `auto` and null are settled by `resolve`."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -116,22 +113,6 @@ class Config:
             raise ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
         return config
 
-    def resolved(self, continued: "Config | None" = None) -> "Config":
-        """Settings that another one decides are given their value, so that the saved file says everything.
-
-        continued: the configuration of the run that is resumed. Its decay_steps stays, so a longer run does not bend the schedule, and so
-        does its layer_form, which `auto` leaves to the device otherwise.
-        """
-        training, scheduler, formats = self.training, self.scheduler, self.low_precision
-        if continued and training.layer_form == "auto":
-            training = dataclasses.replace(training, layer_form=continued.training.layer_form)
-        if scheduler.decay_steps is None:
-            own = max(training.max_iters, scheduler.warmup_steps + 1)
-            scheduler = dataclasses.replace(scheduler, decay_steps=continued.scheduler.decay_steps if continued else own)
-        bits = formats.optimizer_bits or (4 if formats.use_4bit_optimizer else 32)
-        formats = dataclasses.replace(formats, optimizer_bits=bits, use_4bit_optimizer=bits == 4)
-        return dataclasses.replace(self, training=training, scheduler=scheduler, low_precision=formats)
-
     def replaced(self, values: Mapping[str, Any]) -> "Config":
         """The same with other values, given under dotted keys: `{"training.max_iters": 5}`.   Raises ConfigError with every problem."""
         tree: dict[str, Any] = self.to_dict()
@@ -159,6 +140,17 @@ class Config:
         """Trained numbers: encoder, encoder_v and decoder of H * N * D each, embedding and lm_head of V * D each."""
         model = self.model
         return (3 * model.n_head * self.neurons + 2 * model.vocab_size) * model.n_embd
+
+    @property
+    def activation_bytes(self) -> int:
+        """Memory for the activations that a backward pass without recomputation keeps, in bytes.
+
+        Counted on the reference form: eight (B, H, T, N) tensors a layer (neurons, rotated neurons, both gates, their product and masks)
+        in compute_dtype.
+        """
+        training, heads = self.training, self.model.n_head
+        each = training.batch_size * heads * training.block_size * self.neurons * ITEMSIZE[self.low_precision.compute_dtype]
+        return 8 * self.model.n_layer * each
 
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""
@@ -251,6 +243,12 @@ def _consistency(config: Config) -> Iterable[Problem]:
         if settings[pair.key] == pair.value and settings[pair.other] in pair.values:
             found = yaml_scalar(settings[pair.other])
             yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
+    if config.training.recompute is True and config.low_precision.use_fp8 and not config.fp8.emulate:
+        yield Problem(
+            "training.recompute",
+            "true cannot be combined with low_precision.use_fp8 by Transformer Engine: recomputed products would leave its region; "
+            "set it to auto, or fp8.emulate to true",
+        )
     uri = config.tracking.tracking_uri
     if uri and masked(uri) != uri:
         yield Problem(

@@ -109,6 +109,8 @@ class TrainingConfig:
     """torch.compile: auto compiles on CUDA only."""
     layer_form: Literal["auto", "blocked", "reference"] = "auto"
     """How layers are computed; blocked needs least memory, reference is as published; auto is blocked on a CPU, reference on CUDA."""
+    recompute: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"
+    """Recompute activations in the backward pass instead of keeping them; auto: if over half of free memory; blocked always does."""
     debug: Annotated[bool, Role.FREE] = False
     """Anomaly detection, the first batch decoded, nothing compiled; slow."""
 

@@ -31,6 +31,7 @@ DEFAULTS = {
         "resume_from_checkpoint": None,
         "compile": "auto",
         "layer_form": "auto",
+        "recompute": "auto",
         "debug": False,
     },
     "scheduler": {
@@ -217,15 +218,9 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 
 
 def test_saved_yaml_reads_back_to_the_same_configuration() -> None:
-    config = Config.from_dict({"tracking": {"tags": {"a": "b"}, "run_name": "7"}, "training": {"learning_rate": 3e-4}}).resolved()
+    config = Config.from_dict({"tracking": {"tags": {"a": "b"}, "run_name": "7"}, "training": {"learning_rate": 3e-4}})
     assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
     assert config.digest() != Config().digest()
-
-
-def test_decay_ends_with_the_first_segment_and_is_not_bent_by_a_longer_one() -> None:
-    first = Config.from_dict({"training": {"max_iters": 100}}).resolved()
-    longer = Config.from_dict({"training": {"max_iters": 200}}).resolved(first)
-    assert (first.scheduler.decay_steps, longer.scheduler.decay_steps) == (100, 100)
 
 
 def test_replaced_takes_values_and_leaves_the_rest() -> None:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -143,16 +142,6 @@ def test_compiled_4bit_update_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(host, "compiler", lambda: None)
     updated(plain, build_optimizer(plain, TrainingConfig(), 4), range(2))
     assert torch.allclose(compiled[0], plain[0], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "bits"),
-    [({}, 32), ({"use_4bit_optimizer": True}, 4), ({"optimizer_bits": 8}, 8), ({"optimizer_bits": 4}, 4), ({"optimizer_bits": 32}, 32)],
-)
-def test_both_names_of_the_setting_agree(settings: dict[str, Any], bits: int) -> None:
-    resolved = Config.from_dict({"low_precision": settings}).resolved().low_precision
-    assert resolved.optimizer_bits == bits
-    assert resolved.use_4bit_optimizer == (bits == 4)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
