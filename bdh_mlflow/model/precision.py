@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,10 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """What number formats remember from step to step: scales of FP8; empty without."""
         return self.fp8.state_dict() if self.fp8 else {}
+
+    def savepoint(self) -> Callable[[], None]:
+        """Between updates: the function returned brings back the state of now."""
+        return self.fp8.savepoint() if self.fp8 else lambda: None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""

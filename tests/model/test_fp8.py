@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import importlib
 import importlib.util
 import os
@@ -228,6 +229,32 @@ def test_training_continues_from_saved_scales_to_the_bit(algorithm: str) -> None
     forgetful, runs = new()
     forgetful.load_state_dict(weights)
     assert not torch.equal(trained(idx[4:], forgetful, runs)[0], straight[0])
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_emulation_returns_to_its_savepoint_to_the_bit(updates: int) -> None:
+    """Also to one before the first pass, and after passes whose gradients are added up."""
+    config = fp8_config()
+    model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+    runs.prepare(model, PROJECTIONS)
+
+    def passes(count: int, scale: int) -> None:
+        for number in range(count):
+            idx = (torch.arange(18).view(2, 9) * (number + scale)) % 256
+            with runs.autocast():
+                _, loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+
+    passes(2 * updates, 1)
+    restore = runs.savepoint()
+    before = copy.deepcopy(runs.state_dict())
+    passes(2, 7)
+    assert runs.state_dict().keys() == {f"{name}.{role}" for name in PROJECTIONS for role in fp8.ROLES}
+    restore()
+    after = runs.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name][key], own[key]) for name, own in before.items() for key in own)
+    assert bool(before) == bool(updates)
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
