@@ -47,8 +47,7 @@ from mlflow.entities import Metric
 
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory, Throttle
 from bdh_mlflow.tracking import sync
-from bdh_mlflow.tracking.tracker import REPLAYED, Tracker
-from bdh_mlflow.training.trainer import NullTracker
+from bdh_mlflow.tracking.tracker import REPLAYED, NullTracker, Tracker
 from scripts.servers import Server
 
 METRICS = ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "progress/tokens_seen")

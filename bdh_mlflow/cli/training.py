@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from bdh_mlflow.config import BDHConfig, Config, Problem
+from bdh_mlflow.config import BDHConfig, Config, Problem, resolve
 from bdh_mlflow.text import bits_per_byte, decode
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def config_check(ctx: click.Context, config_path: str, overrides: tuple[str, ...
 @click.pass_context
 def config_show(ctx: click.Context, config_path: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved configuration: every setting with its value."""
-    click.echo(Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)]).resolved().to_yaml(), nl=False)
+    click.echo(resolve(Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)])).config.to_yaml(), nl=False)
 
 
 def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> str:

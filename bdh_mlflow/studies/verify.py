@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import BdhError
 from bdh_mlflow.tracking import tracker
 from bdh_mlflow.tracking.sender import ThreadSender
@@ -112,7 +112,7 @@ class _Silent:
 
 def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experiment: str) -> Config:
     """The configuration for a short training: its own schedule, but things to compare happen often enough."""
-    config = config.resolved()
+    config = resolve(config).config
     training = dataclasses.replace(
         config.training,
         max_iters=steps,
