@@ -1,4 +1,4 @@
-"""Delayed scaling, carried out in torch; and what the Transformer Engine adapter relies on, held against that library's own source."""
+"""Delayed scaling, emulated in torch; and what the Transformer Engine adapter relies on, checked against that library's own source."""
 
 import ast
 import contextlib
@@ -105,7 +105,7 @@ def test_scale_follows_the_history(algorithm: str, largest: list[float]) -> None
     assert seen == largest
 
 
-def test_what_outgrows_its_scale_saturates_and_the_next_step_has_room() -> None:
+def test_values_beyond_their_scale_saturate_and_the_next_step_adapts() -> None:
     fp8_ = emulated()
     step(fp8_, full(1.0), torch.eye(4))
     out, _, _ = step(fp8_, full(100.0), torch.eye(4))
@@ -122,10 +122,10 @@ def test_nan_and_zero_leave_the_scale_alone(algorithm: str) -> None:
         step(fp8_, full(value), WEIGHT)
         assert scale_of(fp8_, "input") == LARGEST_E4M3 / 2, value
     step(fp8_, full(4.0), WEIGHT)
-    assert scale_of(fp8_, "input") == LARGEST_E4M3 / 4, "and do not stand in the way of what comes after them"
+    assert scale_of(fp8_, "input") == LARGEST_E4M3 / 4, "and later steps update it as usual"
 
 
-def test_evaluation_uses_the_scales_and_leaves_them() -> None:
+def test_evaluation_uses_the_scales_and_does_not_change_them() -> None:
     fp8_ = emulated()
     step(fp8_, full(1.0), torch.eye(4))
     before = {name: {k: t.clone() for k, t in own.items()} for name, own in fp8_.state_dict().items()}
@@ -135,7 +135,7 @@ def test_evaluation_uses_the_scales_and_leaves_them() -> None:
     assert all(torch.equal(t, before[name][k]) for name, own in fp8_.state_dict().items() for k, t in own.items())
 
 
-def test_projection_that_is_entered_in_every_layer_remembers_the_largest() -> None:
+def test_projection_used_in_every_layer_records_the_largest_amax() -> None:
     fp8_ = emulated()
     with fp8_.region():
         for value in (1.0, 4.0, 2.0):
@@ -151,7 +151,7 @@ def test_shapes_of_all_projections_are_those_of_the_plain_product(name: str) -> 
     x = torch.randn(3, heads, 5, weight.shape[-2])
     shaped = fp8.shape(name, x, weight)
     assert torch.allclose(shaped.restore(shaped.left @ shaped.right), x @ weight, atol=1e-6)
-    assert shaped.left.shape[0] == (2 if name == "encoder_v" else 1), "scales a head where weights are a head's"
+    assert shaped.left.shape[0] == (2 if name == "encoder_v" else 1), "scales per head where weights are per head"
 
 
 def fp8_config(**recipe: Any) -> Config:
@@ -260,15 +260,15 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         ({"training": {"block_size": 9, "batch_size": 3}}, "training.block_size: batch_size * block_size is 27; FP8"),
     ],
 )
-def test_what_fp8_does_not_go_with_is_refused_by_name(settings: dict[str, dict[str, Any]], message: str) -> None:
+def test_settings_that_fp8_cannot_be_combined_with_are_refused_by_name(settings: dict[str, dict[str, Any]], message: str) -> None:
     tree = {"low_precision": {"use_fp8": True}, "fp8": {"emulate": True}}
     with pytest.raises(ConfigError) as refusal:
         Config.from_dict({k: {**tree.get(k, {}), **settings.get(k, {})} for k in {*tree, *settings}}, checks=[precision.problems])
     assert message in str(refusal.value)
 
 
-# Transformer Engine: no machine of ours runs it. What follows holds the adapter against a stand-in that multiplies plainly, and the
-# stand-in against the signatures in the library's wheel (BDH_TE_WHEEL, which .ci/run fetches).
+# Transformer Engine: not run by these tests unless a GPU has it. What follows checks the adapter against a stub that multiplies in float32,
+# and the stub against the signatures in the library's wheel (BDH_TE_WHEEL, which .ci/run fetches).
 
 WHEEL = os.environ.get("BDH_TE_WHEEL", "")
 USED = {
@@ -287,18 +287,22 @@ USED = {
     },
     "transformer_engine/pytorch/quantization.py": {"autocast.__init__": ["enabled", "recipe"], "is_fp8_available": ["return_reason"]},
 }
-"""What the adapter calls, with the arguments it gives; the leading ones by position."""
+"""What the adapter calls, with the arguments it passes; the leading ones by position."""
 
 
 class _Module(nn.Module):
+    created: "list[_Module]" = []
+    """By all tests so far; a fixture empties it."""
+
     def __init__(self) -> None:
         super().__init__()
+        _Module.created.append(self)
         self.fp8_meta: dict[str, Any] = {}
         self.calls: list[tuple[int, ...]] = []
-        torch.rand(1)  # as the library, which draws weights
+        torch.rand(1)  # like the library, which draws weights
 
-    def see(self, inp: Tensor) -> None:
-        """Quantisers write into the history whether gradients are wanted or not."""
+    def record(self, inp: Tensor) -> None:
+        """Quantisers write into the history whether gradients are enabled or not."""
         if "scaling_fwd" in self.fp8_meta:
             row = self.fp8_meta["scaling_fwd"].amax_history[0]
             torch.maximum(row, inp.detach().abs().max(), out=row)
@@ -329,7 +333,7 @@ class Linear(_Module):
         assert inp.is_contiguous()
         assert self.weight.is_contiguous()
         self.calls.append(tuple(inp.shape))
-        self.see(inp)
+        self.record(inp)
         return inp @ self.weight.T
 
 
@@ -346,7 +350,7 @@ class GroupedLinear(_Module):
         assert inp.is_contiguous()
         assert m_splits.dtype == torch.int64
         self.calls.append(tuple(inp.shape))
-        self.see(inp)
+        self.record(inp)
         parts = inp.split(m_splits.tolist())
         return torch.cat([part @ getattr(self, f"weight{i}").T for i, part in enumerate(parts)])
 
@@ -366,8 +370,9 @@ class DelayedScaling:
 
 @pytest.fixture
 def regions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A stand-in for the library; the recipes of the regions that were entered."""
+    """A stub of the library; the recipes of the regions that were entered."""
     entered: list[Any] = []
+    _Module.created.clear()
 
     @contextlib.contextmanager
     def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
@@ -400,20 +405,20 @@ def test_engine_multiplies_by_the_published_parameters_and_their_gradients_arriv
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, expected[name], atol=1e-6), name
     assert regions == [DelayedScaling(Format.HYBRID, 16, "most_recent", False)]
-    assert {name: module.calls for name, module in engine._modules.items()} == {
-        "encoder": 3 * [(16, 16)],
-        "encoder_v": 3 * [(32, 16)],
-        "decoder": 3 * [(16, 64)],
-    }, "once a layer, in rows"
+    assert [module.calls for module in _Module.created] == [
+        3 * [(16, 16)],  # encoder
+        3 * [(32, 16)],  # encoder_v
+        3 * [(16, 64)],  # decoder
+    ], "once a layer, in rows"
     assert list(model.state_dict()) == names
     assert str(engine) == "FP8 (hybrid, delayed scaling by amax most_recent of 16, Transformer Engine)"
 
 
-def filled(engine: Engine) -> None:
+def fill(modules: list[_Module], length: int) -> None:
     """Scales and histories as after some steps; row 0 of a history is the one being written, the library keeps the newest last."""
-    for module in engine._modules.values():
+    for module in modules:
         module.fp8_meta["num_gemms"] = 2 if isinstance(module, GroupedLinear) else 1
-        module.init_fp8_meta_tensors(engine._recipe)
+        module.init_fp8_meta_tensors(types.SimpleNamespace(amax_history_len=length))
         for key in ("scaling_fwd", "scaling_bwd"):
             meta = module.fp8_meta[key]
             meta.scale.copy_(torch.rand_like(meta.scale) + 1)
@@ -427,11 +432,12 @@ def test_engine_saves_scales_as_plain_tensors_and_takes_them_back(length: int) -
     engine = Engine(Fp8Config(amax_history_len=16))
     model.product = engine.product
     model(idx)
-    filled(engine)
+    filled = list(_Module.created)
+    fill(filled, 16)
     saved = engine.state_dict()
     assert {type(t) for own in saved.values() for t in own.values()} == {Tensor}
     newest = saved["encoder_v.weight"]["history"][1]
-    assert newest.tolist() == engine._modules["encoder_v"].fp8_meta["scaling_fwd"].amax_history[-1][[1, 4]].tolist()
+    assert newest.tolist() == filled[1].fp8_meta["scaling_fwd"].amax_history[-1][[1, 4]].tolist()
     again = Engine(Fp8Config(amax_history_len=length))
     again.load_state_dict(saved)
     assert again.state_dict().keys() == saved.keys(), "a checkpoint right after a resume loses nothing"
@@ -439,28 +445,26 @@ def test_engine_saves_scales_as_plain_tensors_and_takes_them_back(length: int) -
     drawn = torch.get_rng_state()
     with torch.no_grad(), again.region():
         model(idx)
-    assert torch.equal(torch.get_rng_state(), drawn), "making modules must not move the training's randomness"
+    assert torch.equal(torch.get_rng_state(), drawn), "creating modules must not change the training's random numbers"
     kept = min(16, length)
     for name, own in again.state_dict().items():
         assert torch.equal(own["scale"], saved[name]["scale"])
-        assert torch.equal(own["history"][:kept], saved[name]["history"][:kept]), "and evaluating must leave no trace"
+        assert torch.equal(own["history"][:kept], saved[name]["history"][:kept]), "and evaluating must not change them"
         assert own["history"].shape[0] == length
     if length == 16:
-        for name, module in again._modules.items():
+        for before, after in zip(filled, _Module.created[3:], strict=True):
             for key, columns in (("scaling_fwd", [0, 1]), ("scaling_bwd", [0])):
-                ours, theirs = (
-                    m.fp8_meta[key].amax_history.view(16, -1, 3 if key == "scaling_fwd" else 2) for m in (module, engine._modules[name])
-                )
+                ours, theirs = (m.fp8_meta[key].amax_history.view(16, -1, 3 if key == "scaling_fwd" else 2) for m in (after, before))
                 assert torch.equal(ours[:, :, columns], theirs[:, :, columns])
 
 
 @pytest.mark.usefixtures("regions")
-def test_either_goes_on_where_the_other_was() -> None:
+def test_engine_and_emulation_continue_from_each_others_state() -> None:
     model, idx = BDH(SHAPE), torch.randint(0, 256, (2, 8))
     engine, imitation = Engine(Fp8Config(amax_history_len=4)), Emulated(Fp8Config(amax_history_len=4))
     model.product = engine.product
     model(idx)
-    filled(engine)
+    fill(_Module.created, 4)
     imitation.load_state_dict(engine.state_dict())
     model.product = imitation.product
     with imitation.region():
@@ -477,9 +481,9 @@ def test_either_goes_on_where_the_other_was() -> None:
 def test_engine_is_refused_with_the_librarys_own_reason(regions: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert fp8.unavailable(device) is None
+    assert fp8.why_unavailable(device) is None
     sys.modules["transformer_engine.pytorch"].is_fp8_available = lambda return_reason: (False, "no cuBLASLt")  # type: ignore[attr-defined]
-    assert fp8.unavailable(device) == "is refused by Transformer Engine: no cuBLASLt"
+    assert fp8.why_unavailable(device) == "is refused by Transformer Engine: no cuBLASLt"
 
 
 def test_every_way_in_which_the_library_fails_to_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +499,7 @@ def test_every_way_in_which_the_library_fails_to_import_is_a_reason(monkeypatch:
             raise error
 
         monkeypatch.setattr(fp8.importlib, "import_module", failing)
-        assert f"cannot be imported ({error}): pip install" in str(fp8.unavailable(torch.device("cuda", 0)))
+        assert f"cannot be imported ({error}): pip install" in str(fp8.why_unavailable(torch.device("cuda", 0)))
 
 
 @pytest.fixture(scope="module")
@@ -537,10 +541,13 @@ def test_recipe_of_the_library_takes_what_it_is_given(wheel: zipfile.ZipFile, tm
     recipes = importlib.util.module_from_spec(spec)
     sys.modules["te_recipes"] = recipes
     spec.loader.exec_module(recipes)
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.SimpleNamespace())
+    entered: list[Any] = []
+    library = types.SimpleNamespace(autocast=lambda enabled, recipe: contextlib.nullcontext(entered.append(recipe)))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", library)
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", recipes)
     for kind, forward in (("hybrid", recipes.Format.HYBRID), ("e4m3", recipes.Format.E4M3)):
-        recipe = Engine(Fp8Config(format=kind, amax_history_len=8))._recipe
+        with Engine(Fp8Config(format=kind, amax_history_len=8)).region():
+            recipe = entered[-1]
         assert recipe.fp8_format is forward
         assert (recipe.amax_history_len, recipe.amax_compute_algo, recipe.reduce_amax) == (8, "max", False)
         assert recipe.fp8_format.value.max_fwd == LARGEST_E4M3
@@ -548,7 +555,7 @@ def test_recipe_of_the_library_takes_what_it_is_given(wheel: zipfile.ZipFile, tm
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(fp8.unavailable(precision.pick_device()) is not None, reason="needs a CUDA device with FP8 and Transformer Engine")
+@pytest.mark.skipif(fp8.why_unavailable(precision.pick_device()) is not None, reason="needs a CUDA device with FP8 and Transformer Engine")
 @pytest.mark.parametrize("kind", ["hybrid", "e4m3"])
 def test_engine_computes_what_the_emulation_says(kind: str) -> None:
     """On hardware: five updates of both, whose losses part by less than FP8's rounding of them."""
