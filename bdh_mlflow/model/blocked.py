@@ -1,9 +1,9 @@
 """The BDH layer for training: values and gradients of `layer.reference_layer`, in blocks, without a (B, H, T, N) tensor.
 
 One autograd operation a layer, with a backward pass derived by hand below. It visits blocks of some rows, one head and some neurons, sums
-scores and outputs over the blocks, and keeps for the backward pass only what grows with T * D and T^2; activations, T * N, are recomputed
-there. Beyond T = 4 D attention runs by chunks with a state (N, D), and the cost of a token stops growing with T. Knows parameters only as
-tensors it is given; `blocks` decides the sizes, `kernels` holds the elementwise passes. Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
+scores and outputs over the blocks, and keeps for the backward pass vectors (T * D) and scores; activations (T * N) are recomputed there.
+Beyond T = 4 D attention runs by chunks with a state (N, D), and the cost of a token stops growing with T. Knows parameters only as tensors
+it is given; `blocks` decides the sizes, `kernels` holds the elementwise passes. Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
 
 
 Notation
@@ -44,7 +44,7 @@ Backward pass, given dX'
     4'  dS  = tril(dY X^T, -1),  dX += S^T dY                              (T, T)    only s < t ever entered the loss
     3'  dQ  = (dS + dS^T) Q                                                (T, N)
     2'  dA += rope^T(dQ)                                                   (T, N)    rotated back: the same angles, sines negated
-    1'  dV  = dA o [A > 0],  dE = X^T dV,  dX += dV E^T                              V = X E are the pre-activations
+    1'  dL  = dA o [A > 0],  dE = X^T dL,  dX += dL E^T                              L = X E are the pre-activations
 
 3' in words: S_ts = <q_t, q_s> for s < t, so q_t appears as a query in row t and as a key in column t of S. Its gradient is
 sum_{s<t} dS_ts q_s + sum_{u>t} dS_ut q_u, which is row t of (dS + dS^T) Q. dS is strictly lower triangular, so the sum of the two is a
@@ -98,7 +98,7 @@ fewer FLOPs than the reference without recomputation from T = (4 D + c) / 3 on. 
 than all pairs from T = 5.7 D on, and in the forward pass alone, as for a prompt, from T = 5 D on.
 
 A block's even neurons stand before its odd ones (`kernels.halves_first`), so that 2 and 2' work on two contiguous halves; no sum over
-neurons depends on their order. tests/model/test_blocked.py holds values, gradients, masks and memory against the definition.
+neurons depends on their order. tests/model/test_blocked.py checks values, gradients, masks, memory and FLOPs.
 """
 
 from collections.abc import Callable
