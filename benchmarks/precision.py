@@ -142,7 +142,7 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
 def rounded_after(last: Path, kind: Any, nested: bool) -> float:
     loaded = load.load(str(last), last.parent.parent, TrackingConfig())
     wish = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
-    Precision(loaded.runs.device, wish).prepare(loaded.model, PROJECTIONS)
+    Precision(loaded.precision.device, wish).prepare(loaded.model, PROJECTIONS)
     return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
 
 

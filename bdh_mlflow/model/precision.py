@@ -118,7 +118,7 @@ class Precision:
                 view(name, model.get_parameter(name))
             model.weight_view = view  # type: ignore[assignment]
             if optimizer is not None:
-                optimizer.register_step_post_hook(lambda *_: view.forget())
+                optimizer.register_step_post_hook(lambda *_: view.invalidate())
             nested = " with double-quantised scales" if self.wish.use_double_quant else ""
             weights = f"{self.wish.quantization_type} weights{nested} in {len(view)} of {len(projections)} projections, float32 masters"
         return f"{matmuls}; {weights}; {_described(self.device)}"
@@ -164,7 +164,7 @@ def _described(device: torch.device) -> str:
 
 def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:
     wished = f"true ({config.fp8.format}, amax {config.fp8.amax_compute_algo} of {config.fp8.amax_history_len} steps)"
-    if not config.fp8.emulate and (reason := fp8.unavailable(device)):
+    if not config.fp8.emulate and (reason := fp8.why_unavailable(device)):
         yield Problem(
             "low_precision.use_fp8",
             f"{wished} {reason}. Set fp8.emulate to true (slow: FP8 values on any device), or use_fp8 to false "

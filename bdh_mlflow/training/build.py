@@ -19,6 +19,7 @@ from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import Sample, decode
 from bdh_mlflow.training import optim
 from bdh_mlflow.training.origin import Origin, find_origin, load_warm, position_of
@@ -186,7 +187,7 @@ def build_sampler(
         training = network.training
         network.eval()
         written = []
-        for tokens in network.stream(prompts, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator=generator):
+        for tokens in network.stream(prompts, SAMPLE_BYTES, Sampler(SAMPLE_TEMPERATURE, SAMPLE_TOP_K), generator=generator):
             if stopped():
                 break
             written.append(tokens)
