@@ -171,7 +171,7 @@ def test_every_projection_of_every_layer_runs_in_fp8_and_the_network_still_learn
     config = fp8_config()
     model = BDH(config.to_bdh_config())
     names = list(model.state_dict())
-    runs = Precision.asked(config, torch.device("cpu"))
+    runs = Precision.from_config(config, torch.device("cpu"))
     assert runs.prepare(model, PROJECTIONS).startswith("FP8 (hybrid, delayed scaling by amax max of 4, emulated) in all 3 projections")
     calls: list[str] = []
     product = model.product
@@ -201,7 +201,7 @@ def test_training_continues_from_saved_scales_to_the_bit(algorithm: str) -> None
         return losses
 
     def new() -> tuple[BDH, Precision]:
-        model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+        model, runs = BDH(config.to_bdh_config()), Precision.from_config(config, torch.device("cpu"))
         runs.prepare(model, PROJECTIONS)
         return model, runs
 
@@ -223,7 +223,7 @@ def test_training_continues_from_saved_scales_to_the_bit(algorithm: str) -> None
 def test_emulation_returns_to_its_savepoint_to_the_bit(updates: int) -> None:
     """Also to one before the first pass, and after passes whose gradients are added up."""
     config = fp8_config()
-    model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+    model, runs = BDH(config.to_bdh_config()), Precision.from_config(config, torch.device("cpu"))
     runs.prepare(model, PROJECTIONS)
 
     def passes(count: int, scale: int) -> None:
@@ -250,7 +250,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     for recompute in (False, True):
         torch.manual_seed(0)
         config = fp8_config()
-        model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+        model, runs = BDH(config.to_bdh_config()), Precision.from_config(config, torch.device("cpu"))
         runs.prepare(model, PROJECTIONS)
         model.recompute = recompute
         idx = torch.arange(18).view(2, 9)

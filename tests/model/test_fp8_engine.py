@@ -322,7 +322,7 @@ def test_engine_computes_what_the_emulation_says(kind: str) -> None:
     for emulate in (False, True):
         torch.manual_seed(0)
         config = fp8_config(format=kind, emulate=emulate)
-        model, runs = BDH(config.to_bdh_config()).cuda(), Precision.asked(config, precision.pick_device())
+        model, runs = BDH(config.to_bdh_config()).cuda(), Precision.from_config(config, precision.pick_device())
         runs.prepare(model, PROJECTIONS)
         idx = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1)).cuda()
         curves.append(learned(model, runs, idx, 5, 1e-3))
