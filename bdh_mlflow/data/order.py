@@ -2,7 +2,7 @@
 
 1. `parquet.ParquetText` indexes the files: row groups, rows, and which documents are training text.
 2. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
-   per epoch; `max_cached_files` of them are open at once, one per lane, and the lanes take turns in giving windows.
+   per epoch; `max_cached_files` of them are open at once, one per lane, and windows are taken from the lanes in turn.
 3. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
    row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
 4. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
@@ -58,13 +58,13 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        share, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         walk = _Walk(self._text, self._lanes, self._block_size, self._seed)
         if self._position is not None:
             walk.seek(self._position)
-        for turn in itertools.count():
+        for index in itertools.count():
             windows = walk.next_windows(self._batch_size)
-            if turn % share == number:
+            if index % workers == number:
                 yield Batch(torch.from_numpy(windows), walk.position(), walk.epoch())
 
 
@@ -111,7 +111,7 @@ class _Lane:
         return self.windows[self.consumed - count : self.consumed]
 
     def open(self, group_index: int) -> None:
-        """Go on with another row group, starting with what did not fill a window."""
+        """Continue with another row group, whose stream begins with the leftover of this one."""
         if len(self.windows):
             self._leftover_from = [(self.group_index, len(self._rest))]
         elif self.group_index >= 0 and self._own:
@@ -216,7 +216,7 @@ class _Walk:
         return {"next_unit": self._next_group, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
 
     def epoch(self) -> float:
-        """Row groups consumed so far, by passes over all of them; one that is open counts by its share of consumed windows."""
+        """Passes over all row groups so far; an open row group counts by the share of its windows that is consumed."""
         consumed = float(self._next_group - len(self._lanes))
         for lane in self._lanes:
             consumed += lane.consumed / len(lane.windows) if len(lane.windows) else 1 if lane.group_index < 0 else 0

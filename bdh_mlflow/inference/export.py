@@ -82,7 +82,7 @@ def read(path: Path) -> ExportedModel:
             metadata = file.metadata() or {}
             if HEADER not in metadata:
                 raise CheckpointError(
-                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file made by export"
+                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file written by export"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:

@@ -297,14 +297,14 @@ class Engine:
             grouped = name == GROUPED
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
             with torch.random.fork_rng(devices):  # its constructor draws weights that are not used; training must not see the draws
-                made = self._te.GroupedLinear(groups, inner, outer, **options) if grouped else self._te.Linear(inner, outer, **options)
+                module = self._te.GroupedLinear(groups, inner, outer, **options) if grouped else self._te.Linear(inner, outer, **options)
             own = {role: self._saved.pop(f"{name}.{role}") for role in ROLES if f"{name}.{role}" in self._saved}
             if len(own) == len(ROLES):
-                made.fp8_meta["num_gemms"] = groups
-                made.fp8_meta["recipe"] = self._recipe
-                made.init_fp8_meta_tensors(self._recipe)
-                made.reset_fp8_meta_tensors({key: self._tensors(key, own, groups) for key in COLUMNS})
-            self._modules[name] = made
+                module.fp8_meta["num_gemms"] = groups
+                module.fp8_meta["recipe"] = self._recipe
+                module.init_fp8_meta_tensors(self._recipe)
+                module.reset_fp8_meta_tensors({key: self._tensors(key, own, groups) for key in COLUMNS})
+            self._modules[name] = module
         return self._modules[name]
 
     def _tensors(self, key: str, own: dict[str, dict[str, Tensor]], groups: int) -> list[Tensor]:

@@ -89,7 +89,7 @@ def _multiply_add_to(out: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, si
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: int = 1) -> None:
-    """total += factor * left @ right; where total is wider than the factors, the sum is made in its dtype."""
+    """total += factor * left @ right; where total has a wider dtype than the factors, the sum is computed in it."""
     if total.dtype == left.dtype:
         (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, alpha=factor)
     else:
