@@ -18,7 +18,7 @@ import optuna
 import yaml
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -128,17 +128,18 @@ def sweep(config: Config, space: Space, trials: int, controls: Controls) -> Swee
 
     config: settings of all trials, before those of `space`.
     """
-    base = replaced(config, space.settings)
+    base = _replaced(config, space.settings)
     if base.dataset.val_fraction == 0:
         raise ConfigError(f"dataset.val_fraction: 0; trials are judged by {METRIC}, which needs validation text")
     for key, choice in space.parameters.items():
         for value in choice.extremes():
-            replaced(base, {key: value})
+            _replaced(base, {key: value})
     folder = Path(base.training.checkpoint_dir) / FOLDER / space.study
     study = _open_study(space, folder, base.training.seed, controls.note)
     client = store.connect(base.tracking)
     parent, experiment = _parent_run(client, study, space, base)
-    base = replaced(base, {"tracking.experiment": experiment, "tracking.tags.mlflow.parentRunId": parent})
+    tags = {**base.tracking.tags, MLFLOW_PARENT_RUN_ID: parent}
+    base = base.replaced({"tracking.experiment": experiment, "tracking.tags": tags})
     runner = _Trials(study, space, base, folder, controls)
     try:
         runner.requeue_interrupted()
@@ -185,7 +186,7 @@ def _parent_run(client: MlflowClient, study: optuna.Study, space: Space, base: C
             run = client.create_run(experiment_id, run_name=f"sweep {space.study}")
         run_id = str(run.info.run_id)
         if wrapper and wrapper != run_id:
-            client.set_tag(wrapper, "mlflow.parentRunId", run_id)
+            client.set_tag(wrapper, MLFLOW_PARENT_RUN_ID, run_id)
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, "bdh.sweep", space.study)
         client.log_text(run_id, yaml.safe_dump(space.model_dump(exclude_defaults=True), sort_keys=False), "sweep/space.yaml")
@@ -255,7 +256,7 @@ class _Trials:
         run_dirs = [d for d in checkpoint.list_all(folder) if checkpoint.list_run(d).checkpoints]
         if run_dirs:
             own["training.resume_from_checkpoint"] = str(run_dirs[-1])
-        return replaced(self.base, own)
+        return _replaced(self.base, own)
 
 
 class _PruningProgress:
@@ -315,13 +316,6 @@ def _row(t: FrozenTrial) -> dict[str, Any]:
     return {"trial": t.number, "state": t.state.name.lower(), METRIC: value, "steps": t.last_step, **t.params}
 
 
-def replaced(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values under dotted keys, checked against this machine.   Raises ConfigError."""
-    tree: dict[str, Any] = config.to_dict()
-    for key, value in values.items():
-        place = tree
-        *sections, name = key.split(".", 2)
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return Config.from_dict(tree, checks=(build.problems,))
+def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values under dotted keys, also checked against this machine.   Raises ConfigError."""
+    return Config.from_dict(config.replaced(values).to_dict(), checks=(build.problems,), origin="settings")

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import BdhError
 from bdh_mlflow.tracking import sender, tracker
 from bdh_mlflow.training import start
@@ -116,7 +116,7 @@ class _Silent:
 
 def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experiment: str) -> Config:
     """The configuration for a short training, with logging, evaluation and saving often enough for a comparison."""
-    config = config.resolved()
+    config = resolve(config).config
     training = dataclasses.replace(
         config.training,
         max_iters=steps,

@@ -6,7 +6,7 @@ then is an MLflow run begun. Afterwards the run is told how it ended, whatever h
 
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from bdh_mlflow.text import Sample, decode
 from bdh_mlflow.training import optim
 from bdh_mlflow.training.trainer import Progress
 
-RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for the backward pass
 PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
 SAMPLE_BYTES = 128
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
@@ -59,34 +58,35 @@ def build_batches(config: Config, text: ParquetText, position: order.Position | 
 
 
 def build_network(
-    config: Config, runs: Precision, device: torch.device, form: bdh.Form, why_form: str
+    config: Config, why: Mapping[str, str], runs: Precision, device: torch.device
 ) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
-    """The network on its device, its optimizer, and what was decided about how it is computed, as tags."""
-    shape = config.to_bdh_config()
-    network = BDH(shape).to(device)
-    itemsize = runs.dtype.itemsize
-    kept = bdh.activation_bytes(shape, config.training.batch_size, config.training.block_size, itemsize)
-    engine = config.low_precision.use_fp8 and not config.fp8.emulate  # recomputed products would leave its region
-    network.recompute = kept > RECOMPUTE_ABOVE_BYTES and not engine
-    compiled, why = precision.compiles(config, device)
-    network.use(form, compiled)
-    how = "neurons lit again in the backward pass"
-    if form == "reference":
-        how = f"activations {'recomputed' if network.recompute else 'kept'}, {kept / 2**30:.1f} GiB if kept"
-    bits = config.low_precision.optimizer_bits
+    """The network on its device, its optimizer, and how both are computed, as tags.   config, why: resolved."""
+    training, bits = config.training, config.low_precision.optimizer_bits
     assert bits is not None, "the configuration is resolved before it gets here"
-    optimizer = optim.build_optimizer(network.parameters(), config.training, bits)
-    return (
-        network,
-        optimizer,
-        {
-            "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
-            "bdh.optimizer": optim.described(list(network.parameters()), bits),
-            "bdh.layer_form": f"{form} ({why_form}; {how})",
-            "bdh.compiled": f"{'yes' if compiled else 'no'} ({why})",
-        },
-    )
+    assert training.layer_form != "auto"
+    assert isinstance(training.compile, bool)
+    assert isinstance(training.recompute, bool)
+    network = BDH(config.to_bdh_config()).to(device)
+    network.recompute = training.recompute
+    network.use(training.layer_form, training.compile)
+    optimizer = optim.build_optimizer(network.parameters(), training, bits)
+    form_why, compile_why = (why.get(f"training.{key}", "as configured") for key in ("layer_form", "compile"))
+    facts = {
+        "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
+        "bdh.optimizer": optim.described(list(network.parameters()), bits),
+        "bdh.layer_form": f"{training.layer_form} ({form_why}; {_activations(config, why)})",
+        "bdh.compiled": f"{'yes' if training.compile else 'no'} ({compile_why})",
+    }
+    return network, optimizer, facts
+
+
+def _activations(config: Config, why: Mapping[str, str]) -> str:
+    """What becomes of them between forward and backward pass."""
+    if not config.training.recompute:
+        return f"activations kept, {config.activation_bytes / 2**30:.1f} GiB"
+    reason = why.get("training.recompute") if config.training.layer_form == "reference" else None
+    return "activations recomputed in the backward pass" + (f": {reason}" if reason else "")
 
 
 def build_sampler(

@@ -20,7 +20,6 @@ from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance
 from bdh_mlflow.config import Config
 from bdh_mlflow.data.parquet import ParquetText
-from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import journal, store, tracker
 from bdh_mlflow.tracking.tracker import Tracker
 from bdh_mlflow.training.origin import Origin
@@ -101,7 +100,6 @@ def introduce(
 
 
 def headline(
-    network: BDH,
     config: Config,
     text: ParquetText,
     facts: Mapping[str, str],
@@ -111,11 +109,10 @@ def headline(
     segment: int,
 ) -> str:
     """What is about to be trained, in a few lines."""
-    parameters = sum(p.numel() for p in network.parameters())
-    tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
     identity, uri = tracker.identity, redact.masked(door.tracking_uri)
     lines = [
-        f"BDH with {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step; {facts['bdh.precision']}; {facts['bdh.optimizer']}",
+        f"BDH with {config.parameters / 1e6:.2f} M parameters, {config.tokens_per_step:,} tokens a step; {facts['bdh.precision']}; "
+        f"{facts['bdh.optimizer']}",
         f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
         if identity

@@ -17,7 +17,7 @@ import torch
 
 from bdh_mlflow import checkpoint, host
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import ConfigError, SaveError, TrackingError
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.precision import Precision
@@ -63,10 +63,9 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     checkpoint_dir = Path(config.training.checkpoint_dir)
     if reason := checkpoint.why_unwritable(checkpoint_dir):
         raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
-    origin = find_origin(config, checkpoint_dir, progress, fork)
-    config = config.resolved(origin.saved if origin.kind == "resumed" else None)
-    form, why = bdh.choose_form(config.training.layer_form, device, config.low_precision.use_fp8)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_form=form))
+    machine = precision.machine(device)
+    origin = find_origin(config, checkpoint_dir, machine, progress, fork)
+    config, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
     runs = Precision.asked(config, device)
     peak = precision.gemm_peak(runs.dtype, device)
     text = open_text(config, progress)
@@ -74,7 +73,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     validation = text.validation_batches(config.training.test_iters, config.training.batch_size, config.training.block_size)
 
     torch.manual_seed(config.training.seed)
-    network, optimizer, facts = build_network(config, runs, device, form, why)
+    network, optimizer, facts = build_network(config, why, runs, device)
     if origin.kind == "warm":
         load_warm(network, origin)
 
@@ -97,7 +96,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
                 told.refused = True
                 raise
             introduce(tracker, config, text, facts, provenance, patch, origin)
-            progress.note(headline(network, config, text, facts, tracker, door, origin, segment["number"]))
+            progress.note(headline(config, text, facts, tracker, door, origin, segment["number"]))
             writer = BackgroundWriter(
                 _save_into(run_dir, tracker, provenance, config, segment["continues"] or segment["wrapper"], progress.note)
             )

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "4-bit optimizer": (
         ("low_precision.use_4bit_optimizer=true", "low_precision.optimizer_bits=8"),
-        "optimizer_bits: 8 with low_precision",
+        "optimizer_bits: 8 cannot be combined with low_precision",
     ),
     "no data": (("dataset.parquet_dir=nowhere",), "nowhere: no such folder (dataset.parquet_dir). Set dataset.source"),
     "empty data": (("dataset.parquet_dir=hollow",), "hollow: no parquet files in it"),

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.cli import console
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from tests.conftest import documents, history, only_run, train, write_shards
 
 
@@ -33,7 +33,8 @@ def test_training_leaves_the_documented_files_metrics_and_tags(store: MlflowClie
     assert [f.path for f in store.list_artifacts(run.info.run_id, "samples")] == ["samples/step_3.txt", "samples/step_6.txt"]
     saved = Config.from_yaml(directory / "config.yaml")
     settings = ["tracking.tags.team=dragons", "tracking.log_system_metrics=true", "training.layer_form=blocked"]
-    assert saved == Config.from_yaml(tiny, settings).resolved()
+    settled = ["training.compile=false", "training.recompute=true"]
+    assert saved == resolve(Config.from_yaml(tiny, [*settings, *settled])).config
     assert run.data.params == {k: v if isinstance(v, str) else json.dumps(v) for k, v in saved.flat().items()}
     for key in (
         "train/loss",

@@ -251,10 +251,19 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"low_precision": {"use_4bit": True}}, "low_precision.use_4bit: true with low_precision.use_fp8 true cannot be had"),
-        ({"low_precision": {"use_4bit": False, "compute_dtype": "float16"}}, 'low_precision.compute_dtype: "float16" with'),
-        ({"low_precision": {"use_4bit": False}, "training": {"layer_form": "blocked"}}, 'training.layer_form: "blocked" with'),
-        ({"low_precision": {"use_4bit": False}, "training": {"compile": True}}, "training.compile: true with low_precision.use_fp8 true"),
+        ({"low_precision": {"use_4bit": True}}, "low_precision.use_4bit: true cannot be combined with low_precision.use_fp8 true"),
+        (
+            {"low_precision": {"use_4bit": False, "compute_dtype": "float16"}},
+            'low_precision.compute_dtype: "float16" cannot be combined with',
+        ),
+        (
+            {"low_precision": {"use_4bit": False}, "training": {"layer_form": "blocked"}},
+            'training.layer_form: "blocked" cannot be combined with',
+        ),
+        (
+            {"low_precision": {"use_4bit": False}, "training": {"compile": True}},
+            "training.compile: true cannot be combined with low_precision.use_fp8 true",
+        ),
         ({"fp8": {"format": "e5m2"}}, 'fp8.format: found the text "e5m2"; its 2 bits of mantissa are too few for weights and activations'),
         ({"model": {"n_embd": 24, "n_head": 2}}, "model.n_embd: D is 24; FP8 products need a multiple of 16"),
         ({"training": {"block_size": 9, "batch_size": 3}}, "training.block_size: batch_size * block_size is 27; FP8"),

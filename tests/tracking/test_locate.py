@@ -93,7 +93,7 @@ def test_form_of_the_layers_stays_that_of_the_run(
 
     monkeypatch.setattr(locate, "find", find)
     assert train(tiny, resume="latest").exit_code == 0
-    assert only_run(store).data.tags["bdh.layer_form"].startswith("reference (as configured")
+    assert only_run(store).data.tags["bdh.layer_form"].startswith("reference (as in the resumed run;")
     assert loaded(6)["config"]["training"]["layer_form"] == "reference"
 
 
