@@ -168,5 +168,12 @@ def test_other_space_under_the_same_name_is_refused(store: MlflowClient, text: P
 def test_shipped_space_is_valid() -> None:
     space = Space.from_yaml(str(Path(__file__).parents[2] / "configs/sweep.yaml"))
     assert space.parameters
+
+
+def test_space_files_are_read_as_configurations_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         Space.from_yaml("absent.yaml")
+    path = tmp_path / "space.yaml"
+    path.write_text("study: a\nstudy: b\n")
+    with pytest.raises(ConfigError, match=r"space.yaml, line 2, column 1: not valid YAML: key `study` is given twice"):
+        Space.from_yaml(str(path))
