@@ -150,7 +150,7 @@ def share() -> None:
     """Of 4-bit quantisation in a training step of the default configuration."""
     device = precision.pick_device()
     config = resolve(Config.from_yaml(CONFIGS / "config.yaml"), precision.machine(device)).config
-    network, runs = BDH(config.to_bdh_config()).to(device), Precision.asked(config, device)
+    network, runs = BDH(config.to_bdh_config()).to(device), Precision.from_config(config, device)
     assert config.training.layer_form != "auto"
     network.use(config.training.layer_form)
     optimizer = optim.build_optimizer(network.parameters(), config.training)

@@ -71,7 +71,7 @@ def from_weights(
     form = resolve(here, precision.machine(device)).config.training.layer_form
     assert form != "auto"
     network.use(form)
-    runs = Precision.asked(config, device)
+    runs = Precision.from_config(config, device)
     runs.prepare(network, bdh.PROJECTIONS)
     runs.load_state_dict(dict(formats))
     return Loaded(network, config, path, step, runs, notes, run_id)

@@ -1,8 +1,4 @@
-"""From a configuration to the first step: fresh, resumed or warm-started; every part is built here and handed to the trainer.
-
-The order is that of trust: what can be refused is refused first (configuration, folder, checkpoint, data, one whole batch), and only
-then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
-"""
+"""The parts of a training, built from a resolved configuration: text, batches, network, optimizer, samples."""
 
 import itertools
 import platform
@@ -23,12 +19,12 @@ from bdh_mlflow.training import optim
 from bdh_mlflow.training.trainer import Progress
 
 PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
-SAMPLE_BYTES = 128
+SAMPLE_BYTES = 128  # written for each
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
 
 
 def problems(config: Config) -> Iterable[Problem]:
-    """What the configuration asks of number formats, optimizer and compilation that this machine or version cannot do."""
+    """Configured number formats, optimizer and compilation that this machine or these versions cannot do."""
     yield from optim.problems(config)
     yield from precision.problems(config)
 
@@ -44,7 +40,7 @@ def open_text(config: Config, progress: Progress) -> ParquetText:
 
 
 def build_batches(config: Config, text: ParquetText, position: order.Position | None, device: torch.device) -> Iterator[Batch]:
-    """Training batches from a position on; the first one is read now, so that what is wrong with the data shows now."""
+    """Training batches from a position on; the first one is read now, so that unreadable data fails here."""
     batches = TrainingBatches(
         text,
         lanes=config.dataset.max_cached_files,
@@ -92,7 +88,7 @@ def _activations(config: Config, why: Mapping[str, str]) -> str:
 def build_sampler(
     network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device
 ) -> Callable[[Callable[[], bool]], list[Sample]]:
-    """Continues pieces of the validation text, always the same with the same random numbers, so that the samples of a run compare."""
+    """Continues always the same pieces of the validation text with the same random numbers, so that the samples of a run are comparable."""
     if not validation:
         return lambda stopped: []
     prompts = torch.cat(validation)[:PROMPTS, 1 : PROMPT_BYTES + 1].long().to(device)  # windows lie in random order

@@ -66,7 +66,7 @@ def train(config: Config, progress: Progress, stop: StopRequest, *, fork: bool =
     machine = precision.machine(device)
     origin = find_origin(config, checkpoint_dir, machine, progress, fork)
     config, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
-    runs = Precision.asked(config, device)
+    runs = Precision.from_config(config, device)
     peak = precision.gemm_peak(runs.dtype, device)
     text = open_text(config, progress)
     batches = build_batches(config, text, position_of(origin, config, text, progress), device)

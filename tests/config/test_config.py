@@ -1,6 +1,5 @@
 """Configuration: defaults, reading, problems."""
 
-import ast
 from pathlib import Path
 
 import pytest
@@ -95,16 +94,6 @@ def test_shipped_configurations_name_every_setting_with_a_comment(path: Path) ->
     assert {s: set(keys) for s, keys in yaml.safe_load(path.read_text()).items()} == {s: set(keys) for s, keys in DEFAULTS.items()}
     settings = [line for line in path.read_text().splitlines() if line.startswith("  ")]
     assert [line for line in settings if "  # " not in line] == []
-
-
-def test_every_setting_is_read_by_some_code() -> None:
-    read = set()
-    for file in (PROJECT / "bdh_mlflow").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name | ast.Attribute):
-                read.add(node.attr)
-    settings = {f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys}
-    assert {s for s in settings if s.partition(".")[2] not in read} == set()
 
 
 def test_every_setting_is_documented() -> None:

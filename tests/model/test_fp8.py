@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import importlib
 import importlib.util
 import os
@@ -182,7 +183,7 @@ def test_every_projection_of_every_layer_runs_in_fp8_and_the_network_still_learn
     config = fp8_config()
     model = BDH(config.to_bdh_config())
     names = list(model.state_dict())
-    runs = Precision.asked(config, torch.device("cpu"))
+    runs = Precision.from_config(config, torch.device("cpu"))
     assert runs.prepare(model, PROJECTIONS).startswith("FP8 (hybrid, delayed scaling by amax max of 4, emulated) in all 3 projections")
     calls: list[str] = []
     product = model.product
@@ -212,7 +213,7 @@ def test_training_continues_from_saved_scales_to_the_bit(algorithm: str) -> None
         return losses
 
     def new() -> tuple[BDH, Precision]:
-        model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+        model, runs = BDH(config.to_bdh_config()), Precision.from_config(config, torch.device("cpu"))
         runs.prepare(model, PROJECTIONS)
         return model, runs
 
@@ -230,12 +231,38 @@ def test_training_continues_from_saved_scales_to_the_bit(algorithm: str) -> None
     assert not torch.equal(trained(idx[4:], forgetful, runs)[0], straight[0])
 
 
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_emulation_returns_to_its_savepoint_to_the_bit(updates: int) -> None:
+    """Also to one before the first pass, and after passes whose gradients are added up."""
+    config = fp8_config()
+    model, runs = BDH(config.to_bdh_config()), Precision.from_config(config, torch.device("cpu"))
+    runs.prepare(model, PROJECTIONS)
+
+    def passes(count: int, scale: int) -> None:
+        for number in range(count):
+            idx = (torch.arange(18).view(2, 9) * (number + scale)) % 256
+            with runs.autocast():
+                _, loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+
+    passes(2 * updates, 1)
+    restore = runs.savepoint()
+    before = copy.deepcopy(runs.state_dict())
+    passes(2, 7)
+    assert runs.state_dict().keys() == {f"{name}.{role}" for name in PROJECTIONS for role in fp8.ROLES}
+    restore()
+    after = runs.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name][key], own[key]) for name, own in before.items() for key in own)
+    assert bool(before) == bool(updates)
+
+
 def test_recomputed_activations_give_the_same_gradients() -> None:
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
         config = fp8_config()
-        model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+        model, runs = BDH(config.to_bdh_config()), Precision.from_config(config, torch.device("cpu"))
         runs.prepare(model, PROJECTIONS)
         model.recompute = recompute
         idx = torch.arange(18).view(2, 9)
@@ -565,7 +592,7 @@ def test_engine_computes_what_the_emulation_says(kind: str) -> None:
     for emulate in (False, True):
         torch.manual_seed(0)
         config = fp8_config(format=kind, emulate=emulate)
-        model, runs = BDH(config.to_bdh_config()).cuda(), Precision.asked(config, precision.pick_device())
+        model, runs = BDH(config.to_bdh_config()).cuda(), Precision.from_config(config, precision.pick_device())
         runs.prepare(model, PROJECTIONS)
         idx = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1)).cuda()
         curves.append(learned(model, runs, idx, 5, 1e-3))

@@ -135,7 +135,7 @@ def test_fp8_without_a_capable_device_is_refused_with_what_was_asked() -> None:
 )
 def test_fp8_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], message: str) -> None:
     monkeypatch.setattr(precision, "pick_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(precision, "_no_float16", lambda device: None)
+    monkeypatch.setattr(precision, "why_float16_unavailable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
