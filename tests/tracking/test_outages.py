@@ -204,7 +204,7 @@ def test_upload_that_is_cut_off_is_made_again_and_verified(shared: Server, relay
     assert tracked.close() == 0
     exactly_once(shared.client, run_id, 1)
     result = run_cli("checkpoints", "verify", run_id, "--config", str(written_config(tmp_path)))
-    assert (result.exit_code, "1 whole, 0 not" in result.output) == (0, True), result.output
+    assert (result.exit_code, "1 intact, 0 damaged" in result.output) == (0, True), result.output
 
 
 def test_upload_is_not_held_back_once_training_is_over(
@@ -356,7 +356,7 @@ def test_training_begins_and_ends_without_a_server_and_sync_delivers_the_whole(
         assert run.data.params["training.max_iters"] == "6"
         assert run.data.tags["bdh.latest_checkpoint"].endswith("checkpoint_9.pt")
         verified = run_cli("checkpoints", "verify", run.info.run_id, "--config", str(tiny))
-        assert "3 whole, 0 not" in verified.output
+        assert "3 intact, 0 damaged" in verified.output
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
