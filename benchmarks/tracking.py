@@ -46,6 +46,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory, Throttle
+from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import sync
 from bdh_mlflow.tracking.tracker import REPLAYED, Tracker
 from bdh_mlflow.training.trainer import NullTracker
@@ -143,10 +144,10 @@ def tracked(steps: int, folder: Path, uri: str, target: str, server: Server | No
     assert identity is not None, notes
     provenance = Provenance(identity.run_id, 1, None, False, "", "", {})
 
-    def write(contents: dict[str, Any], val_loss: float | None, throttle: Throttle) -> None:
+    def write(contents: dict[str, Any], evaluation: Evaluation | None, throttle: Throttle) -> None:
         directory.make()
         tracker.sync()
-        tracker.checkpoint(directory.save(contents, provenance, val_loss, throttle).path, contents["step"])
+        tracker.checkpoint(directory.save(contents, provenance, evaluation, throttle).path, evaluation)
 
     figures = train(steps, tracker, BackgroundWriter(write), target, server)
     directory.close()
@@ -272,7 +273,7 @@ def served(target: str, folder: Path) -> Iterator[tuple[str, Server | None]]:
         return
     client.search_experiments()
     server = Server(store, folder / "server")
-    command = [sys.executable, str(Path(__file__).parent / "relay.py"), str(server.port), "0.2"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "relay.py"), str(server.port), "0.2"]
     relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert relay.stdout is not None
     port = int(relay.stdout.readline())

@@ -1,6 +1,6 @@
 """A relay before a server, for trouble: `Relay(port)` forwards HTTP to 127.0.0.1:port and does what it is told to some requests.
 
-`python benchmarks/relay.py PORT DELAY_S` is one in a process of its own that only delays; it prints the port it listens on.
+`python scripts/relay.py PORT DELAY_S` is one in a process of its own that only delays; it prints the port it listens on.
 Knows requests only by their first line. Connections are closed after each answer, so that every request passes through here anew.
 """
 
