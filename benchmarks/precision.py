@@ -1,8 +1,8 @@
 """What each number format does to a training: `python benchmarks/precision.py [--steps 700] [--seeds 3] [--cases ...] [--share]`.
 
-Quickstart's network and data, equal steps and seeds, one `bdh-mlflow train` process after the other. Printed, as means over the seeds: final
-val/loss on 64 batches, its difference from float32's with the same seed and the standard error of that mean, bytes of optimizer state a
-parameter and of exported weights, and the median step time against float32's. Any rounding changes the trajectory: `float32 nudged` is
+Quickstart's network and data, equal steps and seeds, one `bdh-mlflow train` process after the other. Printed, as means over the seeds:
+final val/loss on 64 batches, its difference from float32's with the same seed and the standard error of that mean, bytes of optimizer state
+a parameter and of exported weights, and the median step time against float32's. Any rounding changes the trajectory: `float32 nudged` is
 float32 at a learning rate higher by a factor of 1.00001, so its difference is what chance alone makes.
 `after` is float32's last checkpoint rounded to 4 bits after the training, on the same validation batches.
 `--share` times 4-bit quantisation against a training step of the default configuration (minutes).
