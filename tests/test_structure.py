@@ -39,7 +39,7 @@ HOMES = {  # third-party packages that only these wings or modules import
 }
 MLFLOW_INTERNALS = f"{PACKAGE}.tracking.mlflow_internals"
 NAMEDTUPLE_METHODS = {"_replace", "_asdict", "_fields", "_make", "_field_defaults"}  # public in spite of their names
-NO_PUBLIC_NAME = ("torch.utils._python_dispatch",)  # private modules of others that tests need all the same
+NO_PUBLIC_NAME = ("torch",)  # libraries whose private names tests may use: what they look at in torch has no other name
 BY_NAME = {"getattr", "setattr", "delattr", "hasattr", "patch", "object"}  # calls that reach an attribute by a string
 
 MAX_FILE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 220, 60, 6
@@ -47,6 +47,7 @@ EXCEPTIONS: dict[str, str] = {}
 """`path`, `path:Class` or `path:Class.function` of what may exceed a bound, and why."""
 
 CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
+    "config/test_usage": "every setting is read by code of some other wing",
     "test_browser": "pages of a tracking server in a real browser",
     "test_project": "MLproject, conda.yaml, README and shipped configurations",
     "test_readme": "the README's commands, in their order",
@@ -175,9 +176,11 @@ def check_privates_in_tests(root: Path) -> Iterator[Violation]:
     """Tests use what modules offer."""
     for source in sources(root, "tests"):
         for line, name in private_accesses(source):
-            yield Violation(source.path, line, f"tests use no private names: {name}")
+            if name.split(".")[0] not in NO_PUBLIC_NAME:
+                yield Violation(source.path, line, f"tests use no private names: {name}")
         for i in imports(source, set()):
-            if not i.module.startswith(NO_PUBLIC_NAME) and any(is_private(part) for part in [*i.module.split("."), i.name or ""]):
+            parts = [*i.module.split("."), i.name or ""]
+            if parts[0] not in NO_PUBLIC_NAME and any(is_private(part) for part in parts):
                 yield Violation(source.path, i.line, f"tests use no private names: {i.module}" + (f".{i.name}" if i.name else ""))
 
 
@@ -229,7 +232,8 @@ def too_long(source: Source) -> Iterator[tuple[str, Violation]]:
             if length > limit:
                 rule = f"{kind} {name} has {length} lines (at most {limit})"
                 yield f"{source.path}:{name}", Violation(source.path, node.lineno, rule)
-            if not isinstance(node, ast.ClassDef) and (count := parameters(node, in_class)) > MAX_PARAMETERS:
+            given_by_pytest = source.path.startswith("tests/") and node.name.startswith("test_")  # fixtures, and columns of a table
+            if not isinstance(node, ast.ClassDef) and not given_by_pytest and (count := parameters(node, in_class)) > MAX_PARAMETERS:
                 rule = f"function {name} has {count} parameters (at most {MAX_PARAMETERS})"
                 yield f"{source.path}:{name}", Violation(source.path, node.lineno, rule)
             yield from visit(node, f"{name}.", is_class)
@@ -244,12 +248,13 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool)
 
 
 def check_places_of_tests(root: Path, cross_module: Iterable[str]) -> Iterator[Violation]:
-    """tests/ mirrors the package, and benchmarks stand alone."""
+    """tests/ mirrors the package (`test_x.py` or `test_x_more.py` beside `x.py`), and benchmarks stand alone."""
     there = {file.relative_to(root / "tests").with_suffix("").as_posix() for file in (root / "tests").rglob("test_*.py")}
     for name in sorted(there - set(cross_module)):
-        module = name.replace("test_", "")
-        if not (root / PACKAGE / f"{module}.py").is_file():
-            yield Violation(f"tests/{name}.py", 1, f"there is no {PACKAGE}/{module}.py, and it is not in CROSS_MODULE_TESTS")
+        folder, _, words = name.rpartition("test_")
+        modules = ["_".join(words.split("_")[: n + 1]) for n in range(words.count("_") + 1)]
+        if not any((root / PACKAGE / folder / f"{module}.py").is_file() for module in modules):
+            yield Violation(f"tests/{name}.py", 1, f"there is no {PACKAGE}/{folder}{words}.py, and it is not in CROSS_MODULE_TESTS")
     for name in sorted(set(cross_module) - there):
         yield Violation(f"tests/{name}.py", 1, "is in CROSS_MODULE_TESTS and does not exist")
     for source in sources(root, PACKAGE, "tests", "benchmarks", "scripts"):
@@ -350,6 +355,7 @@ WRONG = {  # a tree that breaks every rule: files, and after `#!` in a line whic
             monkeypatch.setattr(thing, "_seam", 2)  #! setattr(..., "_seam")
         """,
     "tests/cli/test_wishes.py": "x = 1  #! there is no bdh_mlflow/cli/wishes.py",
+    "tests/cli/test_doctor_more.py": "def test_it(a, b, c, d, e, f, g): pass\ndef many(a, b, c, d, e, f, g): pass  #! has 7 parameters",
     "tests/test_errors.py": "from benchmarks import speed  #! nothing imports benchmarks",
     "benchmarks/speed.py": """
         from tests.conftest import x  #! benchmarks import nothing from tests
