@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bdh_mlflow.config import Config, LowPrecisionConfig
+from bdh_mlflow.config import Config, LowPrecisionConfig, resolve
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH, useful_flops
 from bdh_mlflow.model.precision import Precision
@@ -111,7 +111,7 @@ def synchronize(device: torch.device) -> None:
 
 def curves(steps: int = 100) -> None:
     """Quickstart's training, with its schedule, clipping and seed, on the sources of this package."""
-    config = Config.from_yaml("configs/quickstart.yaml").resolved()
+    config = resolve(Config.from_yaml("configs/quickstart.yaml")).config
     text = torch.frombuffer(bytearray(b"".join(p.read_bytes() for p in sorted(Path("bdh_mlflow").rglob("*.py")))), dtype=torch.uint8)
     reference, blocked, alone = (losses(config, text, steps, *how) for how in (("reference", 0), ("blocked", 0), ("reference", 1)))
     exact = [losses(config, text, steps, form, 0, torch.float64) for form in ("reference", "blocked")]

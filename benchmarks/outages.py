@@ -6,6 +6,7 @@ must deliver nothing. Exit code 1 if not.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -22,7 +23,8 @@ import yaml
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.tracking import journal
+from bdh_mlflow.tracking.journal import JournalReader
+from bdh_mlflow.tracking.records import Points
 from scripts.servers import Server
 
 TINY = {
@@ -115,20 +117,19 @@ def report(folder: Path, server: Server) -> int:
         wrong += done.returncode
     wrong += any(": 0 records" not in line for line in done.stdout.splitlines()[:-1])
     for place in checkpoint.list_all(folder / "checkpoints"):  # a folder without a checkpoint is removed when everything in it is delivered
-        state = journal.delivered(place)
-        assert state is not None
-        assert state.run_id is not None
         logged: Counter[tuple[str, int]] = Counter()
-        for record in journal.read(place):
-            if record.kind == "points":
-                logged.update((key, record.fields["step"]) for key in record.fields["values"] if not key.startswith(OWN_COUNT))
+        with contextlib.closing(JournalReader(place)) as reader:
+            state, segments = reader.delivered(), len(reader.index.segments)
+            for entry in reader.read(0, reader.index.update()):
+                if isinstance(entry.record, Points):
+                    logged.update((key, entry.record.step) for key in entry.record.values if not key.startswith(OWN_COUNT))
+        assert state.run_id is not None
         journalled += len(logged)
         run = server.client.get_run(state.run_id)
         keys = [key for key in run.data.metrics if not key.startswith(OWN_COUNT)]
         there = Counter((key, m.step) for key in keys for m in server.client.get_metric_history(state.run_id, key))
         missing, twice = set(logged) - set(there), [point for point, times in there.items() if times > 1]
         audit = [m.value for m in server.client.get_metric_history(state.run_id, "resume/replay_max_abs_diff")]
-        segments = sum(record.kind == "segment" for record in journal.read(place))
         print(
             f"{place.name}: {segments} segments, {len(logged)} points, {sum(logged.values()) - len(logged)} again after a kill; "
             f"{len(missing)} missing, {len(twice)} twice, replay difference {max(audit, default=0.0)}, status {run.info.status}"

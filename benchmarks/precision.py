@@ -24,9 +24,9 @@ import torch
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config, TrackingConfig
+from bdh_mlflow.config import Config, TrackingConfig, resolve
 from bdh_mlflow.inference import export, load
-from bdh_mlflow.model import bdh, fourbit, precision
+from bdh_mlflow.model import fourbit, precision
 from bdh_mlflow.model.bdh import BDH, PROJECTIONS
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.training import optim
@@ -148,10 +148,11 @@ def rounded_after(last: Path, kind: Any, nested: bool) -> float:
 
 def share() -> None:
     """Time 4-bit quantisation and a training step of the default configuration."""
-    config = Config.from_yaml(CONFIGS / "config.yaml").resolved()
     device = precision.pick_device()
+    config = resolve(Config.from_yaml(CONFIGS / "config.yaml"), precision.machine(device)).config
     network, runs = BDH(config.to_bdh_config()).to(device), Precision.asked(config, device)
-    network.use(bdh.choose_form("auto", device)[0])
+    assert config.training.layer_form != "auto"
+    network.use(config.training.layer_form)
     optimizer = optim.build_optimizer(network.parameters(), config.training)
     runs.prepare(network, PROJECTIONS, optimizer)
     times = []

@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,8 +48,9 @@ from mlflow.entities import Metric
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory, Throttle
 from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import sync
-from bdh_mlflow.tracking.tracker import REPLAYED, Tracker
-from bdh_mlflow.training.trainer import NullTracker
+from bdh_mlflow.tracking.records import Segment
+from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.tracker import REPLAYED, NullTracker, Tracker
 from scripts.servers import Server
 
 METRICS = ("train/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_ms", "progress/tokens_seen")
@@ -137,11 +138,27 @@ def tail(figures: Figures, stolen_too: bool = False) -> tuple[float, float]:
 
 def with_tracking(steps: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
     directory = RunDirectory.new(folder / "checkpoints", "", datetime.now())
-    segment = {"number": 1, "training": "t" * 32, "continues": None, "wrapper": None, "experiment": "bdh", "run_name": None, "user": "me"}
-    segment |= {"tracking_uri": uri, "mirror": True, "keep": None, "audit": list(REPLAYED), "host": "h", "pid": 0, "device": "cpu"}
-    segment |= {"versions": {}, "started_at_ms": int(1e3 * time.time()), "first_step": 0}
+    segment = Segment(
+        number=1,
+        training="t" * 32,
+        continues=None,
+        wrapper=None,
+        experiment="bdh",
+        run_name=None,
+        user="me",
+        tracking_uri=uri,
+        mirror=True,
+        keep=None,
+        audit=list(REPLAYED),
+        host="h",
+        pid=0,
+        device="cpu",
+        versions={},
+        started_at_ms=int(1e3 * time.time()),
+        first_step=0,
+    )
     notes: list[str] = []
-    tracker = Tracker(lambda: directory.folder, uri, segment, notes.append)
+    tracker = Tracker(lambda: directory.folder, uri, segment, notes.append, SubprocessSender)
     identity = tracker.wait(60)
     assert identity is not None, notes
     provenance = Provenance(identity.run_id, 1, None, False, "", "", {})
@@ -158,7 +175,7 @@ def with_tracking(steps: int, folder: Path, uri: str, target: str, server: Serve
             server.signal(signal.SIGCONT)
         else:
             server.start()
-        done = sync.sync(directory.path, uri, lambda said: None)
+        done = sync.sync(directory.path, uri, lambda line: None)
         assert done.left == 0, done
     client = MlflowClient(server.uri if server else uri)
     there = Counter((key, m.step) for key in METRICS for m in client.get_metric_history(identity.run_id, key))
@@ -167,21 +184,16 @@ def with_tracking(steps: int, folder: Path, uri: str, target: str, server: Serve
     return figures, f"{once}/{all_of_them}" + (f" +{sum(there.values()) - once} again" if sum(there.values()) != once else "")
 
 
-class NoTracker(NullTracker):
-    def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
-        return 0
-
-
 def without_tracking(steps: int, folder: Path, target: str) -> Figures:
     if target == "nothing":
-        return train(steps, NoTracker(), None, target, None)
+        return train(steps, NullTracker(), None, target, None)
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     writer = context.Process(target=write_points, args=(f"sqlite:///{folder}/mlflow.db", ready), daemon=True)
     writer.start()
     assert ready.wait(60)
     try:
-        figures = train(steps, NoTracker(), None, target, None)
+        figures = train(steps, NullTracker(), None, target, None)
         assert writer.is_alive()
         return figures
     finally:
@@ -200,7 +212,7 @@ def write_points(uri: str, ready: Any) -> None:
         time.sleep(1)  # about once in each tracked block: it is stopped in the others
 
 
-def train(steps: int, tracker: Tracker | NoTracker, writer: BackgroundWriter | None, target: str, server: Server | None) -> Figures:
+def train(steps: int, tracker: Tracker | NullTracker, writer: BackgroundWriter | None, target: str, server: Server | None) -> Figures:
     """The loop. The time for which a checkpoint blocks it is a figure of its own; the steps while one is written are among the tracked."""
     work, state = toy(), {"step": 1, "tokens_seen": 0, "loss": 1.0, "model_state_dict": weights()}
     tracked, untracked, call_s, blocked = Blocks(), Blocks(), list[float](), list[float]()

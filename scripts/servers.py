@@ -25,13 +25,19 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def healthy(port: int) -> bool:
+    """Whether an MLflow server answers on this port."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 def wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait for an MLflow server that was just started.   Fails with what is in its log if it ends or takes too long."""
     end = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
-            if answer.status == 200:
-                return
+    while not healthy(port):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, f"no answer on port {port}: {log.read_text()}"
         time.sleep(0.05)

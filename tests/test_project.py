@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mlflow.projects import _project_spec
 
 from bdh_mlflow.cli.main import cli
-from bdh_mlflow.config import CLASHES, Config, documentation
+from bdh_mlflow.config import INCOMPATIBLE, Config, documentation
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text()
@@ -61,7 +61,7 @@ def test_readme_table_of_clashes_is_the_configurations() -> None:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     rows = []
-    for c in CLASHES:
+    for c in INCOMPATIBLE:
         first, *others = (word(v) for v in c.values)
         values = ", ".join([f"`{c.other}: {first}`", *(f"`{v}`" for v in others)])
         rows.append(f"| `{c.key}: {word(c.value)}` | {values} | {c.remedy} |")

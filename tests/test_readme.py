@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.model import fp8, precision
-from scripts.servers import free_port, serving, wait_until_healthy
+from scripts.servers import free_port, healthy, serving
 from tests.conftest import TINY, documents, write_shards
 
 PROJECT = Path(__file__).parent.parent
@@ -140,7 +141,11 @@ def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
     with Path(f"server-{port}.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_until_healthy(port, server, Path(f"server-{port}.log"))
+        end = time.monotonic() + PATIENCE_S
+        while not healthy(port):
+            assert server.poll() is None, Path(f"server-{port}.log").read_text()
+            assert time.monotonic() < end, f"{command} does not answer"
+            time.sleep(0.2)
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):

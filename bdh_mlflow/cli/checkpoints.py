@@ -56,8 +56,9 @@ def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
     from bdh_mlflow.tracking import locate
 
     tracking = Config.from_yaml(config_path).tracking
-    found = locate.search(tracking, locate.mirrored(target, tracking)[0] if target else None, best)
-    rows = [[m.checkpoint, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
+    locator = locate.Locator(Path(), tracking)
+    found = locator.mirror.search(locator.mirrored(target)[0] if target else None, best)
+    rows = [[m.uri, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
     if not rows:
         raise InputError(
             f"{target or 'experiment ' + tracking.experiment}: no mirrored checkpoints{' with a validation loss' if best else ''}"
@@ -98,11 +99,11 @@ def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> Non
     else:
         from bdh_mlflow.tracking import locate
 
-        tracking = Config.from_yaml(config_path).tracking
-        run_id, paths = locate.mirrored(target, tracking)
-        for _, file in paths:
+        locator = locate.Locator(Path(), Config.from_yaml(config_path).tracking)
+        run_id, paths = locator.mirrored(target)
+        for file in paths:
             with tempfile.TemporaryDirectory(prefix="verify-") as folder:  # one at a time: a mirror can be larger than a disk
-                check(f"runs:/{run_id}/{file}", functools.partial(locate.fetch, run_id, file, Path(folder), tracking))
+                check(f"runs:/{run_id}/{file}", functools.partial(locator.mirror.fetch, run_id, file, Path(folder)))
     if not good and not bad:
         raise InputError(f"{target}: no checkpoints here")
     click.echo(f"{good} whole, {bad} not")
@@ -118,7 +119,7 @@ def checkpoints_pull(target: str, config_path: str) -> None:
     from bdh_mlflow.tracking import locate
 
     config = Config.from_yaml(config_path)
-    found = locate.find(target, Path(config.training.checkpoint_dir), config.tracking)
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     click.echo(str(found.path))
 
 
@@ -134,7 +135,7 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
     from bdh_mlflow.tracking import locate
 
     config = Config.from_yaml(config_path)
-    found = locate.find(target, Path(config.training.checkpoint_dir), config.tracking)
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     path = Path(output) if output else export.default_path(found.checkpoint, kind)

@@ -16,8 +16,7 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import delivery, journal, store, system_metrics
-from bdh_mlflow.tracking.journal import Ledger
+from bdh_mlflow.tracking import journal, store, system_metrics
 from bdh_mlflow.tracking.store import local_path
 from bdh_mlflow.training import build
 
@@ -55,7 +54,7 @@ def _store(config: Config) -> Iterator[Finding]:
         return
     if not door.reachable:
         start = "start the server; training works without it and `bdh-mlflow sync` delivers later"
-        yield Finding("tracking store", f"no answer within {store.DOOR_S:.0f} s", False, start)
+        yield Finding("tracking store", f"no answer within {store.PROBE_S:.0f} s", False, start)
         return
     yield Finding("tracking store", _version(uri))
     client = store.client_of(uri)
@@ -107,9 +106,9 @@ def _journals(config: Config) -> Iterator[Finding]:
     for folder in (*checkpoint.pending(directory), *checkpoint.list_all(directory)):
         if not (folder / journal.FILE_NAME).is_file():
             continue
-        ledger = Ledger(folder)
-        left, alive = delivery.waiting(ledger, ledger.delivered()), delivery.training(ledger)
-        ledger.close()
+        with journal.reading(folder) as reader:
+            assert reader is not None, "the file is there"
+            left, alive = reader.index.waiting(reader.delivered()), reader.is_training()
         if left:
             waiting += 1
             found = f"{folder}: {left:,} records{', being trained' if alive else ''}"

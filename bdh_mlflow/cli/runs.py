@@ -161,7 +161,7 @@ def sync(ctx: click.Context, folder: str | None, config_path: str, tracking_uri:
     left = 0
     for place in folders:
         try:
-            done = sync.sync(place, tracking_uri, lambda said: click.echo(said["note"], err=True) if "note" in said else None)
+            done = sync.sync(place, tracking_uri, lambda text: click.echo(text, err=True))
         except (TrackingError, OSError) as error:  # the others may be better off
             click.echo(f"{place}: {error}", err=True)
             left += 1

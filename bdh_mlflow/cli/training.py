@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from bdh_mlflow.config import BDHConfig, Config, Problem
+from bdh_mlflow.config import BDHConfig, Config, Problem, resolve
 from bdh_mlflow.text import bits_per_byte, decode
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
     if resume not in ("none", ""):
         given.append(f"training.resume_from_checkpoint={resume}")
     from bdh_mlflow.cli import console
+    from bdh_mlflow.tracking.sender import SubprocessSender
     from bdh_mlflow.training import build, start
     from bdh_mlflow.training.stop import StopRequest
 
@@ -55,7 +56,7 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
     stop.install()
     try:
         with console.watching(sys.stdout, config.training.max_iters) as progress:
-            outcome = start.train(config, progress, stop, fork=fork == "yes")
+            outcome = start.train(config, progress, stop, fork=fork == "yes", make_sender=ctx.obj or SubprocessSender)
     except KeyboardInterrupt:
         stopped_early(ctx, stop)
     click.echo(_farewell(outcome, config_path, given))
@@ -73,13 +74,23 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     """Search for good settings: trainings judged by val/loss, under one parent run; started again, it goes on."""
     from bdh_mlflow.cli import console
     from bdh_mlflow.studies import sweep as study
+    from bdh_mlflow.tracking.sender import SubprocessSender
     from bdh_mlflow.training.stop import StopRequest
 
     given, space = [*overrides, *dotted_options(ctx)], study.Space.from_yaml(space_path)
     stop = StopRequest()
     stop.install()
     try:
-        done = study.sweep(config_path, space, trials, given, functools.partial(console.watching, sys.stdout), stop, click.echo)
+        done = study.sweep(
+            config_path,
+            space,
+            trials,
+            given,
+            functools.partial(console.watching, sys.stdout),
+            stop,
+            click.echo,
+            ctx.obj or SubprocessSender,
+        )
     except KeyboardInterrupt:
         stopped_early(ctx, stop)
     click.echo(f"{', '.join(f'{n} {what}' for what, n in done.counts.items())}; parent run {done.parent_run_id}; study {done.journal}")
@@ -195,7 +206,7 @@ def config_check(ctx: click.Context, config_path: str, overrides: tuple[str, ...
 @click.pass_context
 def config_show(ctx: click.Context, config_path: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved configuration: every setting with its value."""
-    click.echo(Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)]).resolved().to_yaml(), nl=False)
+    click.echo(resolve(Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)])).config.to_yaml(), nl=False)
 
 
 def _farewell(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import export
 from bdh_mlflow.model import (
@@ -67,7 +67,10 @@ def from_weights(
     network = BDH(config.to_bdh_config())
     network.load_published(weights)
     network.to(device).eval()
-    network.use(bdh.choose_form("auto", device, config.low_precision.use_fp8)[0])
+    here = config.replaced({"training.layer_form": "auto", "training.recompute": "auto"})
+    form = resolve(here, precision.machine(device)).config.training.layer_form
+    assert form != "auto"
+    network.use(form)
     runs = Precision.asked(config, device)
     runs.prepare(network, bdh.PROJECTIONS)
     runs.load_state_dict(dict(formats))

@@ -33,9 +33,10 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     """
     if target.endswith(export.SUFFIX):
         return generate.from_file(Path(target))
-    if target.startswith("models:/") and (registered := _registered(target, config)):
+    locator = locate.Locator(checkpoint_dir, config)
+    if target.startswith("models:/") and (registered := _registered(target, locator)):
         return registered
-    found = locate.find(target, checkpoint_dir, config)
+    found = locator.find(target)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     own = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
@@ -44,9 +45,9 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     return generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes, run_id)
 
 
-def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
+def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
     """The model that `registry` has made of a checkpoint; None for one of another kind, or of none."""
-    client = store.connect(config)
+    client = locator.mirror.client
     try:
         version = client.get_model_version(*get_model_name_and_version(client, uri))  # type: ignore[no-untyped-call]
     except (MlflowException, TypeError):  # TypeError: the id of a logged model, which has no version
@@ -54,7 +55,7 @@ def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
     if "bdh.format" not in version.tags:
         return None
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        (file,) = locate.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
+        (file,) = locator.mirror.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
         try:
             return dataclasses.replace(generate.from_file(file), path=Path(uri), run_id=version.run_id)
         except CheckpointError as error:

@@ -63,7 +63,7 @@ def register(
                 check(given)
         except MlflowException as error:
             raise InputError(f"{option} {given}: {files.first_line(error)}") from None
-    found = locate.find(target, checkpoint_dir, config)
+    found = locate.Locator(checkpoint_dir, config).find(target)
     if found.checkpoint is None:
         raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     run_id = found.run_id or locate.run_of(found.checkpoint)

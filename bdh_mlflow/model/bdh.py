@@ -243,15 +243,6 @@ class BDH(nn.Module):
         return self._tables[key]
 
 
-def choose_form(wish: Literal["auto"] | Form, device: torch.device, fp8: bool = False) -> tuple[Form, str]:
-    """Which form runs, and why.   wish: `training.layer_form`.   fp8: whether projections run in FP8."""
-    if wish != "auto":
-        return wish, "as configured"
-    if fp8:
-        return "reference", "auto with FP8, whose products only this form hands over"
-    return ("blocked", "auto on cpu") if device.type == "cpu" else ("reference", f"auto on {device.type}, where blocked was never measured")
-
-
 def useful_flops(config: BDHConfig, tokens: int) -> float:
     """Floating-point operations that a training step must do for one token of a text of T, two for each multiplication and addition.
 
@@ -266,14 +257,6 @@ def useful_flops(config: BDHConfig, tokens: int) -> float:
         pairs = (width - 1) * (neurons + width) + 4 * neurons * width
     forward = config.n_layer * heads * (6 * width * neurons + pairs) + 2 * width * config.vocab_size
     return 3.0 * forward
-
-
-def activation_bytes(config: BDHConfig, batch: int, tokens: int, itemsize: int) -> int:
-    """Memory for the activations that a backward pass without recomputation keeps, in bytes.
-
-    Counted on the reference form: eight (B, H, T, N) tensors a layer (neurons, rotated neurons, both gates, their product and masks).
-    """
-    return 8 * config.n_layer * batch * tokens * config.mlp_internal_dim_multiplier * config.n_embd * itemsize
 
 
 def _at_least_float(t: Tensor) -> Tensor:

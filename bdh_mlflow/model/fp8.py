@@ -52,6 +52,10 @@ class Fp8(Protocol):
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `state`."""
 
+    def savepoint(self) -> Callable[[], None]:
+        """Between updates: the function returned brings back the state of now, whatever regions came after."""
+        ...
+
 
 class Emulated:
     """The recipe in torch: operands rounded to float8 values, products summed in float32.
@@ -101,6 +105,20 @@ class Emulated:
             name: _Operand(own["scale"].clone(), _of_length(own["history"], length), self._formats[name.rpartition(".")[2]])
             for name, own in state.items()
         }
+
+    def savepoint(self) -> Callable[[], None]:
+        """Copies nothing: regions write in place into the newest row only, zero between updates; settling makes new tensors."""
+        for operand in self._operands.values():
+            operand.settle(self._recipe)
+        before = [(name, operand, operand.scale, operand.history) for name, operand in self._operands.items()]
+
+        def restore() -> None:
+            self._operands = {name: operand for name, operand, _, _ in before}
+            for _, operand, scale, history in before:
+                history[0] = 0
+                operand.scale, operand.history, operand.seen = scale, history, False
+
+        return restore
 
     def _operand(self, name: str, role: str, like: Tensor) -> "_Operand":
         found = self._operands.get(name)
@@ -267,6 +285,11 @@ class Engine:
         """Continue from `state`; a module takes its part when it is made."""
         self._saved = {name: {key: t.clone() for key, t in own.items()} for name, own in state.items()}
         self._modules.clear()
+
+    def savepoint(self) -> Callable[[], None]:
+        """By copy: the library updates its tensors in place."""
+        state = self.state_dict()
+        return lambda: self.load_state_dict(state)
 
     def _module(self, name: str, groups: int, inner: int, outer: int) -> Any:
         if name not in self._modules:

@@ -9,16 +9,17 @@ import functools
 import importlib.util
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from bdh_mlflow import host
-from bdh_mlflow.config import Config, LowPrecisionConfig, Problem
+from bdh_mlflow.config import Config, LowPrecisionConfig, Machine, Problem
 from bdh_mlflow.model import (
     fourbit,
     fp8,
@@ -31,6 +32,17 @@ GEMM_PEAK_S = 0.3
 def pick_device() -> torch.device:
     """CUDA's current device where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def machine(device: torch.device) -> Machine:
+    """What `resolve` needs to know of this machine."""
+    if device.type != "cuda":
+        return Machine(device.type, psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device
+    )  # by torch's allocator, after a training before this one
+    return Machine(device.type, free + held)
 
 
 def problems(config: Config) -> Iterable[Problem]:
@@ -115,6 +127,10 @@ class Precision:
         """What number formats remember from step to step: scales of FP8; empty without."""
         return self.fp8.state_dict() if self.fp8 else {}
 
+    def savepoint(self) -> Callable[[], None]:
+        """Between updates: the function returned brings back the state of now."""
+        return self.fp8.savepoint() if self.fp8 else lambda: None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
         if self.fp8 is not None:
@@ -139,18 +155,6 @@ def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / best_s
 
 
-def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
-    """Whether the model is compiled, and why."""
-    training = config.training
-    if training.debug:
-        return False, "debug"
-    if config.low_precision.use_fp8 and training.compile == "auto":
-        return False, "auto with FP8, whose delayed scaling is not traced"
-    if training.compile == "auto":
-        return device.type == "cuda", f"auto on {device.type}"
-    return training.compile, "as configured"
-
-
 def _described(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
@@ -169,7 +173,7 @@ def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:
     m, t = config.model, config.training
     sides = {
         "model.n_embd": (m.n_embd, "D"),
-        "model.mlp_internal_dim_multiplier": (m.mlp_internal_dim_multiplier * m.n_embd // m.n_head, "N, neurons a head,"),
+        "model.mlp_internal_dim_multiplier": (config.neurons, "N, neurons a head,"),
         "training.block_size": (t.batch_size * t.block_size, "batch_size * block_size"),
     }
     for key, (size, name) in sides.items():

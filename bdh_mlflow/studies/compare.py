@@ -33,7 +33,8 @@ from bdh_mlflow import files
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.tracking import store
-from bdh_mlflow.tracking.run import SAMPLES, SEGMENTS
+from bdh_mlflow.tracking.run import SAMPLES
+from bdh_mlflow.tracking.segments import FILE_NAME as SEGMENTS
 
 CURVES = ("train/loss", "val/loss", "val/bpb")
 LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/tokens_per_s", "perf/mfu_pct", "perf/step_ms", "mem/peak_gib")

@@ -27,6 +27,8 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import ConfigError, InputError, NonFiniteError
 from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.tracker import MakeSender
 from bdh_mlflow.training import build, start
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Progress
@@ -118,6 +120,7 @@ def sweep(
     watching: Watching,
     stop: StopRequest,
     note: Callable[[str], None],
+    make_sender: MakeSender = SubprocessSender,
 ) -> Swept:
     """Run trials until `trials` of them have ended, counting those of earlier starts.   Raises a BdhError for what stops all of them.
 
@@ -138,7 +141,7 @@ def sweep(
         _take_up(study, note)
         while _ended(study) < trials:
             settings = [*shared, f"tracking.experiment={experiment}", f"tracking.tags.mlflow.parentRunId={parent}"]
-            _trial(study, space, config_path, settings, folder, watching, stop, note)
+            _trial(study, space, config_path, settings, folder, watching, stop, note, make_sender)
             _show(client, parent, study)
             if stop.received:
                 break
@@ -215,6 +218,7 @@ def _trial(
     watching: Watching,
     stop: StopRequest,
     note: Callable[[str], None],
+    make_sender: MakeSender,
 ) -> None:
     trial = study.ask()
     given = {key: choice.suggest(trial, key) for key, choice in space.parameters.items()}
@@ -229,7 +233,7 @@ def _trial(
     note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in given.items())}")
     try:
         with watching(config.training.max_iters) as progress:
-            outcome = start.train(config, _Judge(progress, trial, stop), stop)
+            outcome = start.train(config, _Judge(progress, trial, stop), stop, make_sender=make_sender)
     except NonFiniteError as error:
         note(f"trial {trial.number}: {error}")
         study.tell(trial, state=TrialState.FAIL)

@@ -21,9 +21,10 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import BdhError
-from bdh_mlflow.tracking import sender, tracker
+from bdh_mlflow.tracking import tracker
+from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import start
 from bdh_mlflow.training.stop import StopRequest
 
@@ -55,10 +56,10 @@ class Row:
 
 def verify(config: Config, steps: int, interruptions: int, folder: Path, note: Callable[[str], None]) -> list[Row]:
     """Train `steps` steps straight and with interruptions in `folder`, and compare.   Raises a BdhError if one cannot be trained."""
-    with _own_store(folder) as uri, tracker.hosted_by(sender.ThreadSender):
+    with _own_store(folder) as uri:
         straight = _config(config, steps, folder / "straight", uri, "straight")
         note(f"straight: {steps} steps")
-        start.train(straight, _Silent(), StopRequest())
+        start.train(straight, _Silent(), StopRequest(), make_sender=ThreadSender)
         broken = _config(config, steps, folder / "interrupted", uri, "interrupted")
         for number, step in enumerate(_moments(steps, interruptions)):
             kill = number % 2 == 1
@@ -66,7 +67,7 @@ def verify(config: Config, steps: int, interruptions: int, folder: Path, note: C
             (_die_at if kill else _stop_at)(broken, step)
             broken = _resuming(broken)
         note(f"interrupted: to the end, step {steps}")
-        start.train(broken, _Silent(), StopRequest())
+        start.train(broken, _Silent(), StopRequest(), make_sender=ThreadSender)
         rows = list(_compare_states(*(_last_state(c, steps) for c in (straight, broken))))
         return [*rows, *_compare_curves(MlflowClient(uri))]
 
@@ -111,7 +112,7 @@ class _Silent:
 
 def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experiment: str) -> Config:
     """The configuration for a short training: its own schedule, but things to compare happen often enough."""
-    config = config.resolved()
+    config = resolve(config).config
     training = dataclasses.replace(
         config.training,
         max_iters=steps,
@@ -133,7 +134,7 @@ def _moments(steps: int, interruptions: int) -> list[int]:
 
 def _stop_at(config: Config, step: int) -> None:
     stop = StopRequest()
-    start.train(config, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop)
+    start.train(config, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop, make_sender=ThreadSender)
 
 
 def _die_at(config: Config, step: int) -> None:
@@ -154,8 +155,7 @@ def _train_and_die(tree: dict[str, Any], step: int) -> None:
             time.sleep(0.01)  # checkpoints are written behind the loop; this way every proof resumes from the same one
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with tracker.hosted_by(sender.ThreadSender):
-        start.train(config, _Silent(step, die), StopRequest())
+    start.train(config, _Silent(step, die), StopRequest(), make_sender=ThreadSender)
 
 
 def _is_saved(config: Config, step: int) -> bool:

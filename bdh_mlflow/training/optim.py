@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bdh_mlflow import host
-from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig
+from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig, resolve
 
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as improvement; torch's ReduceLROnPlateau
 SMALLEST_QUANTISED = 4096  # elements; both libraries keep smaller tensors' states in fp32
@@ -30,8 +30,8 @@ torch.sqrt(torch.zeros(1))  # as `layer` does with cos and sin: the low-bit opti
 
 
 def problems(config: Config) -> Iterable[Problem]:
-    """What the configuration asks of the optimizer that cannot be had here."""
-    bits = config.resolved().low_precision.optimizer_bits
+    """What the configuration asks of the optimizer that this machine or model cannot do."""
+    bits = resolve(config).config.low_precision.optimizer_bits
     if bits not in LIBRARIES:
         return
     key = "low_precision.use_4bit_optimizer" if config.low_precision.use_4bit_optimizer else "low_precision.optimizer_bits"

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from bdh_mlflow import checkpoint
 from bdh_mlflow.cli import console
 from bdh_mlflow.cli.main import cli
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.training import start
 from tests.conftest import documents, history, only_run, run_cli, tiny_config, train, write_shards
 
@@ -42,7 +42,8 @@ def test_training_leaves_what_the_design_promises(store: MlflowClient, text: Pat
     assert [f.path for f in store.list_artifacts(run.info.run_id, "samples")] == ["samples/step_3.txt", "samples/step_6.txt"]
     saved = Config.from_yaml(directory / "config.yaml")
     settings = ["tracking.tags.team=dragons", "tracking.log_system_metrics=true", "training.layer_form=blocked"]
-    assert saved == Config.from_yaml(tiny, settings).resolved()
+    settled = ["training.compile=false", "training.recompute=true"]
+    assert saved == resolve(Config.from_yaml(tiny, [*settings, *settled])).config
     assert run.data.params == {k: v if isinstance(v, str) else json.dumps(v) for k, v in saved.flat().items()}
     for key in (
         "train/loss",
@@ -149,7 +150,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "4-bit optimizer": (
         ("low_precision.use_4bit_optimizer=true", "low_precision.optimizer_bits=8"),
-        "optimizer_bits: 8 with low_precision",
+        "optimizer_bits: 8 cannot be combined with low_precision",
     ),
     "no data": (("dataset.parquet_dir=nowhere",), "nowhere: no such folder (dataset.parquet_dir). Set dataset.source"),
     "empty data": (("dataset.parquet_dir=hollow",), "hollow: no parquet files in it"),

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import importlib
 import importlib.util
 import os
@@ -230,6 +231,32 @@ def test_training_continues_from_saved_scales_to_the_bit(algorithm: str) -> None
     assert not torch.equal(trained(idx[4:], forgetful, runs)[0], straight[0])
 
 
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_emulation_returns_to_its_savepoint_to_the_bit(updates: int) -> None:
+    """Also to one before the first pass, and after passes whose gradients are added up."""
+    config = fp8_config()
+    model, runs = BDH(config.to_bdh_config()), Precision.asked(config, torch.device("cpu"))
+    runs.prepare(model, PROJECTIONS)
+
+    def passes(count: int, scale: int) -> None:
+        for number in range(count):
+            idx = (torch.arange(18).view(2, 9) * (number + scale)) % 256
+            with runs.autocast():
+                _, loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+
+    passes(2 * updates, 1)
+    restore = runs.savepoint()
+    before = copy.deepcopy(runs.state_dict())
+    passes(2, 7)
+    assert runs.state_dict().keys() == {f"{name}.{role}" for name in PROJECTIONS for role in fp8.ROLES}
+    restore()
+    after = runs.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name][key], own[key]) for name, own in before.items() for key in own)
+    assert bool(before) == bool(updates)
+
+
 def test_recomputed_activations_give_the_same_gradients() -> None:
     gradients = []
     for recompute in (False, True):
@@ -251,10 +278,19 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"low_precision": {"use_4bit": True}}, "low_precision.use_4bit: true with low_precision.use_fp8 true cannot be had"),
-        ({"low_precision": {"use_4bit": False, "compute_dtype": "float16"}}, 'low_precision.compute_dtype: "float16" with'),
-        ({"low_precision": {"use_4bit": False}, "training": {"layer_form": "blocked"}}, 'training.layer_form: "blocked" with'),
-        ({"low_precision": {"use_4bit": False}, "training": {"compile": True}}, "training.compile: true with low_precision.use_fp8 true"),
+        ({"low_precision": {"use_4bit": True}}, "low_precision.use_4bit: true cannot be combined with low_precision.use_fp8 true"),
+        (
+            {"low_precision": {"use_4bit": False, "compute_dtype": "float16"}},
+            'low_precision.compute_dtype: "float16" cannot be combined with',
+        ),
+        (
+            {"low_precision": {"use_4bit": False}, "training": {"layer_form": "blocked"}},
+            'training.layer_form: "blocked" cannot be combined with',
+        ),
+        (
+            {"low_precision": {"use_4bit": False}, "training": {"compile": True}},
+            "training.compile: true cannot be combined with low_precision.use_fp8 true",
+        ),
         ({"fp8": {"format": "e5m2"}}, 'fp8.format: found the text "e5m2"; its 2 bits of mantissa are too few for weights and activations'),
         ({"model": {"n_embd": 24, "n_head": 2}}, "model.n_embd: D is 24; FP8 products need a multiple of 16"),
         ({"training": {"block_size": 9, "batch_size": 3}}, "training.block_size: batch_size * block_size is 27; FP8"),

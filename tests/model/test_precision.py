@@ -169,24 +169,6 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     assert problem.key == "training.compile"
 
 
-@pytest.mark.parametrize(
-    ("settings", "device", "expected"),
-    [
-        ({}, "cpu", (False, "auto on cpu")),
-        ({}, "cuda", (True, "auto on cuda")),
-        ({"training": {"compile": True}}, "cpu", (True, "as configured")),
-        ({"training": {"compile": True, "debug": True}}, "cuda", (False, "debug")),
-        (
-            {"low_precision": {"use_fp8": True, "use_4bit": False}},
-            "cuda",
-            (False, "auto with FP8, whose delayed scaling is not traced"),
-        ),
-    ],
-)
-def test_what_is_compiled_and_why(settings: dict, device: str, expected: tuple[bool, str]) -> None:
-    assert precision.compiles(Config.from_dict(settings), torch.device(device)) == expected
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore:The .grad attribute:UserWarning")  # torch's own, while tracing
