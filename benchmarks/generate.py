@@ -18,6 +18,7 @@ import torch
 from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.inference import load
 from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.model.sampling import Sampler
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     streams = {}
     for context in given.contexts:
         started = time.perf_counter()
-        streams[context] = network.stream(text[:, :context], given.tokens + 1, temperature=0)
+        streams[context] = network.stream(text[:, :context], given.tokens + 1, Sampler(temperature=0))
         next(streams[context])
         print(f"context {context}: prompt read in {time.perf_counter() - started:.2f} s", flush=True)
     times: dict[int, list[float]] = {context: [] for context in streams}

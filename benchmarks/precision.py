@@ -142,7 +142,7 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
 def rounded_after(last: Path, kind: Any, nested: bool) -> float:
     loaded = load.load(str(last), last.parent.parent, TrackingConfig())
     wish = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
-    Precision(loaded.runs.device, wish).prepare(loaded.model, PROJECTIONS)
+    Precision(loaded.precision.device, wish).prepare(loaded.model, PROJECTIONS)
     return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
 
 
@@ -150,7 +150,7 @@ def share() -> None:
     """Time 4-bit quantisation and a training step of the default configuration."""
     device = precision.pick_device()
     config = resolve(Config.from_yaml(CONFIGS / "config.yaml"), precision.machine(device)).config
-    network, runs = BDH(config.to_bdh_config()).to(device), Precision.asked(config, device)
+    network, runs = BDH(config.to_bdh_config()).to(device), Precision.from_config(config, device)
     assert config.training.layer_form != "auto"
     network.use(config.training.layer_form)
     optimizer = optim.build_optimizer(network.parameters(), config.training)

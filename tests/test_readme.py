@@ -50,7 +50,7 @@ def test_commands_of_the_readme_run_in_their_order(
     tour = commands()
     assert len(tour) >= 30
     assert [name for name in SMALLER if not any(name in command for command in tour)] == []
-    no_fp8 = fp8.unavailable(precision.pick_device())
+    no_fp8 = fp8.why_unavailable(precision.pick_device())
     with contextlib.ExitStack() as servers:
         ports: dict[str, int] = {}
         for command in tour:

@@ -168,8 +168,9 @@ def checkpoints_register(target: str, name: str, alias: str | None, kind: "Forma
     from bdh_mlflow.inference import registry
 
     config = Config.from_yaml(config_path)
+    registration = registry.Registration(name, alias, kind)
     version, uri = registry.register(
-        target, name, alias, kind, Path(config.training.checkpoint_dir), config.tracking, lambda text: click.echo(text, err=True)
+        target, registration, Path(config.training.checkpoint_dir), config.tracking, lambda text: click.echo(text, err=True)
     )
     click.echo(f"{name}, version {version}: {uri}")
     click.echo(f"Serve: mlflow models serve -m {uri} --env-manager local --port 5001")

@@ -115,13 +115,15 @@ class Config:
 
     def replaced(self, values: Mapping[str, Any]) -> "Config":
         """The same with other values, given under dotted keys: `{"training.max_iters": 5}`.   Raises ConfigError with every problem."""
-        tree: dict[str, Any] = self.to_dict()
+        tree = self.to_dict()
         for dotted, value in values.items():
-            *path, key = dotted.split(".")
-            node = tree
-            for name in path:
-                node = node.setdefault(name, {})
-            node[key] = value
+            name, _, key = dotted.partition(".")
+            section = tree.setdefault(name, {})
+            mapping, dot, entry = key.partition(".")
+            if dot and isinstance(section.get(mapping), dict):
+                section[mapping] = {**section[mapping], entry: value}
+            else:
+                section[key] = value
         return Config.from_dict(tree, origin="settings")
 
     @property

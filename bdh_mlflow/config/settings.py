@@ -62,7 +62,7 @@ class ModelConfig:
     n_embd: Annotated[Count, Role.SHAPE] = 256
     """Width D of the residual stream."""
     dropout: Fraction = 0.1
-    """Probability of silencing a neuron in training."""
+    """Probability of zeroing a neuron in training."""
     n_head: Annotated[Count, Role.SHAPE] = 4
     """Heads H."""
     mlp_internal_dim_multiplier: Annotated[Count, Role.SHAPE] = 128
@@ -132,7 +132,7 @@ class SchedulerConfig:
     factor: Annotated[Float, Field(gt=0, lt=1)] = 0.5
     """plateau: factor applied when validation loss stops falling."""
     patience: Annotated[Int, Field(ge=0)] = 2
-    """plateau: evaluations without improvement that are let pass before the rate is cut."""
+    """plateau: evaluations without improvement that are tolerated before the rate is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -170,7 +170,7 @@ class LowPrecisionConfig:
     use_fp8: bool = False
     """FP8 matmuls of the three projections by Transformer Engine, or emulated (fp8.emulate)."""
     use_4bit: bool = True
-    """Train for 4-bit weights: encoder, encoder_v and decoder pass through 4-bit quantisation in every forward pass."""
+    """Quantization-aware training: each forward pass sees encoder, encoder_v and decoder in 4 bits, gradients pass straight through."""
     use_4bit_optimizer: Annotated[bool, Role.SHAPE] = False
     """AdamW with 4-bit states; the same as optimizer_bits 4."""
     optimizer_bits: Annotated[Literal[32, 8, 4] | None, Role.SHAPE] = None
@@ -196,12 +196,12 @@ class Fp8Config:
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     """How a scale is computed from that history."""
     emulate: bool = False
-    """Carry FP8 out in torch, on any device: slow, but it shows whether a run trains in FP8."""
+    """Emulate FP8 in torch, on any device: slow, but it shows whether a run trains in FP8."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class TrackingConfig:
-    """What MLflow is told."""
+    """What is sent to MLflow, and where."""
 
     experiment: Annotated[Text, Role.FREE] = "bdh"
     """Experiment of a new run; under `mlflow run` its --experiment-name decides."""

@@ -1,6 +1,6 @@
-"""A run, a checkpoint, an exported file or a registered model, ready to answer, and its loss on text it has not seen.
+"""Load a run, a checkpoint, an exported file or a registered model ready to generate, and evaluate it on other text.
 
-Takes the targets that resume takes. Evaluation computes in the number format of training.
+A target is given as for `resume`. Evaluation computes in the number formats of training.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
@@ -42,11 +43,12 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     own = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
     formats = found.state.get("precision_state_dict", {})
     step, run_id = found.checkpoint.manifest.step, found.run_id or locate.run_of(found.checkpoint)
-    return generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes, run_id)
+    loaded = generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes)
+    return dataclasses.replace(loaded, run_id=run_id)
 
 
 def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
-    """The model that `registry` has made of a checkpoint; None for one of another kind, or of none."""
+    """The model that `registry` registered under this URI; None for any other models:/ URI."""
     client = locator.mirror.client
     try:
         version = client.get_model_version(*get_model_name_and_version(client, uri))  # type: ignore[no-untyped-call]
@@ -55,7 +57,10 @@ def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
     if "bdh.format" not in version.tags:
         return None
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        (file,) = locator.mirror.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
+        with store.reported(f"{uri}: cannot be downloaded"):
+            location = client.get_model_version_download_uri(version.name, version.version)
+            model = download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=client.tracking_uri)
+        (file,) = Path(model).rglob(f"*{export.SUFFIX}")
         try:
             return dataclasses.replace(generate.from_file(file), path=Path(uri), run_id=version.run_id)
         except CheckpointError as error:
@@ -68,17 +73,17 @@ def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> flo
     windows = ParquetText(dataset).validation_batches(batches, training.batch_size, training.block_size)
     if not windows:
         raise InputError("dataset.val_fraction is 0: no text is kept for validation")
-    loss = evaluate(loaded.model, windows, loaded.runs.autocast, loaded.runs.device)
-    assert loss is not None, "nothing asks this evaluation to stop"
+    loss = evaluate(loaded.model, windows, loaded.precision.autocast, loaded.precision.device)
+    assert loss is not None, "it was given no way to be interrupted"
     return loss
 
 
 def record(loaded: Loaded, dataset: DatasetConfig, loss: float, config: TrackingConfig) -> list[str]:
-    """Log an evaluation to the run it is of, at the checkpoint's step and with its data.   Returns the names of the metrics.
+    """Log an evaluation to the model's run, at the checkpoint's step and with its dataset.   Returns the names of the metrics.
 
     Raises TrackingError.
     """
-    assert loaded.run_id is not None, "only a run has somewhere to log to"
+    assert loaded.run_id is not None, "the caller checks that there is a run"
     text = ParquetText(dataset)
     name = re.sub(r"[^\w.-]", "_", text.root.name)
     values = {f"eval/{name}_loss": loss, f"eval/{name}_bpb": bits_per_byte(loss)}

@@ -1,15 +1,20 @@
-"""Every private name of MLflow that this package leans on, one function each, and a test for each against the installed version.
+"""Everything this package uses of MLflow beyond its documented interface, so that an update of MLflow is checked in one place.
 
-A new version of MLflow is tried here first (tests/tracking/test_mlflow_internals.py).
+Each function has a test that fails when MLflow changes what it relies on (tests/tracking/test_mlflow_internals.py).
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.request_utils import augmented_raise_for_status
 from mlflow.utils.rest_utils import http_request
+from mlflow.utils.validation import _validate_model_alias_name, _validate_model_alias_name_reserved, _validate_model_name
 
 
 def is_single_request(repository: ArtifactRepository, path: Path) -> bool:
@@ -26,3 +31,32 @@ def put(repository: ArtifactRepository, path: str, file: IO[bytes]) -> None:
     kind = {"Content-Type": "application/octet-stream"}
     answer = http_request(repository._host_creds, path, "PUT", data=file, extra_headers=kind)  # type: ignore[no-untyped-call]
     augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+
+
+def check_model_name(name: str) -> None:
+    """Raises MlflowException for a name that no registered model can have, with no request to a store."""
+    _validate_model_name(name)
+
+
+def check_model_alias(alias: str) -> None:
+    """Raises MlflowException for an alias that no model version can have (`latest`, `v1`, odd characters), with no request to a store."""
+    _validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
+    _validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def default_store(uri: str) -> Iterator[None]:
+    """Make `uri` the process's default tracking store in the body, by its environment variable.
+
+    For `MlflowClient.create_model_version` with a source `models:/ID` on a database: MLflow's SqlAlchemyStore looks the model up with a
+    client of the default store, not of itself (a TODO there, 3.17.2).
+    """
+    before = os.environ.get(MLFLOW_TRACKING_URI.name)
+    os.environ[MLFLOW_TRACKING_URI.name] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[MLFLOW_TRACKING_URI.name]
+        else:
+            os.environ[MLFLOW_TRACKING_URI.name] = before

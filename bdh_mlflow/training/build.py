@@ -19,6 +19,7 @@ from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import Sample, decode
 from bdh_mlflow.training import optim
 from bdh_mlflow.training.origin import Origin, find_origin, load_warm, position_of
@@ -26,12 +27,12 @@ from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
 
 PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
-SAMPLE_BYTES = 128
+SAMPLE_BYTES = 128  # written for each
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
 
 
 def problems(config: Config) -> Iterable[Problem]:
-    """What the configuration asks of number formats, optimizer and compilation that this machine or version cannot do."""
+    """Configured number formats, optimizer and compilation that this machine or these versions cannot do."""
     yield from optim.problems(config)
     yield from precision.problems(config)
 
@@ -63,7 +64,7 @@ def build(config: Config, progress: Progress, fork: bool) -> Built:
     machine = precision.machine(device)
     origin = find_origin(config, machine, progress, fork)
     config, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
-    runs = Precision.asked(config, device)
+    runs = Precision.from_config(config, device)
     peak_flops = precision.gemm_peak(runs.dtype, device)
     text = open_text(config, progress)
     batches = build_batches(config, text, position_of(origin, config, text, progress), device)
@@ -128,7 +129,7 @@ def open_text(config: Config, progress: Progress) -> ParquetText:
 
 
 def build_batches(config: Config, text: ParquetText, position: order.Position | None, device: torch.device) -> Iterator[Batch]:
-    """Training batches from a position on; the first one is read now, so that what is wrong with the data shows now."""
+    """Training batches from a position on; the first one is read now, so that unreadable data fails here."""
     batches = TrainingBatches(
         text,
         lanes=config.dataset.max_cached_files,
@@ -176,7 +177,7 @@ def _activations(config: Config, why: Mapping[str, str]) -> str:
 def build_sampler(
     network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device
 ) -> Callable[[Callable[[], bool]], list[Sample]]:
-    """Continues pieces of the validation text, always the same with the same random numbers, so that the samples of a run compare."""
+    """Continues always the same pieces of the validation text with the same random numbers, so that the samples of a run are comparable."""
     if not validation:
         return lambda stopped: []
     prompts = torch.cat(validation)[:PROMPTS, 1 : PROMPT_BYTES + 1].long().to(device)  # windows lie in random order
@@ -186,7 +187,7 @@ def build_sampler(
         training = network.training
         network.eval()
         written = []
-        for tokens in network.stream(prompts, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator=generator):
+        for tokens in network.stream(prompts, SAMPLE_BYTES, Sampler(SAMPLE_TEMPERATURE, SAMPLE_TOP_K), generator=generator):
             if stopped():
                 break
             written.append(tokens)

@@ -1,6 +1,7 @@
-"""Where a training begins: fresh, resumed, forked or from weights of another program, and whether the configuration may go on from there.
+"""Where a training begins (fresh, resumed, forked, or from weights of another program), and proof that its configuration may begin there.
 
-What may change on resume is said by the declared type of each setting (`config.settings`), and read here.
+A resumed run must follow the trajectory it would have had without the interruption, so a setting that would change it is refused; which
+ones do, each field of the configuration says (`config.Role`).
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ from bdh_mlflow.training.trainer import Progress
 class Origin:
     """Where a training begins.
 
-    fresh: random weights.   resumed: a checkpoint of ours, whose run goes on.   forked: a checkpoint of ours, in a new run that may differ
-    from the old one.   warm: weights of another program.   saved: the checkpoint's configuration, for resumed and forked.
+    fresh: random weights.   resumed: one of our checkpoints, in its run.   forked: one of our checkpoints, in a new run whose settings may
+    differ.   warm: weights of another program.   saved: the checkpoint's configuration, resolved, for resumed and forked.
     """
 
     kind: Literal["fresh", "resumed", "forked", "warm"]
@@ -47,16 +48,16 @@ class Origin:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What is known of the checkpoint."""
+        """What the checkpoint's manifest says."""
         return self.found.checkpoint.manifest if self.found and self.found.checkpoint else None
 
 
 def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
-    """The directory of the run that goes on, or a new one."""
+    """The directory of the resumed run, or a new one."""
     if origin.kind != "resumed" or origin.found is None or origin.manifest is None:
         return RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
     folder = origin.found.path.absolute().parent
-    if folder.name != origin.manifest.run_dir:  # a copy that lies elsewhere: its neighbours are none of this run's business
+    if folder.name != origin.manifest.run_dir:  # a copy elsewhere, among files of other runs
         folder = checkpoint_dir / origin.manifest.run_dir
     return RunDirectory(folder, config.to_yaml())
 
@@ -105,7 +106,7 @@ def _refused_changes(saved: Config, config: Config, machine: Machine, fork: bool
 
 
 def position_of(origin: Origin, config: Config, text: ParquetText, progress: Progress) -> order.Position | None:
-    """Where in the data to go on: where the checkpoint was, unless a fork reads other data or in another order."""
+    """Where to continue in the data: where the checkpoint was, unless a fork reads other data or in another order."""
     if origin.state is None or origin.saved is None or origin.manifest is None or origin.found is None:
         return None
     position: order.Position = origin.state["data_position"]

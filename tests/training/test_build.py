@@ -16,7 +16,7 @@ KEPT = 8 * 2 * 2 * 2 * 8 * 32 * 4  # bytes of activations of the tiny network
 
 def built(free_bytes: int, **training: Any) -> tuple[Config, Any, dict[str, str]]:
     config, why = resolve(tiny_config(training=training), Machine("cpu", free_bytes))
-    network, _, facts = build_network(config, why, Precision.asked(config, DEVICE), DEVICE)
+    network, _, facts = build_network(config, why, Precision.from_config(config, DEVICE), DEVICE)
     return config, network, facts
 
 

@@ -1,7 +1,6 @@
 """Where a training begins, and what it may change there."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -29,7 +28,7 @@ class Unseen:
 
 def resumed(tiny: Path, machine: Machine, *settings: str) -> Origin:
     config = Config.from_yaml(tiny, ["training.resume_from_checkpoint=latest", *settings])
-    return find_origin(config, CHECKPOINTS, machine, Unseen(), fork=False)
+    return find_origin(config, machine, Unseen(), fork=False)
 
 
 def test_debug_may_come_and_go_although_nothing_is_compiled_under_it(
@@ -46,14 +45,14 @@ def test_run_whose_compilation_is_kept_is_not_resumed_where_nothing_can_be_compi
 ) -> None:
     """A run that was compiled on CUDA, seen from a machine without CUDA and without a compiler."""
     assert train(tiny, "training.max_iters=3").exit_code == 0
-    real = locate.find
+    real = locate.Locator.find
 
-    def find(*args: Any) -> Any:
-        found = real(*args)
+    def find(self: locate.Locator, target: str) -> locate.ResolvedCheckpoint:
+        found = real(self, target)
         found.state["config"]["training"]["compile"] = True
         return found
 
-    monkeypatch.setattr(locate, "find", find)
+    monkeypatch.setattr(locate.Locator, "find", find)
     monkeypatch.setattr(host, "compiler", lambda: "c++")
     assert resumed(tiny, CPU).kind == "resumed"
     monkeypatch.setattr(host, "compiler", lambda: None)
