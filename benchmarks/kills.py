@@ -104,13 +104,17 @@ def report(client: MlflowClient, folder: Path, steps: int, killed: int) -> int:
 
 
 def only_run(client: MlflowClient, name: str) -> Run:
-    (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     return run
 
 
 def with_checkpoints(client: MlflowClient, name: str) -> Run:
-    """The run that was resumed; those killed before their first checkpoint are others, which could not be resumed."""
-    runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    """The run that was resumed; kills before a first checkpoint leave others behind that nothing could continue."""
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
     (run,) = [r for r in runs if "bdh.run_dir" in r.data.tags]
     return run
 

@@ -1,6 +1,6 @@
 """The pages a user looks at, opened in a real browser: each method waits until its page shows what it is for.
 
-The tests assert on them and docs/screenshots.py takes the README's pictures of them.
+The tests assert on them and scripts/screenshots.py takes the README's pictures of them.
 """
 
 import contextlib

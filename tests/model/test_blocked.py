@@ -142,6 +142,7 @@ def test_gradients_are_finite_differences(tokens: int, plan: Plan) -> None:
     assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in (x, *weights)))
 
 
+@pytest.mark.slow  # compiles the fused passes with a C++ compiler
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
 def test_fused_passes_give_the_same_values() -> None:
@@ -194,6 +195,7 @@ def test_activity_is_counted_as_in_the_definition() -> None:
     assert all(0 < seen[0][f"bdh/active_{name}_l1"] < 1 for name in ("x", "xy"))
 
 
+@pytest.mark.slow  # that differences do not grow; single steps are quick tests
 def test_curves_of_a_hundred_steps_are_those_of_the_definition() -> None:
     """In fp64: in fp32 two orders of one sum come apart by more than the forms do."""
     torch.use_deterministic_algorithms(False)

@@ -158,6 +158,7 @@ def test_faulty_space_is_refused_before_anything_is_made(
     assert store.get_experiment_by_name("bdh") is None
 
 
+@pytest.mark.slow  # a refusal, after two trials
 def test_other_space_under_the_same_name_is_refused(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
     assert swept(tiny, tmp_path, 1).exit_code == 0
     result = swept(tiny, tmp_path, 2, parameters={"model.dropout": {"choices": [0.0, 0.1]}})

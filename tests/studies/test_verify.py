@@ -98,6 +98,7 @@ def _do_not_restore(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "load_state_dict", partly)
 
 
+@pytest.mark.slow  # the command around what is tested above
 def test_command_prints_the_table_and_leaves_nothing_behind(text: Path, tiny: Path, tmp_path: Path) -> None:
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run_cli("verify-resume", "--config", str(tiny), "--steps", "6", "--interruptions", "1")
@@ -108,6 +109,7 @@ def test_command_prints_the_table_and_leaves_nothing_behind(text: Path, tiny: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow  # its exit code
 def test_command_fails_if_one_bit_differs(text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _do_not_restore("tokens_seen", monkeypatch)
     result = run_cli("verify-resume", "--config", str(tiny), "--steps", "6", "--interruptions", "1")

@@ -384,6 +384,7 @@ def test_sync_without_the_credentials_says_what_to_set(store: MlflowClient, tmp_
     assert sync.sync(tracked.directory.folder, store.tracking_uri, quiet, HURRY).left == 0
 
 
+@pytest.mark.slow  # a sender that hangs for ever, waited for
 def test_call_returns_at_once_though_nobody_answers(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No time is asserted: a call that waited for delivery would never return here."""
 
@@ -471,6 +472,7 @@ def test_resume_after_an_end_that_was_not_delivered_goes_on_live(store: MlflowCl
     assert store.get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow  # a race at exit, waited for
 def test_word_of_success_that_comes_after_patience_is_over_is_not_acknowledged(
     store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +491,7 @@ def test_word_of_success_that_comes_after_patience_is_over_is_not_acknowledged(
     assert journal.delivered(tracked.directory.folder) == before
 
 
+@pytest.mark.slow  # an upload that takes longer than the patience
 def test_large_file_is_waited_for_as_long_as_the_store_answers(
     store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

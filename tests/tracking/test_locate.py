@@ -337,6 +337,7 @@ def test_copy_of_a_checkpoint_elsewhere_continues_in_the_runs_own_directory(stor
     assert only_run(store).data.tags["bdh.latest_checkpoint"] == f"checkpoints/{directory.name}/checkpoint_6.pt"
 
 
+@pytest.mark.slow  # float16 on a CPU; other forks are quick tests
 def test_fork_may_change_number_format_and_schedule(store: MlflowClient, tiny: Path, half: Any) -> None:
     changed = ("low_precision.compute_dtype=float16", "scheduler.type=cosine", "scheduler.warmup_steps=6", "training.max_iters=12")
     result = train(tiny, *changed, "tracking.experiment=forks", resume="latest", fork=True)
