@@ -39,7 +39,12 @@ if not shutil.which("curl"):
 FP8 = "low_precision.use_fp8=true"  # refused with the reason, on a machine without such a GPU
 TIMEOUT_S = 300
 SERVERS = ("mlflow ui", "mlflow models serve")
-SMALLER = {"-P trials=12": "-P trials=2", "--steps 40 --interruptions 5": "--steps 6 --interruptions 1", "` < 2'": "` < 9'"}
+SMALLER = {
+    "training.max_iters=6000": "training.max_iters=9",
+    "-P trials=12": "-P trials=2",
+    "--steps 40 --interruptions 5": "--steps 6 --interruptions 1",
+    "` < 2'": "` < 9'",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
