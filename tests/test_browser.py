@@ -12,7 +12,7 @@ from scripts.servers import serving
 from tests.conftest import run_cli, train
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a server and a browser: MLflow's pages really show what we log
 @pytest.mark.skipif(browser.chromium() is None, reason="no chromium (Debian: apt-get install --no-install-recommends chromium)")
 def test_pages_show_runs_curves_samples_comparison_and_model(
     empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

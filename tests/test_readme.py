@@ -63,7 +63,7 @@ def test_every_page_with_shell_blocks_is_on_the_tour() -> None:
     assert {page for page in pages if blocks(page, "bash")} == {PROJECT / f"{name}.md" for name in ORDER}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two minutes: every command on the pages runs as printed
 def test_commands_of_the_pages_run_in_their_order(
     store: MlflowClient, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
