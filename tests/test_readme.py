@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlflow
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -147,9 +146,7 @@ def _filled_in(command: str, store: MlflowClient, ports: dict[str, int]) -> list
 def _run(words: list[str]) -> tuple[int, str]:
     """Exit code and output. Our own commands run in this process, which saves the seconds of their start."""
     if words[0] == "bdh-mlflow":
-        uri = os.environ["MLFLOW_TRACKING_URI"]
         result = CliRunner().invoke(cli, words[1:], input="def \n")
-        mlflow.set_tracking_uri(uri)  # a command may have set another one, and a process of its own would forget it
         return result.exit_code, f"{result.output}\n{result.exception!r}"
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
     if words[0] == "curl":
