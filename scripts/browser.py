@@ -1,6 +1,6 @@
-"""The pages a user looks at, opened in a real browser: each method waits until its page shows what it is for.
+"""The pages of MLflow that users look at, opened in a real browser: each method returns when its page shows its content.
 
-The tests assert on them and scripts/screenshots.py takes the README's pictures of them.
+`tests/test_browser.py` checks them, and `scripts/screenshots.py` takes the pictures in README and docs/.
 """
 
 import contextlib
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from mlflow import MlflowClient
 from playwright.sync_api import FrameLocator, Page, expect, sync_playwright
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-QUIET += ["--disable-component-update", "--disable-sync"]
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+CHROMIUM_ARGS += ["--disable-component-update", "--disable-sync"]
 NO_ASSISTANT = """
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 """
-MODE = "?workflowType=machine_learning"
-PATIENCE_MS = 60_000
+TRAINING_VIEW = "?workflowType=machine_learning"
+TIMEOUT_MS = 60_000
 
 
 def chromium() -> str | None:
-    """Where Debian's browser is; playwright's own is not downloaded."""
+    """Path of Debian's browser, None if it is not installed; playwright's own browser is not downloaded."""
     return shutil.which("chromium")
 
 
@@ -35,25 +35,25 @@ class Tour:
 
     def runs(self) -> None:
         """The experiment's runs."""
-        self._open(f"{self._experiment}{MODE}", f'text="{self.run.info.run_name}"')
+        self._open(f"{self._experiment}{TRAINING_VIEW}", f'text="{self.run.info.run_name}"')
 
     def charts(self) -> None:
         """The run's metrics, grouped by prefix."""
-        self._open(f"{self._experiment}/{self.run.info.run_id}/model-metrics{MODE}", ".js-plotly-plot .scatterlayer")
+        self._open(f"{self._experiment}/{self.run.info.run_id}/model-metrics{TRAINING_VIEW}", ".js-plotly-plot .scatterlayer")
 
     def artifact(self, *path: str) -> None:
         """A file among the run's artifacts."""
-        self._open(f"{self._experiment}/{self.run.info.run_id}/artifacts{MODE}", f'text="{path[0]}"')
+        self._open(f"{self._experiment}/{self.run.info.run_id}/artifacts{TRAINING_VIEW}", f'text="{path[0]}"')
         for name in path:
             self.page.get_by_text(name, exact=True).first.click()
 
     def samples(self) -> None:
-        """The table of what the model wrote."""
+        """The table of the model's samples."""
         self.artifact("samples.json")
         self.page.get_by_text("written").first.wait_for()
 
     def compare(self) -> FrameLocator:
-        """The report of a comparison, inside the frame that the UI gives it."""
+        """The report of a comparison, in the frame in which the UI shows it."""
         self.artifact("compare", "compare.html")
         frame = self.page.frame_locator("iframe")
         frame.get_by_role("heading", name="BDH runs compared").wait_for()
@@ -61,7 +61,7 @@ class Tour:
 
     def model(self, name: str) -> None:
         """A registered model."""
-        self._open(f"{self._server}/#/models/{name}{MODE}", f'text="{name}"')
+        self._open(f"{self._server}/#/models/{name}{TRAINING_VIEW}", f'text="{name}"')
 
     def _open(self, url: str, selector: str) -> None:
         self.page.goto("about:blank")
@@ -71,15 +71,15 @@ class Tour:
 
 @contextlib.contextmanager
 def touring(server: str, run_id: str, width: int = 1400, height: int = 800) -> Iterator[Tour]:
-    """A browser for the time of the body."""
+    """A browser, open while the body runs."""
     with sync_playwright() as playwright:
-        expect.set_options(timeout=PATIENCE_MS)
+        expect.set_options(timeout=TIMEOUT_MS)
         assert chromium(), "no chromium (Debian: apt-get install --no-install-recommends chromium)"
-        browser = playwright.chromium.launch(executable_path=chromium(), args=QUIET)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGS)
         context = browser.new_context(viewport={"width": width, "height": height})
         context.add_init_script(NO_ASSISTANT)
         page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         try:
             yield Tour(page, server, run_id)
         finally:

@@ -1,4 +1,4 @@
-"""Make the README's pictures again: `python scripts/screenshots.py http://127.0.0.1:5000 RUN_ID MODEL`.
+"""Take the pictures of README and docs/: `python scripts/screenshots.py http://127.0.0.1:5000 RUN_ID MODEL`.
 
 Needs `pip install -e '.[dev]'`, Debian's chromium, a running `mlflow ui` or server, and on it a run with a kept comparison
 (`bdh-mlflow compare`) and a registered model. Writes docs/{runs,metrics,samples,compare,model}.png.
@@ -13,7 +13,7 @@ from playwright.sync_api import Page
 
 from scripts.browser import touring
 
-HERE = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def main(server: str, run_id: str, model: str) -> None:
@@ -33,9 +33,9 @@ def main(server: str, run_id: str, model: str) -> None:
 
 
 def picture(page: Page, name: str) -> None:
-    page.wait_for_timeout(2500)  # charts move into place
-    page.screenshot(path=str(HERE / f"{name}.png"))
-    print(HERE / f"{name}.png")
+    page.wait_for_timeout(2500)  # until the charts have stopped moving
+    page.screenshot(path=str(DOCS / f"{name}.png"))
+    print(DOCS / f"{name}.png")
 
 
 if __name__ == "__main__":

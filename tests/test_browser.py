@@ -1,4 +1,4 @@
-"""What a user looks at, in a real browser on a real server."""
+"""The pages of MLflow that users look at, in a real browser on a real server."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,9 @@ from scripts.servers import serving
 from tests.conftest import run_cli, train
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a server and a browser: MLflow's pages really show what we log
 @pytest.mark.skipif(browser.chromium() is None, reason="no chromium (Debian: apt-get install --no-install-recommends chromium)")
-def test_pages_of_a_run_show_what_they_are_for(
+def test_pages_show_runs_curves_samples_comparison_and_model(
     empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(empty_store, tmp_path / "server") as server:
@@ -25,10 +25,10 @@ def test_pages_of_a_run_show_what_they_are_for(
         assert run_cli("checkpoints", "register", "latest:3", "--name", "text", "--alias", "champion", "--config", str(tiny)).exit_code == 0
         experiment = server.client.get_experiment_by_name("bdh").experiment_id
         (one,) = [run.info.run_id for run in server.client.search_runs([experiment]) if run.info.run_name == "one"]
-        _walk(server.uri, one, server.client)
+        _check_pages(server.uri, one, server.client)
 
 
-def _walk(uri: str, run_id: str, client: MlflowClient) -> None:
+def _check_pages(uri: str, run_id: str, client: MlflowClient) -> None:
     with browser.touring(uri, run_id) as tour:
         page = tour.page
         tour.runs()
@@ -55,7 +55,7 @@ def _walk(uri: str, run_id: str, client: MlflowClient) -> None:
         for number in range(3):
             expect(report.locator("img").nth(number)).to_have_js_property("complete", True)
         widths = report.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
-        assert min(widths) > 1000, "pictures that were drawn"
+        assert min(widths) > 1000, "pictures with something in them"
 
         tour.model("text")
         expect(page.get_by_text("Version 1")).to_be_visible()

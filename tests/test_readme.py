@@ -1,4 +1,7 @@
-"""The README as a user follows it: the commands of its shell blocks, in their order, in one folder, on a network small enough."""
+"""The pages as a user follows them: the commands of their shell blocks, page after page, in one folder, on a tiny network.
+
+One tour, because most commands need what earlier ones have made: a run, a checkpoint, an exported file, a registered model, a server.
+"""
 
 import contextlib
 import json
@@ -13,35 +16,54 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlflow
 import pytest
 import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
-from bdh_mlflow.model import fp8, precision
 from scripts.servers import free_port, healthy, serving
 from tests.conftest import TINY, documents, write_shards
 
 PROJECT = Path(__file__).parent.parent
+ORDER = ("README", "docs/resume", "docs/inference", "docs/studies", "docs/low-precision", "docs/settings", "docs/tracking")
+"""Pages with shell blocks. tracking comes last: from there on, runs go to another server."""
 SET_UP = re.compile(r"python3 -m venv .* && ")  # `.ci/run` does that
-NOT_HERE = "pip install torch==2.13.0 && pip install --no-build-isolation"  # compiled against a CUDA torch
+NOT_HERE = {
+    "the tests themselves": re.compile(r".*pytest -q"),
+    "Transformer Engine is compiled against a CUDA torch": re.compile(r"pip install torch==2.13.0 && pip install --no-build-isolation"),
+}
+if not shutil.which("curl"):
+    NOT_HERE["no curl on this machine"] = re.compile("curl ")
 FP8 = "low_precision.use_fp8=true"  # refused with the reason, on a machine without such a GPU
-PATIENCE_S = 300
+TIMEOUT_S = 300
 SERVERS = ("mlflow ui", "mlflow models serve")
-SMALLER = {"-P trials=12": "-P trials=2", "--steps 40 --interruptions 5": "--steps 6 --interruptions 1", "` < 2'": "` < 9'"}
+SMALLER = {
+    "training.max_iters=6000": "training.max_iters=9",
+    "-P trials=12": "-P trials=2",
+    "--steps 40 --interruptions 5": "--steps 6 --interruptions 1",
+    "` < 2'": "` < 9'",
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 def commands() -> list[str]:
-    """Lines of the README's shell blocks, without their comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (PROJECT / "README.md").read_text(), re.M | re.S)
-    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    """Lines of the pages' shell blocks, without their comments."""
+    pages = [PROJECT / f"{name}.md" for name in ORDER]
+    lines = [re.sub(r"\s+# .*", "", line).strip() for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
     return [SET_UP.sub("", line) for line in lines]
 
 
-@pytest.mark.slow
-def test_commands_of_the_readme_run_in_their_order(
+def test_every_page_with_shell_blocks_is_on_the_tour() -> None:
+    pages = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
+    assert {page for page in pages if blocks(page, "bash")} == {PROJECT / f"{name}.md" for name in ORDER}
+
+
+@pytest.mark.slow  # two minutes: every command on the pages runs as printed
+def test_commands_of_the_pages_run_in_their_order(
     store: MlflowClient, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _project(tmp_path)
@@ -50,11 +72,14 @@ def test_commands_of_the_readme_run_in_their_order(
     tour = commands()
     assert len(tour) >= 30
     assert [name for name in SMALLER if not any(name in command for command in tour)] == []
-    no_fp8 = fp8.why_unavailable(precision.pick_device())
+    assert [why for why, line in NOT_HERE.items() if not any(line.match(command) for command in tour)] == []
+    (endings,) = blocks(PROJECT / "README.md", "text")
+    labels = re.findall(r"^(\w[\w ]*):", endings, re.M)
+    assert len(labels) == 4
     with contextlib.ExitStack() as servers:
         ports: dict[str, int] = {}
         for command in tour:
-            if command.startswith(NOT_HERE) or command.endswith("pytest -q") or (command.startswith("curl") and not shutil.which("curl")):
+            if any(line.match(command) for line in NOT_HERE.values()):
                 continue
             words = _filled_in(command, store, ports)
             if command.startswith(SERVERS):
@@ -68,10 +93,10 @@ def test_commands_of_the_readme_run_in_their_order(
                 monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
             else:
                 code, output = _run(words)
-                refused = FP8 in command and no_fp8 is not None
-                assert (code != 0) == refused, f"{command}\n{output}"
-                assert not refused or (code == 2 and "low_precision.use_fp8" in output), output
+                refused = FP8 in command and code == 2 and "low_precision.use_fp8" in output
+                assert code == 0 or refused, f"{command}\n{output}"
                 assert words[0] != "curl" or json.loads(output)["predictions"][0], output
+                assert command != tour[0] or [label for label in labels if f"\n{label}:" not in output] == [], output
         remote = server.client.search_runs([server.client.get_experiment_by_name("bdh").experiment_id])
     assert [run.info.status for run in remote] == ["FINISHED"]
     assert {p.name for p in tmp_path.glob("compare*")} >= {"compare.html", "compare_val_loss.png"}
@@ -83,7 +108,7 @@ def test_commands_of_the_readme_run_in_their_order(
 
 
 def _project(folder: Path) -> None:
-    """What `mlflow run .` needs, with the shipped names but a tiny network and little text."""
+    """Make a folder that `mlflow run .` accepts, with the shipped names but a tiny network and little text."""
     for name in ("MLproject", "conda.yaml"):
         shutil.copy(PROJECT / name, folder)
     shutil.copytree(PROJECT / "configs", folder / "configs")
@@ -119,13 +144,11 @@ def _filled_in(command: str, store: MlflowClient, ports: dict[str, int]) -> list
 
 
 def _run(words: list[str]) -> tuple[int, str]:
-    """Exit code and output; our own commands in this process, which spares them their start."""
+    """Exit code and output. Our own commands run in this process, which saves the seconds of their start."""
     if words[0] == "bdh-mlflow":
-        uri = os.environ["MLFLOW_TRACKING_URI"]
         result = CliRunner().invoke(cli, words[1:], input="def \n")
-        mlflow.set_tracking_uri(uri)  # a command may have looked elsewhere, and a process of its own would forget that
         return result.exit_code, f"{result.output}\n{result.exception!r}"
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
     if words[0] == "curl":
         return done.returncode, done.stdout
     return done.returncode, done.stdout + done.stderr
@@ -133,7 +156,7 @@ def _run(words: list[str]) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
-    """A server of MLflow's, on a port that is free; the README's later commands find it there."""
+    """An MLflow server on a free port, at which later commands find it."""
     named = words[words.index("--port") + 1] if "--port" in words else None
     port = free_port()
     ports |= {named: port} if named else {}
@@ -141,7 +164,7 @@ def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
     with Path(f"server-{port}.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while not healthy(port):
             assert server.poll() is None, Path(f"server-{port}.log").read_text()
             assert time.monotonic() < end, f"{command} does not answer"
