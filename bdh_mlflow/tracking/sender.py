@@ -138,7 +138,7 @@ def main() -> None:
 
     try:
         delivery = Delivery(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"], report)
-    except FileNotFoundError:  # the folder became the run directory in the meantime: the next sender is told where it is
+    except FileNotFoundError:  # the folder became the run directory in the meantime: the next sender is started with its new path
         os._exit(1)
 
     def wait_for_the_end() -> None:
