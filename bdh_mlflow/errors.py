@@ -1,14 +1,14 @@
-"""What can go wrong for a user: one family, each with the exit code the front door gives it.
+"""Everything that can go wrong for a user: one family of exceptions, each with the exit code of the command line.
 
-    BdhError                 1  the program could not do what was asked
-    ├── InputError           2  what was asked cannot be done: mend the input
+    BdhError                 1  the program could not do what was requested
+    ├── InputError           2  the request cannot be carried out: correct the input
     │   ├── ConfigError      2  a configuration file or override
     │   ├── DataError        2  the text to train on
     │   ├── CheckpointError  2  a file that is not a checkpoint, or a damaged one
     │   └── ResumeError      2  a run or checkpoint that cannot be continued
     ├── SaveError            1  a checkpoint could not be written
-    ├── StoppedError         1  training cannot go on; what was good is saved
-    │   └── NonFiniteError   1  loss or gradients are no longer numbers
+    ├── StoppedError         1  training cannot continue; the last good step is saved
+    │   └── NonFiniteError   1  loss or gradient norm is NaN or infinite
     └── TrackingError        1  the tracking server cannot be used
 
 Messages say where, what was found, what is accepted and what to do next. The library raises; only `cli` prints.
@@ -16,19 +16,19 @@ Messages say where, what was found, what is accepted and what to do next. The li
 
 
 class BdhError(Exception):
-    """Base of every error a user can cause or meet; `str(error)` is the whole message."""
+    """Base of every error that a user can cause or meet; `str(error)` is the complete message."""
 
     exit_code = 1
 
 
 class InputError(BdhError):
-    """The input is at fault; nothing was written."""
+    """The input is wrong; nothing was written."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be carried out; lists every problem found."""
+    """A configuration that cannot be used; lists every problem found."""
 
 
 class DataError(InputError):
@@ -36,7 +36,7 @@ class DataError(InputError):
 
 
 class CheckpointError(InputError):
-    """A file that is not a whole checkpoint."""
+    """A file that is not an intact checkpoint."""
 
 
 class ResumeError(InputError):
@@ -48,7 +48,7 @@ class SaveError(BdhError):
 
 
 class StoppedError(BdhError):
-    """Training cannot go on; the last good step is saved."""
+    """Training cannot continue; the last good step is saved."""
 
 
 class NonFiniteError(StoppedError):

@@ -1,16 +1,10 @@
-"""What a run tells, and to whom: a journal on disk at once, an MLflow store in its own time.
-
-`Tracker` is what the loop and its builder talk to. Every call appends to the journal and returns; one sender (`delivery`), a process of its
-own so that it takes neither the interpreter lock nor the loop's time, reads the journal and delivers it. Around that: which store is meant,
-whether it can be used, and the few questions others ask of it.
-"""
+"""Small things that every wing needs once: a file written atomically, an error in one line, the nearest known word."""
 
 import contextlib
 import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bdh_mlflow.redact import masked
 
@@ -19,10 +13,6 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line without secrets."""
     text = str(error).strip() or type(error).__name__
     return masked(text.split("\n")[0])[:300]
-
-
-if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
-    pass
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -1,10 +1,4 @@
-"""What is to be told, on disk before anyone is told: a line per record, appended, never changed.
-
-The trainer appends and never waits; whoever delivers (see `delivery`) reads on from the offset it has acknowledged. A record is with the
-operating system when `append` returns, so a killed process loses none. A folder holds one journal: `journal.jsonl`, and beside it
-`journal.json`, what has been delivered. The folder waits under `checkpoints/.pending/` and becomes the run directory with the first
-checkpoint; readers hold the folder itself, so they do not notice the move. Knows nothing of MLflow, and is told no secrets: see `masked`.
-"""
+"""Masking of secrets in text that leaves the process: journal, tags, artifacts, messages. Imports no other module of the package."""
 
 import re
 

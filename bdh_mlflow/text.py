@@ -1,7 +1,7 @@
 """Text to token ids and back: a token is a byte.
 
-BDH is trained on bytes, so there is no vocabulary to build and nothing out of it. Documents are told apart by one separator byte that
-text does not contain. Knows nothing of tensors or files.
+BDH is trained on bytes, so there is no vocabulary to build and no token outside it. Documents are separated by one byte that text does not
+contain. Knows nothing of tensors or files.
 """
 
 import math
@@ -19,12 +19,12 @@ BYTES_PER_TOKEN = 1.0
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of `text`: its UTF-8 bytes; bytes of a command line that are not UTF-8 stay what they are."""
+    """Token ids of `text`: its UTF-8 bytes; bytes of a command line that are not UTF-8 are kept (surrogateescape)."""
     return list(text.encode("utf-8", "surrogateescape"))
 
 
 def decode(tokens: list[int]) -> str:
-    """Text of `tokens`; bytes that are not UTF-8 show as U+FFFD, separators and ids beyond a byte as U+2400 (a visible NUL)."""
+    """Text of `tokens`; bytes that are not UTF-8 become U+FFFD, separators and ids above 255 U+2400 (a visible NUL)."""
     visible = (bytes([t]) if 0 < t < VOCAB_SIZE else "\u2400".encode() for t in tokens)
     return b"".join(visible).decode("utf-8", errors="replace")
 
@@ -35,7 +35,7 @@ def bits_per_byte(loss: float) -> float:
 
 
 class Sample(NamedTuple):
-    """What the model made of a prompt; shown with its part in brackets."""
+    """A prompt and its continuation by the model; printed with the continuation in brackets."""
 
     prompt: str
     written: str

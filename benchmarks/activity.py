@@ -1,6 +1,6 @@
-"""What looking at the neurons costs an evaluation: `python benchmarks/activity.py [--config configs/quickstart.yaml] [--rounds 15]`.
+"""What counting active neurons adds to an evaluation: `python benchmarks/activity.py [--config configs/quickstart.yaml] [--rounds 15]`.
 
-Evaluations of one batch with and without, in turns; the median of the paired ratios, with its quartiles.
+Evaluations of the same batches with and without it, alternating; the median of the paired ratios, with its quartiles.
 """
 
 import argparse

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-BATCH = 1000  # points in a request; the most MLflow takes
+BATCH = 1000  # points per request; MLflow takes no more
 
 
 def main() -> None:
@@ -30,18 +30,8 @@ def main() -> None:
         fill(MlflowClient(uri), Path(folder), given.runs, given.points)
         config = Path(folder) / "config.yaml"
         config.write_text(f"tracking: {{tracking_uri: '{uri}'}}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "bdh_mlflow",
-            "compare",
-            "bdh",
-            "--config",
-            str(config),
-            "--out",
-            f"{folder}/compare.html",
-            "--no-log",
-        ]
+        command = [sys.executable, "-m", "bdh_mlflow", "compare", "bdh", "--no-log"]
+        command += ["--config", str(config), "--out", f"{folder}/compare.html"]
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
         took = time.perf_counter() - started
@@ -55,10 +45,10 @@ def fill(client: MlflowClient, folder: Path, runs: int, points: int) -> None:
         run_id = client.create_run(experiment, run_name=f"run {number}").info.run_id
         settings = {"batch_size": 8, "block_size": 64, "gradient_accumulation_steps": 1, "seed": number % 4, "learning_rate": number // 4}
         client.log_batch(run_id, params=[Param(f"training.{key}", str(value)) for key, value in settings.items()])
-        told = [Metric("train/loss", 2 + math.exp(-i / points) + number / 100, i, i) for i in range(1, points + 1)]
-        told += [Metric("val/loss", 2 + math.exp(-i / points), i, i) for i in range(10, points + 1, 10)]
-        for first in range(0, len(told), BATCH):
-            client.log_batch(run_id, told[first : first + BATCH])
+        points_of_run = [Metric("train/loss", 2 + math.exp(-i / points) + number / 100, i, i) for i in range(1, points + 1)]
+        points_of_run += [Metric("val/loss", 2 + math.exp(-i / points), i, i) for i in range(10, points + 1, 10)]
+        for first in range(0, len(points_of_run), BATCH):
+            client.log_batch(run_id, points_of_run[first : first + BATCH])
 
 
 if __name__ == "__main__":

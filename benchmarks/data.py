@@ -1,8 +1,8 @@
 """What the data pipeline costs, as ratios in one process: `python benchmarks/data.py [--files 1000] [--megabytes 10]`.
 
-1. Bytes a second of training batches against pyarrow reading the same column, and against a loader that reads the row group for every
-   sample, which is the usual simple way.
-2. Resident memory over a walk through many files, with the bytes of the open row groups as the yardstick.
+1. Bytes a second of training batches, against pyarrow reading the same column, and against a simple loader that reads a whole row group
+   for every sample.
+2. Resident memory while an epoch over many files is read, beside the bytes of the row groups that are open.
 3. Time to the first batch at position 0 and in the middle of an epoch.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
         throughput(opened(one))
         many = Path(folder) / "many"
         write(many / "0000.parquet", int(given.megabytes * 1e6))
-        for i in range(1, given.files):  # the same bytes under many names: memory and seeking do not care
+        for i in range(1, given.files):  # the same bytes under many names: for memory and seeking that is as good
             os.link(many / "0000.parquet", many / f"{i:04d}.parquet")
         started = time.perf_counter()
         text = opened(many)
@@ -80,8 +80,8 @@ def throughput(text: ParquetText) -> None:
     middle = {name: statistics.median(values) for name, values in rates.items()}
     for name, value in middle.items():
         print(f"{name}: {value / 1e6:,.2f} MB/s (median of {ROUNDS})")
-    print(f"ours / pyarrow alone: {middle['ours'] / middle['pyarrow_alone']:.2f} (wanted: at least 0.25)")
-    print(f"ours / row group per sample: {middle['ours'] / middle['row_group_per_sample']:,.0f} (wanted: at least 100)")
+    print(f"ours / pyarrow alone: {middle['ours'] / middle['pyarrow_alone']:.2f} (required: at least 0.25)")
+    print(f"ours / row group per sample: {middle['ours'] / middle['row_group_per_sample']:,.0f} (required: at least 100)")
 
 
 def first_batch(text: ParquetText) -> None:
@@ -92,7 +92,7 @@ def first_batch(text: ParquetText) -> None:
         lane[1] = 1  # in the middle of a row group, as nearly every position is
         del lane[3:]
     times: dict[str, list[float]] = {"position 0": [], "the middle": []}
-    next(batches(text))  # what the first call of a process costs is not the position's
+    next(batches(text))  # the first call in a process costs more, whatever the position
     for turn in range(20):
         for name, position in (("position 0", None), ("the middle", middle))[:: 1 if turn % 2 else -1]:
             started = time.perf_counter()
@@ -139,8 +139,8 @@ def write(path: Path, size: int) -> None:
     draw = np.random.default_rng(0)
     words = np.array(["".join(chr(97 + c) for c in draw.integers(0, 26, draw.integers(2, 9))) for _ in range(5000)])
     documents = []
-    whole_groups = max(1, size // DOCUMENT_BYTES // ROW_GROUP_ROWS)  # equal ones, or a position's cost is that of the sizes it meets
-    for _ in range(whole_groups * ROW_GROUP_ROWS):
+    full_groups = max(1, size // DOCUMENT_BYTES // ROW_GROUP_ROWS)  # of equal size, or the cost of a position would depend on where it lies
+    for _ in range(full_groups * ROW_GROUP_ROWS):
         documents.append(" ".join(words[draw.zipf(1.3, DOCUMENT_BYTES // 6) % len(words)]))
     pq.write_table(pa.table({"id": range(len(documents)), "text": documents}), path, row_group_size=ROW_GROUP_ROWS)
 

@@ -1,8 +1,8 @@
 """Cost of a generated token: `python benchmarks/generate.py [--config configs/config.yaml] [--contexts 64 1024 8192] [--against 1024]`.
 
-After prompts of several lengths, milliseconds a token with the recurrent state (median of the tokens), and of one token made as the
-published code makes it, by running the whole prefix again in the reference form. Weights are a checkpoint's (`--run`) or random: how many
-neurons are active decides, and is shown.
+Milliseconds a token with the recurrent state, after prompts of several lengths (median over the tokens), and for a token computed as the
+published code does, by a forward pass over the whole prefix in the reference form. Weights are a checkpoint's (`--run`) or random: the cost
+depends on the share of active neurons, which is printed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.inference import load
 from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.model.sampling import Sampler
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     options.add_argument("--config", default="configs/config.yaml")
     options.add_argument("--run", help="target of `resume`, instead of random weights")
     options.add_argument("--contexts", type=int, nargs="*", default=[64, 1024, 8192])
-    options.add_argument("--against", type=int, default=1024, help="context at which the prefix is run again")
+    options.add_argument("--against", type=int, default=1024, help="context for the pass over the whole prefix")
     options.add_argument("--tokens", type=int, default=24)
     given = options.parse_args()
     torch.manual_seed(0)
@@ -43,11 +44,11 @@ def main() -> None:
     streams = {}
     for context in given.contexts:
         started = time.perf_counter()
-        streams[context] = network.stream(text[:, :context], given.tokens + 1, temperature=0)
+        streams[context] = network.stream(text[:, :context], given.tokens + 1, Sampler(temperature=0))
         next(streams[context])
         print(f"context {context}: prompt read in {time.perf_counter() - started:.2f} s", flush=True)
     times: dict[int, list[float]] = {context: [] for context in streams}
-    for _ in range(given.tokens):  # by turns
+    for _ in range(given.tokens):  # alternating
         for context, stream in streams.items():
             started = time.perf_counter()
             next(stream)
@@ -64,7 +65,7 @@ def main() -> None:
             network(text[:, : given.against])
             again.append(1e3 * (time.perf_counter() - started))
     prefix_ms, nearest = statistics.median(again), min(cost, key=lambda context: abs(context - given.against))
-    print(f"prefix of {given.against} run again: {prefix_ms:.0f} ms a token, {prefix_ms / cost[nearest]:.0f} times that with a state")
+    print(f"pass over a prefix of {given.against}: {prefix_ms:.0f} ms a token, {prefix_ms / cost[nearest]:.0f} times the cost with a state")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One run killed at random moments against one left alone: `python benchmarks/kills.py [--kills 20] [--steps 300]`.
+"""One run killed at random moments against an uninterrupted one: `python benchmarks/kills.py [--kills 20] [--steps 300]`.
 
 Each kill is a SIGKILL of the whole process group of `bdh-mlflow train`, at a random moment between its start and the time it needs to
 finish; the next process resumes with `latest`. At the end the two runs' metric histories and last checkpoints must be equal: one value
@@ -38,7 +38,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         store = f"sqlite:///{folder}/mlflow.db"
         client = MlflowClient(store)
-        for name in ("straight", "killed"):
+        for name in ("uninterrupted", "killed"):
             client.create_experiment(name, artifact_location=f"file://{folder}/artifacts/{name}")
 
         def start(name: str) -> subprocess.Popen[bytes]:
@@ -59,14 +59,14 @@ def main() -> int:
                 return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
         started = time.monotonic()
-        assert start("straight").wait() == 0
-        whole_s = time.monotonic() - started
-        print(f"straight: {given.steps} steps in {whole_s:.0f} s", flush=True)
+        assert start("uninterrupted").wait() == 0
+        duration_s = time.monotonic() - started
+        print(f"uninterrupted: {given.steps} steps in {duration_s:.0f} s", flush=True)
         killed = 0
         while killed < given.kills:
             process = start("killed")
             try:
-                process.wait(timeout=draw.uniform(4, 4 + 2.5 * whole_s / given.kills))
+                process.wait(timeout=draw.uniform(4, 4 + 2.5 * duration_s / given.kills))
                 break
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -84,33 +84,37 @@ def last_step(folder: Path) -> int:
 
 
 def report(client: MlflowClient, folder: Path, steps: int, killed: int) -> int:
-    straight, broken = only_run(client, "straight"), with_checkpoints(client, "killed")
+    uninterrupted, killed_run = only_run(client, "uninterrupted"), with_checkpoints(client, "killed")
     different = 0
     for key in CURVES:
-        histories = [sorted((m.step, m.value) for m in client.get_metric_history(r.info.run_id, key)) for r in (straight, broken)]
+        histories = [sorted((m.step, m.value) for m in client.get_metric_history(r.info.run_id, key)) for r in (uninterrupted, killed_run)]
         twice = sum(count - 1 for count in Counter(step for step, _ in histories[1]).values())
         equal = histories[0] == histories[1]
         different += not equal
         print(f"{key}: {len(histories[1])} points, {twice} twice, {'equal' if equal else 'DIFFERENT'}")
-    replayed = [m.value for m in client.get_metric_history(broken.info.run_id, "resume/replay_max_abs_diff")]
+    replayed = [m.value for m in client.get_metric_history(killed_run.info.run_id, "resume/replay_max_abs_diff")]
     print(f"replayed steps: {len(replayed)}, largest difference {max(replayed, default=0.0)}")
-    states = [checkpoint.load(checkpoint.list_all(folder / name)[-1] / checkpoint.file_name(steps)) for name in ("straight", "killed")]
-    for what, key in verify.PIECES.items():
+    states = [checkpoint.load(checkpoint.list_all(folder / name)[-1] / checkpoint.file_name(steps)) for name in ("uninterrupted", "killed")]
+    for what, key in verify.PARTS.items():
         difference = verify.bitwise_difference(states[0][key], states[1][key])
         different += bool(difference)
         print(f"{what}: {difference or 'equal'}")
-    print(f"{killed} kills; {'everything equal' if not different else f'{different} differences'}; status {broken.info.status}")
+    print(f"{killed} kills; {'everything equal' if not different else f'{different} differences'}; status {killed_run.info.status}")
     return 1 if different or any(replayed) else 0
 
 
 def only_run(client: MlflowClient, name: str) -> Run:
-    (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     return run
 
 
 def with_checkpoints(client: MlflowClient, name: str) -> Run:
     """The run that was resumed; kills before a first checkpoint leave others behind that nothing could continue."""
-    runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
     (run,) = [r for r in runs if "bdh.run_dir" in r.data.tags]
     return run
 

@@ -1,11 +1,11 @@
-"""Training speed of the layer's forms, side by side: `python benchmarks/layer.py [--config configs/config.yaml] [--device cuda]`.
+"""Training speed of the layer's forms: `python benchmarks/layer.py [--config configs/config.yaml] [--device cuda]`.
 
-Forward and backward of the whole network (no optimizer) on random bytes, all cases by turns in one process; medians. Every case is shown
-in tokens a second, as a ratio to the blocked form's best of each dtype, and as MFU: useful FLOPs (`model.useful_flops`) over the fastest
-matrix product of the same dtype in this process. `--lengths` adds the blocked form at longer texts with as many tokens a batch. `--curves`
-trains quickstart's network 100 steps in both forms and shows how far the losses come apart, in float64, and in float32 beside what another
-number of threads alone does there. `--memory` trains a step of the configuration in a process of its own for each length, with as many
-tokens a batch, and shows the most memory it held.
+Forward and backward pass of the network (no optimizer) on random bytes, the cases alternating in one process; medians. Each case is given
+in tokens a second, as a ratio to the blocked form's best in each dtype, and as MFU: useful FLOPs (`bdh.useful_flops`) over the fastest
+matrix product of the same dtype in this process. `--lengths` adds the blocked form at longer sequences with as many tokens a batch.
+`--curves` trains quickstart's network 100 steps in both forms and prints the largest difference of the losses, in float64, and in float32
+beside the difference that another number of threads makes. `--memory` trains two steps of the configuration in a process for each length,
+with as many tokens a batch, and prints the peak resident memory.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bdh_mlflow.config import Config, LowPrecisionConfig
+from bdh_mlflow.config import Config, LowPrecisionConfig, resolve
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH, useful_flops
 from bdh_mlflow.model.precision import Precision
@@ -42,11 +42,11 @@ def main() -> None:
     options.add_argument("--lengths", type=int, nargs="*", default=[])
     options.add_argument("--curves", action="store_true")
     options.add_argument("--memory", type=int, nargs="*", default=[], metavar="T")
-    options.add_argument("--remember", type=int, nargs=2, help=argparse.SUPPRESS)
+    options.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     given = options.parse_args()
     config = Config.from_yaml(given.config)
-    if given.remember:
-        remember(config, *given.remember)
+    if given.peak:
+        peak_memory(config, *given.peak)
         return
     if given.forms:
         speeds(config, given)
@@ -54,7 +54,7 @@ def main() -> None:
         curves()
     for tokens in given.memory:
         rows = max(1, max(given.memory) // tokens, config.training.batch_size * config.training.block_size // tokens)
-        subprocess.run([sys.executable, __file__, "--config", given.config, "--remember", str(rows), str(tokens)], check=True)
+        subprocess.run([sys.executable, __file__, "--config", given.config, "--peak", str(rows), str(tokens)], check=True)
 
 
 def speeds(config: Config, given: argparse.Namespace) -> None:
@@ -69,10 +69,14 @@ def speeds(config: Config, given: argparse.Namespace) -> None:
             cases += [(form, name, b, tokens) for b in (given.batches if form.startswith("reference") else [batch])]
         cases += [("blocked", name, max(1, batch * tokens // length), length) for length in given.lengths]
     times: dict[Any, list[float]] = {case: [] for case in cases}
-    for turn in range(given.rounds + 1):  # the first warms up, and compiles
+    used = ""
+    for number in range(given.rounds + 1):  # the first warms up, and compiles
         for case in cases:
-            seconds = step(network, *case, device)
-            if turn:
+            if case[0] != used:
+                used = case[0]
+                network.use(used.split()[0], used.endswith("compiled"))  # type: ignore[arg-type]
+            seconds = step(network, *case[1:], device)
+            if number:
                 times[case].append(seconds)
     speed = {case: case[2] * case[3] / statistics.median(took) for case, took in times.items()}
     best = {n: max(speed[c] for c in cases if c[0].startswith("blocked") and c[1] == n and c[3] == tokens) for n in given.dtypes}
@@ -85,41 +89,39 @@ def speeds(config: Config, given: argparse.Namespace) -> None:
         print(f"{form:20} {name:9} {f'{rows} x {length}':>9} {speed[case]:9.1f} {mfu:6.1f}{ratios}", flush=True)
 
 
-def step(network: BDH, form: str, name: str, rows: int, tokens: int, device: torch.device) -> float:
-    kind, _, compiled = form.partition(" ")
-    if (network.form, network._compiled) != (kind, bool(compiled)):
-        network.use(kind, bool(compiled))  # type: ignore[arg-type]
+def step(network: BDH, name: str, rows: int, tokens: int, device: torch.device) -> float:
+    """Seconds of a forward and backward pass."""
     idx = torch.randint(0, 256, (rows, tokens + 1), device=device)
     runs = Precision(device, LowPrecisionConfig(use_4bit=False, compute_dtype=name))  # type: ignore[arg-type]
-    settle(device)
+    synchronize(device)
     started = time.perf_counter()
     with runs.autocast():
         _, loss = network(idx[:, :-1], idx[:, 1:])
     loss.backward()
-    settle(device)
+    synchronize(device)
     took = time.perf_counter() - started
     network.zero_grad()
     return took
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def curves(steps: int = 100) -> None:
-    """As quickstart trains, with its schedule, clipping and seed, on this program's own sources."""
-    config = Config.from_yaml("configs/quickstart.yaml").resolved()
-    text = torch.frombuffer(bytearray(b"".join(p.read_bytes() for p in sorted(Path("bdh_mlflow").glob("*.py")))), dtype=torch.uint8)
+    """Quickstart's training, with its schedule, clipping and seed, on the sources of this package."""
+    config = resolve(Config.from_yaml("configs/quickstart.yaml")).config
+    text = torch.frombuffer(bytearray(b"".join(p.read_bytes() for p in sorted(Path("bdh_mlflow").rglob("*.py")))), dtype=torch.uint8)
     reference, blocked, alone = (losses(config, text, steps, *how) for how in (("reference", 0), ("blocked", 0), ("reference", 1)))
     exact = [losses(config, text, steps, form, 0, torch.float64) for form in ("reference", "blocked")]
 
-    def apart(one: list[float], other: list[float]) -> float:
+    def difference(one: list[float], other: list[float]) -> float:
         return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
-    print(f"quickstart, {steps} steps, loss {blocked[0]:.4f} to {blocked[-1]:.4f}; most that losses come apart:")
-    print(f"  blocked from reference {apart(*exact):.1e} in float64, {apart(reference, blocked):.1e} in float32")
-    print(f"  reference from reference on one thread {apart(reference, alone):.1e} in float32")
+    print(f"quickstart, {steps} steps, loss {blocked[0]:.4f} to {blocked[-1]:.4f}; largest difference of losses:")
+    print(f"  blocked from reference {difference(*exact):.1e} in float64, {difference(reference, blocked):.1e} in float32")
+    print(f"  reference from reference on one thread {difference(reference, alone):.1e} in float32")
 
 
 def losses(config: Config, text: torch.Tensor, steps: int, form: str, threads: int, dtype: torch.dtype = torch.float32) -> list[float]:
@@ -145,8 +147,8 @@ def losses(config: Config, text: torch.Tensor, steps: int, form: str, threads: i
     return found
 
 
-def remember(config: Config, rows: int, tokens: int) -> None:
-    """A step as training makes it; prints the most memory this process has held."""
+def peak_memory(config: Config, rows: int, tokens: int) -> None:
+    """Two training steps; prints the peak resident memory of this process."""
     device = torch.device("cpu")
     runs = Precision(device, config.low_precision)
     network = BDH(config.to_bdh_config())

@@ -1,11 +1,12 @@
 """A run killed at random moments, its server down half of the time: `python benchmarks/outages.py [--kills 20] [--seed 0]`.
 
-Every other kill takes the sender along with the trainer. After the last one the server comes back, `bdh-mlflow sync` runs once, and every
-point in the journal must be on the server, once; no run and no checkpoint's model may be there twice, and a second `sync` must deliver
-nothing. Exit code 1 if not.
+Every other pair of kills ends the sender as well as the training. After the last one the server is started again and `bdh-mlflow sync`
+runs: every point in the journal must be on the server exactly once, and so must the run and the model of each checkpoint. A second `sync`
+must deliver nothing. Exit code 1 if not.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -22,7 +23,8 @@ import yaml
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.tracking import journal
+from bdh_mlflow.tracking.journal import JournalReader
+from bdh_mlflow.tracking.records import Points
 from scripts.servers import Server
 
 TINY = {
@@ -32,7 +34,7 @@ TINY = {
     "low_precision": {"compute_dtype": "float32", "use_4bit": False},
     "tracking": {"log_system_metrics": False},
 }
-OWN_COUNT = ("by_tokens/", "system/", "tracker/")  # curves whose step is not the training step: several points may share one
+OWN_COUNT = ("by_tokens/", "system/", "tracker/")  # metrics with steps of their own: several points may share one
 
 
 def main() -> int:
@@ -53,11 +55,11 @@ def main() -> int:
                 server.signal(signal.SIGKILL) if down else server.start()
                 up = not down
             process = start(folder, server.uri)
-            time.sleep(draw.uniform(4, 18))  # the first of them while it starts
+            time.sleep(draw.uniform(4, 18))  # it takes some seconds to start: some kills hit that
             with_sender = number % 4 >= 2
             kill(process, with_sender)
             print(
-                f"kill {number + 1}: server {'down' if down else 'up'}, sender {'too' if with_sender else 'left'}, {progress(folder)}",
+                f"kill {number + 1}: server {'down' if down else 'up'}, sender {'killed' if with_sender else 'left'}, {progress(folder)}",
                 flush=True,
             )
         if not up:
@@ -114,23 +116,22 @@ def report(folder: Path, server: Server) -> int:
         print(f"{done.stdout}{done.stderr}".strip())
         wrong += done.returncode
     wrong += any(": 0 records" not in line for line in done.stdout.splitlines()[:-1])
-    for place in checkpoint.list_all(folder / "checkpoints"):  # what has saved no checkpoint is gone when it is delivered
-        state = journal.delivered(place)
-        assert state is not None
+    for place in checkpoint.list_all(folder / "checkpoints"):  # a folder without a checkpoint is removed when everything in it is delivered
+        logged: Counter[tuple[str, int]] = Counter()
+        with contextlib.closing(JournalReader(place)) as reader:
+            state, segments = reader.delivered(), len(reader.index.segments)
+            for entry in reader.read(0, reader.index.update()):
+                if isinstance(entry.record, Points):
+                    logged.update((key, entry.record.step) for key in entry.record.values if not key.startswith(OWN_COUNT))
         assert state.run_id is not None
-        told: Counter[tuple[str, int]] = Counter()
-        for record in journal.read(place):
-            if record.kind == "points":
-                told.update((key, record.fields["step"]) for key in record.fields["values"] if not key.startswith(OWN_COUNT))
-        journalled += len(told)
+        journalled += len(logged)
         run = server.client.get_run(state.run_id)
         keys = [key for key in run.data.metrics if not key.startswith(OWN_COUNT)]
         there = Counter((key, m.step) for key in keys for m in server.client.get_metric_history(state.run_id, key))
-        missing, twice = set(told) - set(there), [point for point, times in there.items() if times > 1]
+        missing, twice = set(logged) - set(there), [point for point, times in there.items() if times > 1]
         audit = [m.value for m in server.client.get_metric_history(state.run_id, "resume/replay_max_abs_diff")]
-        segments = sum(record.kind == "segment" for record in journal.read(place))
         print(
-            f"{place.name}: {segments} segments, {len(told)} points journalled, {sum(told.values()) - len(told)} again after a kill; "
+            f"{place.name}: {segments} segments, {len(logged)} points, {sum(logged.values()) - len(logged)} again after a kill; "
             f"{len(missing)} missing, {len(twice)} twice, replay difference {max(audit, default=0.0)}, status {run.info.status}"
         )
         experiment = [run.info.experiment_id]

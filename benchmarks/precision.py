@@ -1,11 +1,11 @@
 """What each number format does to a training: `python benchmarks/precision.py [--steps 700] [--seeds 3] [--cases ...] [--share]`.
 
-Quickstart's network and data, equal steps and seeds, one training after the other, each the whole program in a process of its own. Shown,
-as means over the seeds: final val/loss on 64 batches, its distance to float32's of the same seed with the standard error of that mean,
-bytes of optimizer state a parameter and of exported weights, and the median step against float32's. Any rounding sends a training another
-way: `float32 nudged` is float32 at a learning rate 1e-5 times higher, so its distance is what chance alone does.
-`after` is float32's last checkpoint rounded to 4 bits without training for it, on the same validation batches.
-`--share` times 4-bit quantisation against a whole training step of the default configuration (minutes).
+Quickstart's network and data, equal steps and seeds, one `bdh-mlflow train` process after the other. Printed, as means over the seeds:
+final val/loss on 64 batches, its difference from float32's with the same seed and the standard error of that mean, bytes of optimizer state
+a parameter and of exported weights, and the median step time against float32's. Any rounding changes the trajectory: `float32 nudged` is
+float32 at a learning rate higher by a factor of 1.00001, so its difference is what chance alone makes.
+`after` is float32's last checkpoint rounded to 4 bits after the training, on the same validation batches.
+`--share` times 4-bit quantisation against a training step of the default configuration (minutes).
 """
 
 import argparse
@@ -24,9 +24,9 @@ import torch
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config, TrackingConfig
+from bdh_mlflow.config import Config, TrackingConfig, resolve
 from bdh_mlflow.inference import export, load
-from bdh_mlflow.model import bdh, fourbit, precision
+from bdh_mlflow.model import fourbit, precision
 from bdh_mlflow.model.bdh import BDH, PROJECTIONS
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.training import optim
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 class Result(NamedTuple):
-    """Of one training.   state_bytes: a parameter.   weight_bytes: of the exported file."""
+    """Of one training.   state_bytes: optimizer state a parameter.   weight_bytes: size of the exported file.   last: its checkpoint."""
 
     val_loss: float
     step_ms: float
@@ -97,10 +97,10 @@ def losses(cases: list[str], steps: int, seeds: int, folder: Path) -> None:
 
 
 def line(name: str, values: list[float], plain: list[float]) -> str:
-    """Mean, and mean distance to float32's in percent with its standard error."""
-    apart = [100 * (value / p - 1) for value, p in zip(values, plain, strict=True)]
-    error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
-    return f"{name:18} {statistics.mean(values):7.4f} {statistics.mean(apart):+8.2f} +- {error:4.2f}"
+    """Mean, and mean difference from float32's in percent with its standard error."""
+    percent = [100 * (value / p - 1) for value, p in zip(values, plain, strict=True)]
+    error = statistics.stdev(percent) / len(percent) ** 0.5 if len(percent) > 1 else float("nan")
+    return f"{name:18} {statistics.mean(values):7.4f} {statistics.mean(percent):+8.2f} +- {error:4.2f}"
 
 
 def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
@@ -142,16 +142,17 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
 def rounded_after(last: Path, kind: Any, nested: bool) -> float:
     loaded = load.load(str(last), last.parent.parent, TrackingConfig())
     wish = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
-    Precision(loaded.runs.device, wish).prepare(loaded.model, PROJECTIONS)
+    Precision(loaded.precision.device, wish).prepare(loaded.model, PROJECTIONS)
     return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
 
 
 def share() -> None:
-    """Of 4-bit quantisation in a training step of the default configuration."""
-    config = Config.from_yaml(CONFIGS / "config.yaml").resolved()
+    """Time 4-bit quantisation and a training step of the default configuration."""
     device = precision.pick_device()
-    network, runs = BDH(config.to_bdh_config()).to(device), Precision.asked(config, device)
-    network.use(bdh.choose_form("auto", device)[0])
+    config = resolve(Config.from_yaml(CONFIGS / "config.yaml"), precision.machine(device)).config
+    network, runs = BDH(config.to_bdh_config()).to(device), Precision.from_config(config, device)
+    assert config.training.layer_form != "auto"
+    network.use(config.training.layer_form)
     optimizer = optim.build_optimizer(network.parameters(), config.training)
     runs.prepare(network, PROJECTIONS, optimizer)
     times = []

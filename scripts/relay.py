@@ -1,7 +1,7 @@
-"""A relay before a server, for trouble: `Relay(port)` forwards HTTP to 127.0.0.1:port and does what it is told to some requests.
+"""An HTTP relay that injects faults: `Relay(port)` forwards to 127.0.0.1:port, and delays, refuses or cuts the requests a test chooses.
 
-`python benchmarks/relay.py PORT DELAY_S` is one in a process of its own that only delays; it prints the port it listens on.
-Knows requests only by their first line. Connections are closed after each answer, so that every request passes through here anew.
+`python scripts/relay.py PORT DELAY_S` is one in a process of its own that only delays; it prints the port it listens on.
+A request is chosen by its first line. Every connection is closed after one answer, so that the next request passes through here as well.
 """
 
 import contextlib
@@ -19,7 +19,11 @@ Trouble = Callable[[str], "Answer | None"]
 
 @dataclass(frozen=True)
 class Answer:
-    """Instead of the server's: a status, or a closed connection, after `cut_after` bytes of the request or when the server has answered."""
+    """What the client gets instead of the server's answer.
+
+    status: this HTTP status, and the request is not forwarded.   cut_after: a connection closed after so many bytes of the request.
+    lost: a connection closed when the server has answered.
+    """
 
     status: int = 0
     cut_after: int | None = None
@@ -28,7 +32,10 @@ class Answer:
 
 @dataclass
 class Relay:
-    """Listens on `self.port`.   delay_s: before each request is passed on.   trouble: from a request line to what happens instead."""
+    """Listens on `self.port`.   delay_s: before each request is forwarded.   trouble: from a request line to what happens instead, or None.
+
+    requests: the first line of every request so far.
+    """
 
     target: int
     delay_s: float = 0.0
@@ -70,8 +77,8 @@ class Relay:
             time.sleep(self.delay_s)
             answer = self.trouble(line)
             if answer is not None and answer.status:
-                body = b"trouble"
-                reply = f"HTTP/1.1 {answer.status} Trouble\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+                body = b"fault"
+                reply = f"HTTP/1.1 {answer.status} Fault\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
                 _drain(client, head)
                 client.sendall(reply)
                 return
@@ -103,7 +110,7 @@ def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None
 
 
 def _drain(client: socket.socket, head: bytes) -> None:
-    """Read the body, for a client that is still sending would not see the answer."""
+    """Read the rest of the request: a client that is still sending would not see the answer."""
     header, _, body = head.partition(b"\r\n\r\n")
     lengths = [int(h.split(b":")[1]) for h in header.split(b"\r\n") if h.lower().startswith(b"content-length:")]
     left = (lengths[0] if lengths else 0) - len(body)
@@ -112,6 +119,6 @@ def _drain(client: socket.socket, head: bytes) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(19)  # a distance, which costs no processor
+    os.nice(19)  # it stands for a network, which takes no processor time from the training
     print(Relay(int(sys.argv[1]), delay_s=float(sys.argv[2])).port, flush=True)
     signal.pause()

@@ -1,4 +1,4 @@
-"""Real tracking servers on loopback, to be stopped, killed and started again."""
+"""Real tracking servers on 127.0.0.1, which tests and benchmarks stop, kill and start again."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-PATIENCE_S = 60
+START_TIMEOUT_S = 300  # `mlflow ui` starts ten processes, and the machine may be busy
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def healthy(port: int) -> bool:
-    """Whether a server of MLflow's answers there."""
+    """Whether an MLflow server answers on this port."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
             return bool(answer.status == 200)
@@ -34,8 +34,17 @@ def healthy(port: int) -> bool:
         return False
 
 
+def wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for an MLflow server that was just started.   Fails with what is in its log if it ends or takes too long."""
+    end = time.monotonic() + START_TIMEOUT_S
+    while not healthy(port):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, f"no answer on port {port}: {log.read_text()}"
+        time.sleep(0.05)
+
+
 class Server:
-    """`mlflow server` with SQLite in `home` and artifacts through it."""
+    """`mlflow server` that keeps its database and the artifacts it proxies in `home`.   empty_store: a migrated database to copy."""
 
     def __init__(self, empty_store: Path, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
@@ -46,7 +55,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """(Again), on the same port."""
+        """Start it, the first time or again, on the same port."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}", "--artifacts-destination", str(self.home / "artifacts")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -54,32 +63,28 @@ class Server:
             self._process = subprocess.Popen(
                 command, env=environment, cwd=self.home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        end = time.monotonic() + PATIENCE_S
-        while not healthy(self.port):
-            assert self._process.poll() is None, (self.home / "log").read_text()
-            assert time.monotonic() < end, "the server did not start"
-            time.sleep(0.05)
+        wait_until_healthy(self.port, self._process, self.home / "log")
 
     def signal(self, number: signal.Signals) -> None:
-        """To all its processes."""
+        """Send a signal to all its processes."""
         os.killpg(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.wait()
 
     def pids(self) -> list[int]:
-        """Of its processes."""
+        """Ids of its processes."""
         found = subprocess.run(["pgrep", "-g", str(self._process.pid)], capture_output=True, text=True).stdout.split()
         return [int(pid) for pid in found]
 
     def limit_files(self, size: int) -> None:
-        """No process of the server can write a larger file."""
+        """Let no process of the server write a file of more than `size` bytes: a full disk."""
         for pid in self.pids():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @contextlib.contextmanager
 def serving(empty_store: Path, home: Path) -> Iterator[Server]:
-    """A server for the time of the body."""
+    """A server that lives as long as the body."""
     server = Server(empty_store, home)
     try:
         yield server

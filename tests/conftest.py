@@ -3,13 +3,12 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two trainings on two cores wait for each other otherwise
 
-import mlflow
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +20,9 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import Config
-from bdh_mlflow.tracking import (
-    delivery,
-    sender,
-    tracker,
-)
+from bdh_mlflow.tracking.lanes import Patience
+from bdh_mlflow.tracking.records import OnMessage
+from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import build
 
 TINY: dict[str, Any] = {
@@ -75,15 +72,12 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(delivery, "BATCH_INTERVAL_S", 0.05)
     monkeypatch.setattr(build, "SAMPLE_BYTES", 16)  # a sample of full length takes longer than the evaluation it belongs to
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tracker.hosted_by(sender.ThreadSender):  # a process for each of hundreds of trainings would take an hour
-        yield
+    yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture
@@ -113,9 +107,14 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     return Config.from_dict({name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}})
 
 
+def thread_sender(folder: Callable[[], Path], uri: str, on_message: OnMessage) -> ThreadSender:
+    """A sender that hurries, in this process: a process for each of hundreds of trainings would take an hour."""
+    return ThreadSender(folder, uri, on_message, Patience(batch_interval_s=0.05))
+
+
 def run_cli(*words: str) -> Result:
     """The command line in this process; unexpected exceptions fail the test with their traceback."""
-    result = CliRunner().invoke(cli, list(words))
+    result = CliRunner().invoke(cli, list(words), obj=thread_sender)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -1,32 +1,9 @@
-"""The machine and the checkout."""
+"""The checkout that a run comes from, as a commit and a patch."""
 
 import subprocess
-import time
 from pathlib import Path
 
-import pytest
-
 from bdh_mlflow import host
-from bdh_mlflow.tracking import system_metrics
-
-
-class Broken:
-    def collect_metrics(self) -> None:
-        raise RuntimeError("the driver is gone")
-
-
-def test_samples_go_on_when_one_monitor_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = system_metrics._monitors()
-    monkeypatch.setattr(system_metrics, "_monitors", lambda: [Broken(), *real])
-    told: list[tuple[dict[str, float], int]] = []
-    samples = system_metrics.SystemMetrics(lambda values, step: told.append((values, step)), time.time() - 1.0, interval_s=0.05)
-    while len(told) < 2:
-        time.sleep(0.01)
-    samples.close()
-    assert all("system/cpu_utilization_percentage" in values and "system/disk_usage_percentage" in values for values, _ in told)
-    steps = [step for _, step in told]
-    assert steps == sorted(steps)
-    assert steps[0] >= 20  # counted from the beginning of the run, a second ago
 
 
 def test_uncommitted_changes_are_a_patch(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ def test_text_survives_the_round_trip() -> None:
     assert decode(encode("naïve 🐉\n")) == "naïve 🐉\n"
 
 
-def test_bytes_that_are_no_text_are_shown() -> None:
+def test_bytes_that_are_not_text_are_visible() -> None:
     assert decode([65, 0, 0xFF, 66, 300]) == "A\u2400\ufffdB\u2400"
 
 

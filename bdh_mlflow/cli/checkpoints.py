@@ -1,4 +1,4 @@
-"""The group `bdh-mlflow checkpoints`."""
+"""The group `bdh-mlflow checkpoints`: list, verify, pull, export and register them."""
 
 import functools
 import tempfile
@@ -8,34 +8,41 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bdh_mlflow.cli.common import config_option, print_table
 from bdh_mlflow.config import Config
-from bdh_mlflow.errors import InputError, ResumeError
+from bdh_mlflow.errors import CheckpointError, InputError, ResumeError
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.export import Format
-from bdh_mlflow.cli.common import config_option, print_table
 
 
 @click.group()
 def checkpoints() -> None:
-    """Checkpoints on disk and in the mirror."""
+    """Work with checkpoints on disk and those mirrored to MLflow."""
 
 
 @checkpoints.command("list")
 @click.argument("target", default="checkpoints")
 @config_option
-@click.option("--best", is_flag=True, help="Only the one of lowest validation loss.")
-@click.option("--all-runs", is_flag=True, help="Of every run in the experiment, best first (needs MLflow).")
+@click.option("--best", is_flag=True, help="Only the one with the lowest validation loss.")
+@click.option("--all-runs", is_flag=True, help="Mirrored checkpoints of every run in the experiment, best first.")
 def checkpoints_list(target: str, config_path: str, best: bool, all_runs: bool) -> None:
-    """Checkpoints of TARGET: a run directory, the folder of run directories, or an MLflow run (its mirror)."""
-    from bdh_mlflow import checkpoint
+    """List the checkpoints of TARGET.
 
+    TARGET is a run directory, the folder of run directories, or an MLflow run (whose mirrored checkpoints are listed).
+    """
     if all_runs or not Path(target).exists():
         _list_mirrored(None if all_runs else target, config_path, best)
-        return
-    rows = []
-    found = []
-    for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
+    else:
+        _list_local(Path(target), best)
+
+
+def _list_local(target: Path, best: bool) -> None:
+    """Files that are no checkpoints with the reason, then checkpoints; with `best` the best checkpoint alone."""
+    from bdh_mlflow import checkpoint
+
+    rows, found = [], []
+    for run_dir in checkpoint.list_all(target) or [target]:
         listing = checkpoint.list_run(run_dir)
         top = checkpoint.best(listing.checkpoints)
         found += [(c, c == top) for c in listing.checkpoints]
@@ -56,12 +63,12 @@ def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
     from bdh_mlflow.tracking import locate
 
     tracking = Config.from_yaml(config_path).tracking
-    found = locate.search(tracking, locate.mirrored(target, tracking)[0] if target else None, best)
-    rows = [[m.checkpoint, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
+    locator = locate.Locator(Path(), tracking)
+    found = locator.mirror.search(locator.mirrored(target)[0] if target else None, best)
+    rows = [[m.uri, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
     if not rows:
-        raise InputError(
-            f"{target or 'experiment ' + tracking.experiment}: no mirrored checkpoints{' with a validation loss' if best else ''}"
-        )
+        where = target or f"experiment {tracking.experiment}"
+        raise InputError(f"{where}: no mirrored checkpoints{' with a validation loss' if best else ''}")
     print_table(["checkpoint", "step", "val/loss", "run"], rows)
 
 
@@ -70,43 +77,45 @@ def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
 @config_option
 @click.pass_context
 def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> None:
-    """Read every checkpoint of TARGET (a folder, or an MLflow run: its mirror) and compare digests; exit code 1 if one is damaged."""
-    from bdh_mlflow import checkpoint
-    from bdh_mlflow.errors import CheckpointError
+    """Read every checkpoint of TARGET and compare it with the digest in its manifest.
 
-    good, bad = 0, 0
+    TARGET is a folder, or an MLflow run (whose mirrored checkpoints are downloaded one by one). Exit code 1 if any is damaged.
+    """
+    from bdh_mlflow import checkpoint
+
+    intact, damaged = 0, 0
 
     def check(name: str, verify: Callable[[], object]) -> None:
-        nonlocal good, bad
+        nonlocal intact, damaged
         try:
             verify()
         except (CheckpointError, ResumeError) as error:
             click.echo(f"{name}: {error}")
-            bad += 1
+            damaged += 1
         else:
-            click.echo(f"{name}: whole")
-            good += 1
+            click.echo(f"{name}: intact")
+            intact += 1
 
     if Path(target).exists():
         for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
             listing = checkpoint.list_run(run_dir)
             for path, reason in listing.rejected:
                 click.echo(f"{path}: {reason}")
-            bad += len(listing.rejected)
+            damaged += len(listing.rejected)
             for c in listing.checkpoints:
                 check(str(c.path), functools.partial(checkpoint.verify, c))
     else:
         from bdh_mlflow.tracking import locate
 
-        tracking = Config.from_yaml(config_path).tracking
-        run_id, paths = locate.mirrored(target, tracking)
-        for _, file in paths:
-            with tempfile.TemporaryDirectory(prefix="verify-") as folder:  # one at a time: a mirror can be larger than a disk
-                check(f"runs:/{run_id}/{file}", functools.partial(locate.fetch, run_id, file, Path(folder), tracking))
-    if not good and not bad:
+        locator = locate.Locator(Path(), Config.from_yaml(config_path).tracking)
+        run_id, paths = locator.mirrored(target)
+        for file in paths:
+            with tempfile.TemporaryDirectory(prefix="verify-") as folder:  # one at a time: all of them may not fit on this disk
+                check(f"runs:/{run_id}/{file}", functools.partial(locator.mirror.fetch, run_id, file, Path(folder)))
+    if not intact and not damaged:
         raise InputError(f"{target}: no checkpoints here")
-    click.echo(f"{good} whole, {bad} not")
-    if bad:
+    click.echo(f"{intact} intact, {damaged} damaged")
+    if damaged:
         ctx.exit(1)
 
 
@@ -114,61 +123,68 @@ def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> Non
 @click.argument("target")
 @config_option
 def checkpoints_pull(target: str, config_path: str) -> None:
-    """Bring the checkpoint that TARGET names (a run id, runs:/..., an artifact URI) to this machine."""
+    """Download the checkpoint that TARGET names (a run id, runs:/..., an artifact URI), verify it and print its path.
+
+    It is stored under the checkpoint directory, in the run directory that it was saved in.
+    """
     from bdh_mlflow.tracking import locate
 
     config = Config.from_yaml(config_path)
-    found = locate.find(target, Path(config.training.checkpoint_dir), config.tracking)
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     click.echo(str(found.path))
 
 
 @checkpoints.command("export")
 @click.argument("target")
-@click.option("--format", "kind", type=click.Choice(["4bit", "safetensors"]), required=True, help="Packed in 4 bits, or plain float32.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write; beside the checkpoint if not given.")
+@click.option("--format", "kind", type=click.Choice(["4bit", "safetensors"]), required=True, help="Weights packed in 4 bits, or float32.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write; default: beside the checkpoint.")
 @config_option
 def checkpoints_export(target: str, kind: "Format", output: str | None, config_path: str) -> None:
-    """Write the model of TARGET (as for resume) to one safetensors file, which generate and evaluate take in place of a run."""
+    """Write the model of TARGET (given as for --resume) to one safetensors file.
+
+    `generate` and `evaluate` take such a file in place of a run.
+    """
     from bdh_mlflow import checkpoint
     from bdh_mlflow.inference import export
     from bdh_mlflow.tracking import locate
 
     config = Config.from_yaml(config_path)
-    found = locate.find(target, Path(config.training.checkpoint_dir), config.tracking)
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
-        raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
+        raise InputError(f"{found.path}: weights without a configuration; train from them first (a warm start)")
     path = Path(output) if output else export.default_path(found.checkpoint, kind)
     if path.suffix != export.SUFFIX:
-        raise InputError(f"--output {path}: its name must end in {export.SUFFIX}, by which generate and evaluate know it")
+        raise InputError(f"--output {path}: its name must end in {export.SUFFIX}, by which generate and evaluate recognise it")
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.parent}")
-    done = export.write(path, found.state, found.checkpoint.manifest.val_loss, kind)
+    exported = export.write(path, found.state, found.checkpoint.manifest.val_loss, kind)
     formats = Config.from_dict(found.state["config"]).low_precision
     weights = "float32"
-    if done.bits is not None:
+    if exported.bits is not None:
         nested = "with" if formats.use_double_quant else "without"
-        weights = f"{formats.quantization_type} {nested} double-quantised scales, {done.bits:.3f} bits a quantised weight"
-    click.echo(f"{done.path}: {done.bytes / 1e6:.2f} MB of step {found.checkpoint.manifest.step}; {weights}")
-    if done.bits is not None and not formats.use_4bit:
+        weights = f"{formats.quantization_type} {nested} double-quantised scales, {exported.bits:.3f} bits per quantised weight"
+    click.echo(f"{exported.path}: {exported.bytes / 1e6:.2f} MB of step {found.checkpoint.manifest.step}; {weights}")
+    if exported.bits is not None and not formats.use_4bit:
         click.echo("This run was not trained for 4-bit weights (low_precision.use_4bit: false): expect a higher loss than its val/loss.")
-    click.echo(f"Next: bdh-mlflow evaluate {done.path} (or generate {done.path} --prompt 'def ')")
+    click.echo(f"Next: bdh-mlflow evaluate {exported.path} (or generate {exported.path} --prompt 'def ')")
 
 
 @checkpoints.command("register")
 @click.argument("target")
-@click.option("--name", required=True, help="Registered model to make a version of.")
-@click.option("--alias", help="Name that points to this version from now on: champion, say.")
+@click.option("--name", required=True, help="Registered model to add a version to.")
+@click.option("--alias", help="Alias to move to this version, for example champion.")
 @click.option(
-    "--format", "kind", type=click.Choice(["4bit", "safetensors"]), help="Packed in 4 bits, or float32; as it was trained if not given."
+    "--format", "kind", type=click.Choice(["4bit", "safetensors"]), help="Weights packed in 4 bits, or float32; default: as trained."
 )
 @config_option
 def checkpoints_register(target: str, name: str, alias: str | None, kind: "Format | None", config_path: str) -> None:
-    """Make the model of TARGET (as for resume) a version of a registered model that `mlflow models serve` serves."""
+    """Register the model of TARGET (given as for --resume) as a new version of a model that `mlflow models serve` can serve."""
     from bdh_mlflow.inference import registry
 
     config = Config.from_yaml(config_path)
+    registration = registry.Registration(name, alias, kind)
     version, uri = registry.register(
-        target, name, alias, kind, Path(config.training.checkpoint_dir), config.tracking, lambda text: click.echo(text, err=True)
+        target, registration, Path(config.training.checkpoint_dir), config.tracking, lambda text: click.echo(text, err=True)
     )
     click.echo(f"{name}, version {version}: {uri}")
     click.echo(f"Serve: mlflow models serve -m {uri} --env-manager local --port 5001")

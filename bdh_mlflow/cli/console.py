@@ -1,25 +1,28 @@
-"""What a person sees while a model trains: a live bar on a terminal, plain lines in a log. Knows only steps and numbers."""
+"""Progress of a training: a live bar on a terminal, plain lines in a file or pipe. Knows only steps and metrics."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bdh_mlflow.training.trainer import Progress as Watcher
+from bdh_mlflow.training.trainer import Progress as TrainingProgress
 
 
 class PlainLines:
-    """A line for each logged point and evaluation, flushed at once: for files and pipes."""
+    """A line for each logged point and evaluation, flushed at once: for files and pipes.
 
-    def __init__(self, out: TextIO, max_iters: int) -> None:
+    clock: seconds from any fixed moment on.
+    """
+
+    def __init__(self, out: TextIO, max_iters: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
-        self._eta = _Eta(max_iters)
+        self._eta = _Eta(max_iters, clock)
 
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """An update was made."""
+        """An optimizer update was made."""
         self._eta.advance(step)
 
     def point(self, values: Mapping[str, float], step: int) -> None:
@@ -27,15 +30,15 @@ class PlainLines:
         self.note(f"step {step}/{self._eta.max_iters}  {_summary(values)}  ETA {self._eta.left()}")
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Print a message."""
         print(text, file=self._out, flush=True)
 
 
 class LiveBar:
-    """A bar with loss, speed and time to go, and everything noted above it: for terminals."""
+    """A bar with loss, speed and remaining time; messages scroll by above it: for terminals."""
 
     def __init__(self, console: Console, max_iters: int) -> None:
-        self._eta = _Eta(max_iters)
+        self._eta = _Eta(max_iters, time.monotonic)
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -55,7 +58,7 @@ class LiveBar:
         return self._bar
 
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """An update was made."""
+        """An optimizer update was made."""
         self._eta.advance(step)
         speed, eta = f"{tokens_per_s:,.0f}", self._eta.left()
         self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", speed=speed, eta=eta, visible=True)
@@ -65,13 +68,13 @@ class LiveBar:
         self.note(f"step {step}/{self._eta.max_iters}  {_summary(values)}")
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Print a message."""
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def watching(out: TextIO, max_iters: int) -> Iterator[Watcher]:
-    """The display that suits `out`."""
+def watching(out: TextIO, max_iters: int) -> Iterator[TrainingProgress]:
+    """Display a training of `max_iters` steps on `out`, as suits it."""
     console = Console(file=out)
     if not console.is_terminal:
         yield PlainLines(out, max_iters)
@@ -82,23 +85,24 @@ def watching(out: TextIO, max_iters: int) -> Iterator[Watcher]:
 
 
 class _Eta:
-    """Time to go, from the pace of this process since its first update, pauses included."""
+    """Remaining time, from the mean time per step since this process's first update (which may compile), evaluations and saves included."""
 
-    def __init__(self, max_iters: int) -> None:
+    def __init__(self, max_iters: int, clock: Callable[[], float]) -> None:
         self.max_iters = max_iters
+        self._clock = clock
         self._first: tuple[int, float] | None = None
         self._step = 0
 
     def advance(self, step: int) -> None:
-        self._first = self._first or (step, time.monotonic())
+        self._first = self._first or (step, self._clock())
         self._step = step
 
     def left(self) -> str:
         if self._first is None or self._step == self._first[0]:
             return "-"
-        pace_s = (time.monotonic() - self._first[1]) / (self._step - self._first[0])
-        hours, rest = divmod(round(pace_s * (self.max_iters - self._step)), 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        step_s = (self._clock() - self._first[1]) / (self._step - self._first[0])
+        hours, rest_s = divmod(round(step_s * (self.max_iters - self._step)), 3600)
+        return f"{hours}:{rest_s // 60:02d}:{rest_s % 60:02d}"
 
 
 _SHOWN = {

@@ -1,4 +1,7 @@
-"""Is everything in order? Where runs go, whether they arrive and can be seen, what waits, and what this machine can do. Changes nothing."""
+"""Findings of `bdh-mlflow doctor`: tracking store, artifacts, undelivered journals, and what this machine can run. Changes nothing.
+
+Imports torch and mlflow, so the command imports this module when it runs.
+"""
 
 import importlib.util
 import os
@@ -16,8 +19,7 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import delivery, journal, store, system_metrics
-from bdh_mlflow.tracking.journal import Ledger
+from bdh_mlflow.tracking import journal, store, system_metrics
 from bdh_mlflow.tracking.store import local_path
 from bdh_mlflow.training import build
 
@@ -26,7 +28,7 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.   do: what to type or change, empty if nothing."""
+    """The result of one check.   good: nothing is wrong.   do: what to type or change, empty if nothing."""
 
     what: str
     found: str
@@ -35,7 +37,7 @@ class Finding:
 
 
 def examine(config: Config) -> list[Finding]:
-    """Everything worth knowing before or after a training with `config`."""
+    """All checks for a training with `config`."""
     return [*_store(config), *_journals(config), *_machine(config)]
 
 
@@ -49,22 +51,22 @@ def _store(config: Config) -> Iterator[Finding]:
         why = "MLflow's default: a database in this folder"
     yield Finding("tracking URI", f"{masked(uri)} ({why})")
     try:
-        door = store.probe_store(config.tracking, None)
+        status = store.probe_store(config.tracking, None)
     except TrackingError as error:
         yield Finding("tracking store", str(error), False, "see the message")
         return
-    if not door.reachable:
+    if not status.reachable:
         start = "start the server; training works without it and `bdh-mlflow sync` delivers later"
-        yield Finding("tracking store", f"no answer within {store.DOOR_S:.0f} s", False, start)
+        yield Finding("tracking store", f"no answer within {store.PROBE_S:.0f} s", False, start)
         return
     yield Finding("tracking store", _version(uri))
     client = store.client_of(uri)
     with store.reported("the tracking store cannot be read"):
         experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        yield Finding("artifact root", f"experiment {config.tracking.experiment} is made by the first run")
+        yield Finding("artifact root", f"experiment {config.tracking.experiment} will be created by the first run")
     else:
-        yield _artifacts(experiment, uri)
+        yield artifact_root(experiment, uri)
 
 
 def _version(uri: str) -> str:
@@ -74,48 +76,49 @@ def _version(uri: str) -> str:
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=ANSWER_S) as answer:
             theirs = answer.read(100).decode().strip()
-    except Exception:  # http.client has its own kinds besides OSError, and their texts may hold the password
-        return f"answers; its version is not told (ours is {own})"
-    return f"answers; MLflow {theirs}" + ("" if theirs == own else f" (ours is {own}; the server's limits count)")
+    except Exception:  # http.client raises its own kinds besides OSError, and their texts may hold the password
+        return f"answers, but gives no version (ours is {own})"
+    return f"answers; MLflow {theirs}" + ("" if theirs == own else f" (ours is {own}; the server's limits apply)")
 
 
-def _artifacts(experiment: Experiment, uri: str) -> Finding:
+def artifact_root(experiment: Experiment, uri: str) -> Finding:
+    """Where an experiment stores artifacts, and whether the UI of the store at `uri` can show them."""
     root = experiment.artifact_location
     folder = local_path(root)
     if root.startswith("mlflow-artifacts:"):
-        return Finding("artifact root", f"{root}: through the server, so the UI shows them")
+        return Finding("artifact root", f"{root}: stored through the server, so the UI shows them")
     if folder is None:
-        return Finding("artifact root", f"{masked(root)}: the UI shows them if its server may read there")
+        return Finding("artifact root", f"{masked(root)}: the UI shows them if its server can read there")
     reason = checkpoint.why_unwritable(folder)
     if reason:
         return Finding("artifact root", f"{folder}: {reason}", False, "make it writable, or name another experiment")
     if uri.startswith(("http://", "https://")):
         return Finding(
             "artifact root",
-            f"{folder} on the machine of whoever logs: a UI elsewhere does not see it",
+            f"{folder} on the machine that trains: a server on another machine cannot show it",
             False,
             "start the server with --artifacts-destination and name a new experiment",
         )
-    return Finding("artifact root", f"{folder}: the UI shows them on this machine; checkpoints are hard links where the disk allows")
+    return Finding("artifact root", f"{folder}: the UI on this machine shows them; checkpoints are hard links where the file system allows")
 
 
 def _journals(config: Config) -> Iterator[Finding]:
     directory = Path(config.training.checkpoint_dir)
     reason = checkpoint.why_unwritable(directory)
     yield Finding("checkpoints", f"{directory.absolute()}: {reason or f'{len(checkpoint.list_all(directory))} runs'}", reason is None)
-    waiting = 0
+    undelivered = 0
     for folder in (*checkpoint.pending(directory), *checkpoint.list_all(directory)):
         if not (folder / journal.FILE_NAME).is_file():
             continue
-        ledger = Ledger(folder)
-        left, alive = delivery.waiting(ledger, ledger.delivered()), delivery.training(ledger)
-        ledger.close()
+        with journal.reading(folder) as reader:
+            assert reader is not None, "the file is there"
+            left, alive = reader.index.waiting(reader.delivered()), reader.is_training()
         if left:
-            waiting += 1
-            found = f"{folder}: {left:,} records{', being trained' if alive else ''}"
+            undelivered += 1
+            found = f"{folder}: {left:,} records{', training now' if alive else ''}"
             yield Finding("journal", found, alive, "" if alive else f"bdh-mlflow sync {folder}")
-    if not waiting:
-        yield Finding("journals", "nothing waits to be delivered")
+    if not undelivered:
+        yield Finding("journals", "everything is delivered")
 
 
 def _machine(config: Config) -> Iterator[Finding]:
@@ -125,9 +128,9 @@ def _machine(config: Config) -> Iterator[Finding]:
     for problem in problems:
         yield Finding("precision", str(problem), False, "change the setting")
     if not problems:
-        yield Finding("precision", f"what the config asks for runs here ({config.low_precision.compute_dtype})")
+        yield Finding("precision", f"the configured formats run here ({config.low_precision.compute_dtype})")
     if config.tracking.log_system_metrics:
         missing = system_metrics.why_unavailable()
-        yield Finding("system metrics", missing or "psutil is here", missing is None, "pip install psutil" if missing else "")
+        yield Finding("system metrics", missing or "psutil is installed", missing is None, "pip install psutil" if missing else "")
     bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    yield Finding("4-bit weights", "bitsandbytes is here" if bitsandbytes else "bitsandbytes is not installed")
+    yield Finding("4-bit weights", "bitsandbytes is installed" if bitsandbytes else "bitsandbytes is not installed")

@@ -1,6 +1,7 @@
-"""The front door: words to calls, exceptions to messages and exit codes. The only home of echo and exit.
+"""The command `bdh-mlflow`: parses words, calls the library, prints messages and sets exit codes.
 
-Heavy rooms are imported inside the commands that need them, so that `--help` and `config` answer at once.
+Only this wing prints and exits. Modules that import torch, mlflow or pyarrow are imported inside the commands that need them, so that
+`--help` and `config show` answer at once.
 """
 
 import logging
@@ -11,12 +12,12 @@ from typing import Any
 import click
 
 from bdh_mlflow import __version__
-from bdh_mlflow.cli import checkpoints, runs, training
+from bdh_mlflow.cli import checkpoints, config, data, runs, studies, training
 from bdh_mlflow.errors import BdhError
 
 
 class _Commands(click.Group):
-    """Turns the package's errors into one message and an exit code."""
+    """A group that prints an error of this package as one message and exits with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -29,7 +30,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.version_option(__version__, prog_name="bdh-mlflow")
 def cli() -> None:
-    """Train BDH from a YAML config, tracked by MLflow, resumable bit for bit."""
+    """Train BDH language models from a YAML config, track them with MLflow, and resume them bit for bit."""
     _quiet_libraries()
 
 
@@ -39,28 +40,28 @@ def main() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Notes of libraries that a user can do nothing about; warnings and errors stay."""
+    """Hide notes of libraries that a user can do nothing about; their warnings and errors stay."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file, over our own words
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # our last lines name the page
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar per file would be drawn over our own output
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `train` prints the address at its end
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.utils.requirements_utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\..*")
-    warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)  # of its own classes, when mlflow.pyfunc is imported
+    warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)  # MLflow's, about its own classes in mlflow.pyfunc
 
 
 for _command in (
     training.train,
-    training.sweep,
-    training.verify_resume,
-    training.data,
-    training.config_group,
+    studies.sweep,
+    studies.verify_resume,
+    studies.compare,
     runs.evaluate,
     runs.generate,
-    runs.compare,
     runs.sync,
     runs.doctor,
     checkpoints.checkpoints,
+    data.data,
+    config.config_group,
 ):
     cli.add_command(_command)

@@ -1,15 +1,16 @@
 """What a run is: every setting, its default, its meaning and its limits, settled before anything is built."""
 
 from bdh_mlflow.config.config import (
-    CLASHES,
+    INCOMPATIBLE,
     BDHConfig,
     Check,
-    Clash,
     Config,
     Difference,
+    Incompatibility,
     changes_trajectory,
 )
 from bdh_mlflow.config.messages import Problem, documentation
+from bdh_mlflow.config.resolve import Machine, Resolved, resolve
 from bdh_mlflow.config.settings import (
     SECTIONS,
     DataLoaderConfig,
@@ -17,28 +18,35 @@ from bdh_mlflow.config.settings import (
     Fp8Config,
     LowPrecisionConfig,
     ModelConfig,
+    Role,
     SchedulerConfig,
     TrackingConfig,
     TrainingConfig,
+    role_of,
 )
 
 __all__ = [
-    "CLASHES",
+    "INCOMPATIBLE",
     "SECTIONS",
     "BDHConfig",
     "Check",
-    "Clash",
     "Config",
     "DataLoaderConfig",
     "DatasetConfig",
     "Difference",
     "Fp8Config",
+    "Incompatibility",
     "LowPrecisionConfig",
+    "Machine",
     "ModelConfig",
     "Problem",
+    "Resolved",
+    "Role",
     "SchedulerConfig",
     "TrackingConfig",
     "TrainingConfig",
     "changes_trajectory",
     "documentation",
+    "resolve",
+    "role_of",
 ]

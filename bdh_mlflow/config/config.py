@@ -1,8 +1,8 @@
-"""What a run is: every setting, its default, its meaning and its limits, settled before anything is built.
+"""What a run is: every setting with its value, settled before anything is built.
 
-Sections are frozen dataclasses validated by pydantic; YAML and `section.key=value` overrides go in, one resolved `Config` comes out, and
-every problem is reported at once with its path, what was found, what is accepted and the nearest known name. Knows neither torch nor
-mlflow: what this machine can do is checked by callers who pass their own `checks` to `Config.from_yaml`.
+YAML and `section.key=value` overrides go in, one `Config` comes out, and every problem is reported at once with its path, what was found,
+what is accepted and the nearest known name. Knows neither torch nor mlflow: what this machine can do is checked by callers who pass their
+own `checks` to `Config.from_yaml`, and `resolve` settles what is left to it.
 """
 
 import dataclasses
@@ -20,16 +20,17 @@ from pydantic.dataclasses import dataclass
 from bdh_mlflow.config.messages import Problem, explain, yaml_scalar
 from bdh_mlflow.config.reading import read_yaml, with_overrides
 from bdh_mlflow.config.settings import (
-    HARMLESS,
     SECTIONS,
     DataLoaderConfig,
     DatasetConfig,
     Fp8Config,
     LowPrecisionConfig,
     ModelConfig,
+    Role,
     SchedulerConfig,
     TrackingConfig,
     TrainingConfig,
+    role_of,
 )
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
@@ -44,8 +45,8 @@ class Difference(NamedTuple):
     after: Any
 
 
-class Clash(NamedTuple):
-    """Two settings that cannot both be carried out: the second is reported with what to do."""
+class Incompatibility(NamedTuple):
+    """A value of one setting and values of another that exclude each other; `other` is reported, with the remedy."""
 
     key: str
     value: Any
@@ -54,24 +55,29 @@ class Clash(NamedTuple):
     remedy: str
 
 
-CLASHES = (
-    Clash("low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"),
-    Clash("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
-    Clash("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
-    Clash("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
-    Clash("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
-    Clash(
-        "low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"
-    ),
+INCOMPATIBLE = tuple(
+    Incompatibility(*row)
+    for row in (
+        ("low_precision.use_fp8", True, "low_precision.use_4bit", (True,), "each decides what the weights are; set one of them to false"),
+        ("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
+        ("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
+        ("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
+        ("training.recompute", False, "training.layer_form", ("blocked",), "this form always recomputes; set one of them to auto"),
+        ("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
+        ("low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"),
+    )
 )
 """Every other combination of number formats, layer form and compilation works."""
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number in each compute_dtype."""
 
 Check = Callable[["Config"], Iterable[Problem]]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config:
-    """A run, resolved: every setting has its value."""
+    """A run: every setting with its value; `auto` and null are settled by `resolve`."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -107,21 +113,46 @@ class Config:
             raise ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
         return config
 
-    def resolved(self, continued: "Config | None" = None) -> "Config":
-        """Settings that another one decides are given their value, so that the saved file says everything.
+    def replaced(self, values: Mapping[str, Any]) -> "Config":
+        """The same with other values, given under dotted keys: `{"training.max_iters": 5}`.   Raises ConfigError with every problem."""
+        tree = self.to_dict()
+        for dotted, value in values.items():
+            name, _, key = dotted.partition(".")
+            section = tree.setdefault(name, {})
+            mapping, dot, entry = key.partition(".")
+            if dot and isinstance(section.get(mapping), dict):
+                section[mapping] = {**section[mapping], entry: value}
+            else:
+                section[key] = value
+        return Config.from_dict(tree, origin="settings")
 
-        continued: the configuration of the run that is resumed. Its decay_steps stays, so a longer run does not bend the schedule, and so
-        does its layer_form, which `auto` leaves to the device otherwise.
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of training text that one optimizer update sees."""
+        training = self.training
+        return training.batch_size * training.block_size * training.gradient_accumulation_steps
+
+    @property
+    def neurons(self) -> int:
+        """Neurons N of one head."""
+        return self.model.mlp_internal_dim_multiplier * self.model.n_embd // self.model.n_head
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers: encoder, encoder_v and decoder of H * N * D each, embedding and lm_head of V * D each."""
+        model = self.model
+        return (3 * model.n_head * self.neurons + 2 * model.vocab_size) * model.n_embd
+
+    @property
+    def activation_bytes(self) -> int:
+        """Memory for the activations that a backward pass without recomputation keeps, in bytes.
+
+        Counted on the reference form: eight (B, H, T, N) tensors a layer (neurons, rotated neurons, both gates, their product and masks)
+        in compute_dtype.
         """
-        training, scheduler, formats = self.training, self.scheduler, self.low_precision
-        if continued and training.layer_form == "auto":
-            training = dataclasses.replace(training, layer_form=continued.training.layer_form)
-        if scheduler.decay_steps is None:
-            own = max(training.max_iters, scheduler.warmup_steps + 1)
-            scheduler = dataclasses.replace(scheduler, decay_steps=continued.scheduler.decay_steps if continued else own)
-        bits = formats.optimizer_bits or (4 if formats.use_4bit_optimizer else 32)
-        formats = dataclasses.replace(formats, optimizer_bits=bits, use_4bit_optimizer=bits == 4)
-        return dataclasses.replace(self, training=training, scheduler=scheduler, low_precision=formats)
+        training, heads = self.training, self.model.n_head
+        each = training.batch_size * heads * training.block_size * self.neurons * ITEMSIZE[self.low_precision.compute_dtype]
+        return 8 * self.model.n_layer * each
 
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""
@@ -165,15 +196,15 @@ class BDHConfig:
 def changes_trajectory(difference: Difference, config: Config) -> bool:
     """Whether a resumed run with this difference would no longer follow the run it continues.
 
-    A plateau schedule listens to the evaluations, so there their cadence and size matter too.
+    A plateau schedule depends on the evaluations, so there their cadence and size matter too.
     """
     if config.scheduler.type == "plateau" and difference.key in ("training.test_freq", "training.test_iters"):
         return True
-    return difference.key not in HARMLESS and not difference.key.startswith("tracking.tags.")
+    return role_of(difference.key) is not Role.FREE
 
 
 def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> Config:
-    """A configuration from the sound part of the tree; each unsound setting becomes a problem and keeps its default."""
+    """A configuration from the valid part of the tree; each invalid setting becomes a problem and keeps its default."""
     sections = {}
     for name, section in SECTIONS.items():
         values = dict(tree.get(name, {}))
@@ -185,7 +216,7 @@ def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> C
             sections[name] = adapter.validate_python(values)
         except ValidationError as error:
             for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
-                problems.append(Problem(f"{name}.{key}", explain(section, key, values[key])))
+                problems.append(Problem(f"{name}.{key}", explain(name, key, values[key])))
                 del values[key]
             sections[name] = adapter.validate_python(values)
     return Config(**sections)
@@ -210,10 +241,16 @@ def _consistency(config: Config) -> Iterable[Problem]:
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
     settings = config.flat()
-    for clash in CLASHES:
-        if settings[clash.key] == clash.value and settings[clash.other] in clash.values:
-            found = f"{yaml_scalar(settings[clash.other])} with {clash.key} {yaml_scalar(clash.value)}"
-            yield Problem(clash.other, f"{found} cannot be had: {clash.remedy}")
+    for pair in INCOMPATIBLE:
+        if settings[pair.key] == pair.value and settings[pair.other] in pair.values:
+            found = yaml_scalar(settings[pair.other])
+            yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
+    if config.training.recompute is True and config.low_precision.use_fp8 and not config.fp8.emulate:
+        yield Problem(
+            "training.recompute",
+            "true cannot be combined with low_precision.use_fp8 by Transformer Engine: recomputed products would leave its region; "
+            "set it to auto, or fp8.emulate to true",
+        )
     uri = config.tracking.tracking_uri
     if uri and masked(uri) != uri:
         yield Problem(

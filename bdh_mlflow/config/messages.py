@@ -1,9 +1,4 @@
-"""What a run is: every setting, its default, its meaning and its limits, settled before anything is built.
-
-Sections are frozen dataclasses validated by pydantic; YAML and `section.key=value` overrides go in, one resolved `Config` comes out, and
-every problem is reported at once with its path, what was found, what is accepted and the nearest known name. Knows neither torch nor
-mlflow: what this machine can do is checked by callers who pass their own `checks` to `Config.from_yaml`.
-"""
+"""What is wrong with a setting, and what would be right: in words, from its declared type."""
 
 import dataclasses
 import json
@@ -12,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from bdh_mlflow.config.settings import SECTIONS, Refused
+from bdh_mlflow.config.settings import SECTIONS, Refused, declared
 from bdh_mlflow.files import nearest
 
 
@@ -27,21 +22,21 @@ class Problem(NamedTuple):
 
 
 def documentation() -> list[tuple[str, str, str, str]]:
-    """Every setting as (dotted key, default, accepted values, meaning): the README's table."""
+    """Every setting as (dotted key, default, accepted values, meaning), for tables."""
     rows = []
     for name, section in SECTIONS.items():
         for key, field in section.__pydantic_fields__.items():
             default = dataclasses.asdict(section())[key]
-            rows.append((f"{name}.{key}", yaml_scalar(default), accepted(section, key), field.description or ""))
+            rows.append((f"{name}.{key}", yaml_scalar(default), accepted(name, key), field.description or ""))
     return rows
 
 
-def explain(section: Any, key: str, value: object) -> str:
+def explain(section: str, key: str, value: object) -> str:
     """What is wrong with a value: what was found and what is accepted."""
-    if key not in section.__pydantic_fields__:
-        return f"unknown key{nearest(key, section.__pydantic_fields__)}"
-    kind = typing.get_type_hints(section, include_extras=True)[key]
-    known = [r.reason for r in typing.get_args(kind) if isinstance(r, Refused) and r.value == value]
+    fields = SECTIONS[section].__pydantic_fields__
+    if key not in fields:
+        return f"unknown key{nearest(key, fields)}"
+    known = [r.reason for r in typing.get_args(declared(section, key)) if isinstance(r, Refused) and r.value == value]
     return "; ".join([f"found {found(value)}", *known, f"accepted: {accepted(section, key)}"])
 
 
@@ -63,9 +58,9 @@ def yaml_scalar(value: object) -> str:
     return "null" if value is None else json.dumps(value)
 
 
-def accepted(section: Any, key: str) -> str:
-    """What a setting accepts, in words, from its declared type."""
-    return _describe(typing.get_type_hints(section, include_extras=True)[key])
+def accepted(section: str, key: str) -> str:
+    """What a setting accepts, in words."""
+    return _describe(declared(section, key))
 
 
 def _describe(kind: Any) -> str:

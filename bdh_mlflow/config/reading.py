@@ -1,8 +1,7 @@
-"""What a run is: every setting, its default, its meaning and its limits, settled before anything is built.
+"""YAML and `section.key=value` overrides in, one nested mapping out.
 
-Sections are frozen dataclasses validated by pydantic; YAML and `section.key=value` overrides go in, one resolved `Config` comes out, and
-every problem is reported at once with its path, what was found, what is accepted and the nearest known name. Knows neither torch nor
-mlflow: what this machine can do is checked by callers who pass their own `checks` to `Config.from_yaml`.
+A file that is not YAML is an error with line and column; a section or override that has no place in a configuration becomes a `Problem`,
+so that it is reported together with values that are wrong. Values are checked later, by their declared types.
 """
 
 import difflib
@@ -12,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from bdh_mlflow.config.messages import Problem, accepted, found
-from bdh_mlflow.config.settings import SECTIONS
+from bdh_mlflow.config.messages import Problem, found
+from bdh_mlflow.config.settings import SECTIONS, takes_text
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
 
@@ -87,8 +86,7 @@ def with_overrides(tree: Mapping[str, Any], overrides: Sequence[str], problems: 
                 value = yaml.load(text, _Loader)
             except yaml.YAMLError:
                 value = text
-            field = SECTIONS[name].__pydantic_fields__.get(key)
-            if field is not None and value is not None and accepted(SECTIONS[name], key).startswith("text"):
+            if value is not None and takes_text(name, key):
                 value = text  # 2024_01 and 007 are not numbers where text is meant
             section = merged.setdefault(name, {})
             mapping, dot, entry = key.partition(".")

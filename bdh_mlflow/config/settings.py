@@ -1,11 +1,15 @@
-"""What a run is: every setting, its default, its meaning and its limits, settled before anything is built.
+"""Every setting: its type, default, limits and meaning, and whether a resumed run may change it.
 
-Sections are frozen dataclasses validated by pydantic; YAML and `section.key=value` overrides go in, one resolved `Config` comes out, and
-every problem is reported at once with its path, what was found, what is accepted and the nearest known name. Knows neither torch nor
-mlflow: what this machine can do is checked by callers who pass their own `checks` to `Config.from_yaml`.
+Sections are frozen dataclasses that pydantic validates. The declared type of a field is the only place that says what is accepted, how an
+override is read, and what its `Role` is. A new setting needs a field here, a line in each of configs/*.yaml, and code that reads it.
 """
 
 import dataclasses
+import enum
+import functools
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -30,8 +34,17 @@ Positive = Annotated[Float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+class Role(enum.Enum):
+    """What a setting decides, and so who may change it. A field whose type names no role is TRAJECTORY."""
+
+    FREE = "leaves the training as it was: a resumed run may change it"
+    TRAJECTORY = "changes the numbers from here on: only a fork may change it"
+    ORDER = "decides which text comes when: a fork that changes it reads the data from the beginning"
+    SHAPE = "decides the shapes of weights or optimizer states: not even a fork may change it"
+
+
 class Refused(NamedTuple):
-    """A value that somebody might well ask for, and why it is not among the accepted ones."""
+    """A value that users may well try, and why it is not among the accepted ones."""
 
     value: str
     reason: str
@@ -46,15 +59,15 @@ class ModelConfig:
 
     n_layer: Count = 6
     """How often the one shared layer is applied."""
-    n_embd: Count = 256
+    n_embd: Annotated[Count, Role.SHAPE] = 256
     """Width D of the residual stream."""
     dropout: Fraction = 0.1
-    """Probability of silencing a neuron in training."""
-    n_head: Count = 4
+    """Probability of zeroing a neuron in training."""
+    n_head: Annotated[Count, Role.SHAPE] = 4
     """Heads H."""
-    mlp_internal_dim_multiplier: Count = 128
+    mlp_internal_dim_multiplier: Annotated[Count, Role.SHAPE] = 128
     """Neurons over all heads, as a multiple of n_embd; N = multiplier * n_embd / n_head neurons a head."""
-    vocab_size: Annotated[Int, Field(ge=VOCAB_SIZE)] = 256
+    vocab_size: Annotated[Int, Field(ge=VOCAB_SIZE), Role.SHAPE] = 256
     """Token ids; 256 holds every byte."""
 
 
@@ -62,13 +75,13 @@ class ModelConfig:
 class TrainingConfig:
     """The loop: batch, length, optimizer and what happens how often."""
 
-    block_size: Count = 512
+    block_size: Annotated[Count, Role.ORDER] = 512
     """Tokens of context T in a training window."""
     batch_size: Count = 8
     """Windows in one forward and backward pass."""
     gradient_accumulation_steps: Count = 1
     """Passes added up into one optimizer update."""
-    max_iters: Count = 3000
+    max_iters: Annotated[Count, Role.FREE] = 3000
     """Optimizer updates in the whole run."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of AdamW."""
@@ -76,27 +89,29 @@ class TrainingConfig:
     """Decoupled weight decay of AdamW."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 1337
+    seed: Annotated[Int, Field(ge=0, lt=2**63), Role.ORDER] = 1337
     """Seed of weights, dropout and data order."""
-    log_freq: Count = 100
+    log_freq: Annotated[Count, Role.FREE] = 100
     """Updates between two points of the training metrics."""
-    test_freq: Count = 500
+    test_freq: Annotated[Count, Role.FREE] = 500
     """Updates between two evaluations on validation text."""
-    test_iters: Count = 8
+    test_iters: Annotated[Count, Role.FREE] = 8
     """Validation batches in one evaluation, always the same ones."""
-    checkpoint_freq: Count = 500
+    checkpoint_freq: Annotated[Count, Role.FREE] = 500
     """Updates between two checkpoints; the last update is always saved."""
-    checkpoint_dir: Text = "checkpoints"
+    checkpoint_dir: Annotated[Text, Role.FREE] = "checkpoints"
     """Folder of the run directories."""
-    keep_checkpoints: Count | None = None
+    keep_checkpoints: Annotated[Count | None, Role.FREE] = None
     """Newest checkpoints to keep besides the best one, here and in the mirror; null keeps all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Annotated[str | None, Role.FREE] = None
     """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], RUN:N (its step N) or an artifact URI; null: a new run."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: auto compiles on CUDA only."""
     layer_form: Literal["auto", "blocked", "reference"] = "auto"
     """How layers are computed; blocked needs least memory, reference is as published; auto is blocked on a CPU, reference on CUDA."""
-    debug: bool = False
+    recompute: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"
+    """Recompute activations in the backward pass instead of keeping them; auto: if over half of free memory; blocked always does."""
+    debug: Annotated[bool, Role.FREE] = False
     """Anomaly detection, the first batch decoded, nothing compiled; slow."""
 
 
@@ -117,18 +132,18 @@ class SchedulerConfig:
     factor: Annotated[Float, Field(gt=0, lt=1)] = 0.5
     """plateau: factor applied when validation loss stops falling."""
     patience: Annotated[Int, Field(ge=0)] = 2
-    """plateau: evaluations without improvement that are let pass before the rate is cut."""
+    """plateau: evaluations without improvement that are tolerated before the rate is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class DataLoaderConfig:
     """How batches reach the loop; never which ones."""
 
-    num_workers: Annotated[Int, Field(ge=0)] = 0
+    num_workers: Annotated[Int, Field(ge=0), Role.FREE] = 0
     """Worker processes; 0 reads in the training process, which is enough for bytes."""
-    pin_memory: bool = True
+    pin_memory: Annotated[bool, Role.FREE] = True
     """Page-locked batches for faster copies to CUDA; without effect on a CPU."""
-    prefetch_factor: Count = 2
+    prefetch_factor: Annotated[Count, Role.FREE] = 2
     """Batches each worker prepares ahead."""
 
 
@@ -136,15 +151,15 @@ class DataLoaderConfig:
 class DatasetConfig:
     """The text."""
 
-    parquet_dir: Text = "data/python-stdlib"
+    parquet_dir: Annotated[Text, Role.FREE] = "data/python-stdlib"
     """Folder of parquet files, searched with its subfolders."""
-    source: str | None = "python-stdlib"
+    source: Annotated[str | None, Role.FREE] = "python-stdlib"
     """What parquet_dir is built from when it is missing or empty: python-stdlib, or a file or folder; null = never."""
-    text_column: Text = "text"
+    text_column: Annotated[Text, Role.ORDER] = "text"
     """Column that holds the documents."""
-    max_cached_files: Count = 5
+    max_cached_files: Annotated[Count, Role.ORDER] = 5
     """Row groups interleaved, which is also the most that are open at once."""
-    val_fraction: Fraction = 0.01
+    val_fraction: Annotated[Fraction, Role.ORDER] = 0.01
     """Share of documents kept out of training for validation; 0 switches evaluation off."""
 
 
@@ -155,10 +170,10 @@ class LowPrecisionConfig:
     use_fp8: bool = False
     """FP8 matmuls of the three projections by Transformer Engine, or emulated (fp8.emulate)."""
     use_4bit: bool = True
-    """Train for 4-bit weights: encoder, encoder_v and decoder pass through 4-bit quantisation in every forward pass."""
-    use_4bit_optimizer: bool = False
+    """Quantization-aware training: each forward pass sees encoder, encoder_v and decoder in 4 bits, gradients pass straight through."""
+    use_4bit_optimizer: Annotated[bool, Role.SHAPE] = False
     """AdamW with 4-bit states; the same as optimizer_bits 4."""
-    optimizer_bits: Literal[32, 8, 4] | None = None
+    optimizer_bits: Annotated[Literal[32, 8, 4] | None, Role.SHAPE] = None
     """Bits of AdamW's states: 32 by torch, 8 by bitsandbytes, 4 by torchao; null = 4 with use_4bit_optimizer, else 32."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit format of the weights."""
@@ -181,51 +196,25 @@ class Fp8Config:
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     """How a scale is computed from that history."""
     emulate: bool = False
-    """Carry FP8 out in torch, on any device: slow, but it shows whether a run trains in FP8."""
+    """Emulate FP8 in torch, on any device: slow, but it shows whether a run trains in FP8."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class TrackingConfig:
-    """What MLflow is told."""
+    """What is sent to MLflow, and where."""
 
-    experiment: Text = "bdh"
+    experiment: Annotated[Text, Role.FREE] = "bdh"
     """Experiment of a new run; under `mlflow run` its --experiment-name decides."""
-    run_name: str | None = None
+    run_name: Annotated[str | None, Role.FREE] = None
     """Name of a new run; null lets MLflow choose."""
-    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    tags: Annotated[dict[str, str], Role.FREE] = dataclasses.field(default_factory=dict)
     """Tags of the run."""
-    tracking_uri: str | None = None
+    tracking_uri: Annotated[str | None, Role.FREE] = None
     """Tracking server or store; null = MLFLOW_TRACKING_URI, or sqlite:///mlflow.db here."""
-    mirror_checkpoints: bool = True
+    mirror_checkpoints: Annotated[bool, Role.FREE] = True
     """Copy every checkpoint to the run's artifacts."""
-    log_system_metrics: bool = True
+    log_system_metrics: Annotated[bool, Role.FREE] = True
     """CPU, memory, disk and network use (GPU too where nvidia-ml-py is installed)."""
-
-
-HARMLESS = frozenset(
-    {
-        "training.max_iters",
-        "training.log_freq",
-        "training.test_freq",
-        "training.test_iters",
-        "training.checkpoint_freq",
-        "training.checkpoint_dir",
-        "training.keep_checkpoints",
-        "training.resume_from_checkpoint",
-        "training.debug",
-        "dataloader.num_workers",
-        "dataloader.pin_memory",
-        "dataloader.prefetch_factor",
-        "dataset.parquet_dir",
-        "dataset.source",
-        "tracking.experiment",
-        "tracking.run_name",
-        "tracking.tracking_uri",
-        "tracking.mirror_checkpoints",
-        "tracking.log_system_metrics",
-    }
-)
-"""Settings that a resumed run may change: they leave the trajectory as it was. Anything new is harmful until listed here."""
 
 
 SECTIONS: dict[str, Any] = {
@@ -239,3 +228,37 @@ SECTIONS: dict[str, Any] = {
     "tracking": TrackingConfig,
 }
 """Sections of a configuration, in their order."""
+
+
+def declared(section: str, key: str) -> Any:
+    """The declared type of a setting with all that is annotated to it.   Raises KeyError for an unknown one."""
+    return _declared(section)[key]
+
+
+def role_of(dotted_key: str) -> Role:
+    """What a setting decides; tags one by one are of the role of them all.   Raises KeyError for an unknown one."""
+    section, _, key = dotted_key.partition(".")
+    marks = typing.get_args(declared(section, key.partition(".")[0]))
+    return next((mark for mark in marks if isinstance(mark, Role)), Role.TRAJECTORY)
+
+
+def takes_text(section: str, key: str) -> bool:
+    """Whether a setting is text of any kind, rather than one of a few words or a number; False for an unknown one."""
+    return str in _alternatives(_declared(section).get(key))
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types that a union is made of, without what is annotated to them."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        yield from _alternatives(args[0])
+    elif origin in (typing.Union, types.UnionType):
+        for each in args:
+            yield from _alternatives(each)
+    else:
+        yield kind
+
+
+@functools.cache
+def _declared(section: str) -> Mapping[str, Any]:
+    return typing.get_type_hints(SECTIONS[section], include_extras=True)

@@ -1,1 +1,1 @@
-"""Parquet files to batches, in an order that is a pure function of the seed."""
+"""Training data: text prepared as parquet files, indexed, split, and read in an order that depends on the seed alone."""

@@ -1,14 +1,13 @@
-"""Parquet rows to packed batches, in an order that is a pure function of the seed and can be entered anywhere.
+"""Parquet rows to packed batches, in an order that is a pure function of the seed and can be resumed at any position.
 
-1. A folder of parquet files is indexed by its footers: row groups, rows, and a digest of names, sizes and footers (`ParquetText`).
-2. Each document (a row of the text column) belongs to training or to validation by a hash of its place: file and row.
-3. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
-   per epoch; `max_cached_files` of them are open at once, one per lane, and lanes deal windows in turn.
-4. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
+1. `parquet.ParquetText` indexes the files: row groups, rows, and which documents are training text.
+2. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
+   per epoch; `max_cached_files` of them are open at once, one per lane, and windows are taken from the lanes in turn.
+3. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
    row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
-5. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
+4. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
 
-The only home of pyarrow. Shuffles are sorts by a hash written out here, because the streams of library generators may change.
+Knows text only through `ParquetText`, and the model only as a block size.
 """
 
 import itertools
@@ -28,10 +27,15 @@ from bdh_mlflow.errors import DataError
 from bdh_mlflow.text import SEPARATOR
 
 Position = dict[str, Any]
+"""Where the next batch starts. Opaque to everyone else and saved in checkpoints (`data_position`), so keys and lists must not change.
+
+next_unit: row groups opened so far in the run, over all epochs.   turn: the lane whose turn it is.   lanes: a list of integers for each,
+see `_Lane.state`.
+"""
 
 
 class Batch(NamedTuple):
-    """tokens: (B, block_size + 1) uint8.   position: where the next batch starts.   epoch: passes over the data so far, as a fraction."""
+    """tokens: (B, block_size + 1) uint8.   position: where the next batch starts.   epoch: passes over the data so far, with a fraction."""
 
     tokens: Tensor
     position: Position
@@ -39,9 +43,9 @@ class Batch(NamedTuple):
 
 
 class TrainingBatches(IterableDataset[Batch]):
-    """Endless batches of training windows from a position on; the same whatever the number of loader workers.
+    """Endless batches of training windows from a position on; the same for any number of loader workers.
 
-    Each worker walks the whole order and builds every n-th batch, so the order needs no agreement between them.
+    Each worker walks the whole order and yields every n-th batch, so workers need not agree on anything.
     """
 
     def __init__(self, text: ParquetText, *, lanes: int, batch_size: int, block_size: int, seed: int, position: Position | None) -> None:
@@ -54,18 +58,18 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        share, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         walk = _Walk(self._text, self._lanes, self._block_size, self._seed)
         if self._position is not None:
-            walk.enter(self._position)
-        for turn in itertools.count():
+            walk.seek(self._position)
+        for index in itertools.count():
             windows = walk.next_windows(self._batch_size)
-            if turn % share == number:
+            if index % workers == number:
                 yield Batch(torch.from_numpy(windows), walk.position(), walk.epoch())
 
 
 def training_loader(batches: TrainingBatches, loader: DataLoaderConfig, cuda: bool) -> Iterator[Batch]:
-    """Batches through torch's DataLoader, with workers if asked for, pinned where there is CUDA."""
+    """Batches through torch's DataLoader, with the configured workers; in pinned memory if there is CUDA."""
     workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {
@@ -78,75 +82,74 @@ def training_loader(batches: TrainingBatches, loader: DataLoaderConfig, cuda: bo
 
 
 class _Lane:
-    """One row group at a time as windows.
+    """One row group at a time, cut into windows.
 
-    State, all integers: `unit` (how many row groups the run had opened before this one; -1 = none yet), `emitted` windows, and what the
-    row groups before left over: `carry_length` tokens, found again as the ends of earlier units `carry_pieces` [(unit, tokens), ...].
-    The first window holds the whole carry and is always dealt first, so once it is out the pieces are not needed any more.
+    State, all integers: `group_index` (how many row groups the run had opened before this one; -1 = none yet), `consumed` windows, and
+    what the row groups before left over: `leftover_length` tokens, found again as the ends of earlier groups `leftover_from`
+    [(group_index, tokens), ...]. The first window contains the whole leftover and always comes first, so once it is consumed
+    `leftover_from` is not needed any more.
     """
 
     def __init__(self, walk: "_Walk") -> None:
         self._walk = walk
-        self.unit = -1
-        self.emitted = 0
-        self.carry_length = 1
-        self.carry_pieces: list[tuple[int, int]] = [(-1, 1)]
+        self.group_index = -1
+        self.consumed = 0
+        self.windows: Bytes = np.empty((0, walk.block_size + 1), np.uint8)  # of this row group, in the order in which they are consumed
+        self._leftover_length = 1
+        self._leftover_from: list[tuple[int, int]] = [(-1, 1)]
         self._rest: Bytes = np.array([SEPARATOR], np.uint8)  # what leads into the next row group
-        self._own = 1  # tokens of this unit
-        self._dealt: Bytes = np.empty((0, walk.block_size + 1), np.uint8)  # its windows in the order they are dealt
-
-    @property
-    def windows(self) -> int:
-        return len(self._dealt)
+        self._own = 1  # tokens of this row group
 
     @property
     def left(self) -> int:
-        """Windows of this row group still to be dealt."""
-        return self.windows - self.emitted
+        """Windows of this row group that are not consumed yet."""
+        return len(self.windows) - self.consumed
 
     def take(self, count: int) -> Bytes:
         """The next windows, at most as many as are left.   Returns (count, block_size + 1)."""
-        self.emitted += count
-        return self._dealt[self.emitted - count : self.emitted]
+        self.consumed += count
+        return self.windows[self.consumed - count : self.consumed]
 
-    def open(self, unit: int) -> None:
-        """Go on with another row group, carrying over what did not fill a window."""
-        if self.windows:
-            self.carry_pieces = [(self.unit, len(self._rest))]
-        elif self.unit >= 0 and self._own:
-            self.carry_pieces = [*self.carry_pieces, (self.unit, self._own)]
-        self.carry_length = len(self._rest)
-        self._dealt = self._dealt[:0].copy()  # let go of the old row group before the new one is read
-        self._fill(unit, self._rest)
-        self.emitted = 0
+    def open(self, group_index: int) -> None:
+        """Continue with another row group, whose stream begins with the leftover of this one."""
+        if len(self.windows):
+            self._leftover_from = [(self.group_index, len(self._rest))]
+        elif self.group_index >= 0 and self._own:
+            self._leftover_from = [*self._leftover_from, (self.group_index, self._own)]
+        self._leftover_length = len(self._rest)
+        self.windows = self.windows[:0].copy()  # release the old row group before the new one is read
+        self._fill(group_index, self._rest)
+        self.consumed = 0
 
     def state(self) -> list[int]:
-        if self.emitted:
-            return [self.unit, self.emitted, self.carry_length]
-        return [self.unit, self.emitted, self.carry_length, *itertools.chain.from_iterable(self.carry_pieces)]
+        """[group_index, consumed, leftover_length], followed by the pairs of `leftover_from` while they are needed."""
+        if self.consumed:
+            return [self.group_index, self.consumed, self._leftover_length]
+        return [self.group_index, self.consumed, self._leftover_length, *itertools.chain.from_iterable(self._leftover_from)]
 
-    def enter(self, state: list[int]) -> None:
-        self.unit, self.emitted, self.carry_length, *pieces = state
-        self.carry_pieces = list(zip(pieces[::2], pieces[1::2], strict=True))
-        if self.unit < 0:
+    def seek(self, state: list[int]) -> None:
+        """Continue from `state`."""
+        self.group_index, self.consumed, self._leftover_length, *pairs = state
+        self._leftover_from = list(zip(pairs[::2], pairs[1::2], strict=True))
+        if self.group_index < 0:
             return
-        if self.emitted:
-            carry = np.zeros(self.carry_length, np.uint8)  # inside the first window, which is out already
+        if self.consumed:
+            leftover = np.zeros(self._leftover_length, np.uint8)  # its values are in the first window only, which is consumed
         else:
-            carry = np.concatenate([self._walk.unit_bytes(unit)[-tokens:] for unit, tokens in self.carry_pieces])
-        self._fill(self.unit, carry)
+            leftover = np.concatenate([self._walk.group_bytes(index)[-tokens:] for index, tokens in self._leftover_from])
+        self._fill(self.group_index, leftover)
 
-    def _fill(self, unit: int, carry: Bytes) -> None:
-        tokens = self._walk.unit_bytes(unit)
-        self.unit, self._own = unit, len(tokens)
-        stream = np.concatenate((carry, tokens))
+    def _fill(self, group_index: int, leftover: Bytes) -> None:
+        tokens = self._walk.group_bytes(group_index)
+        self.group_index, self._own = group_index, len(tokens)
+        stream = np.concatenate((leftover, tokens))
         size = self._walk.block_size
-        windows = (len(stream) - 1) // size
-        if windows:
-            later = 1 + shuffled(windows - 1, self._walk.seed, unit + 1)
+        count = (len(stream) - 1) // size
+        if count:
+            later = 1 + shuffled(count - 1, self._walk.seed, group_index + 1)
             overlapping = np.lib.stride_tricks.sliding_window_view(stream, size + 1)[::size]
-            self._dealt = overlapping[np.concatenate(([0], later))]
-        self._rest = stream[windows * size :].copy()
+            self.windows = overlapping[np.concatenate(([0], later))]
+        self._rest = stream[count * size :].copy()
 
 
 class _Walk:
@@ -156,29 +159,29 @@ class _Walk:
         self._text = text
         self.block_size = block_size
         self.seed = seed
-        self._next_unit = 0
+        self._next_group = 0
         self._turn = 0
-        self._surely_left = 0  # windows that every lane has, at the least
+        self._guaranteed = 0  # windows that every lane has left, at least
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._epoch_order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def next_windows(self, count: int) -> Bytes:
         """The next windows of the run, lane after lane.   Returns (count, block_size + 1).
 
-        While every lane has enough left its share is taken at once; the result is that of asking lane by lane.
+        While every lane has enough left, each lane's windows are taken at once; the result is the same as taking them one by one.
         """
         lanes = len(self._lanes)
         windows = np.empty((count, self.block_size + 1), np.uint8)
         most = -(-count // lanes)
-        if self._surely_left < most:
-            self._surely_left = min(lane.left for lane in self._lanes)
-        if self._surely_left >= most:
-            self._surely_left -= most
+        if self._guaranteed < most:
+            self._guaranteed = min(lane.left for lane in self._lanes)
+        if self._guaranteed >= most:
+            self._guaranteed -= most
             for row in range(min(lanes, count)):
                 windows[row::lanes] = self._lanes[(self._turn + row) % lanes].take((count - row + lanes - 1) // lanes)
             self._turn = (self._turn + count) % lanes
             return windows
-        self._surely_left = 0
+        self._guaranteed = 0
         for row in range(count):
             lane = self._lanes[self._turn]
             self._refill(lane)
@@ -187,46 +190,48 @@ class _Walk:
         return windows
 
     def _refill(self, lane: _Lane) -> None:
-        """Open row groups until the lane has a window to deal."""
-        fruitless = 0
+        """Open row groups until the lane has a window left."""
+        without_window = 0
         while not lane.left:
-            if fruitless == len(self._text.row_groups):
+            if without_window == len(self._text.row_groups):
                 raise DataError(
                     f"{self._text.root}: an epoch of training text does not fill one window of block_size {self.block_size}; "
                     f"lower training.block_size or add text"
                 )
-            lane.open(self._next_unit)
-            self._next_unit += 1
-            fruitless += 1
+            lane.open(self._next_group)
+            self._next_group += 1
+            without_window += 1
 
-    def unit_bytes(self, unit: int) -> Bytes:
-        """Bytes of the `unit`-th row group opened in the run; unit -1 is the separator before all text."""
-        if unit < 0:
+    def group_bytes(self, group_index: int) -> Bytes:
+        """Training text of the row group opened as number `group_index` in the run; -1 is the separator before all text."""
+        if group_index < 0:
             return np.array([SEPARATOR], np.uint8)
         groups = self._text.row_groups
-        epoch, place = divmod(unit, len(groups))
+        epoch, place = divmod(group_index, len(groups))
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, shuffled(len(groups), self.seed, -1 - epoch))
         return self._text.training_bytes(groups[self._epoch_order[1][place]])
 
     def position(self) -> Position:
-        return {"next_unit": self._next_unit, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
+        return {"next_unit": self._next_group, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
 
     def epoch(self) -> float:
-        dealt = float(self._next_unit - len(self._lanes))
+        """Passes over all row groups so far; an open row group counts by the share of its windows that is consumed."""
+        consumed = float(self._next_group - len(self._lanes))
         for lane in self._lanes:
-            dealt += lane.emitted / lane.windows if lane.windows else 1 if lane.unit < 0 else 0
-        return dealt / len(self._text.row_groups)
+            consumed += lane.consumed / len(lane.windows) if len(lane.windows) else 1 if lane.group_index < 0 else 0
+        return consumed / len(self._text.row_groups)
 
-    def enter(self, position: Position) -> None:
+    def seek(self, position: Position) -> None:
+        """Continue from `position`.   Raises DataError for one of another number of lanes."""
         if len(position["lanes"]) != len(self._lanes):
             raise DataError(f"{self._text.root}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}")
-        self._next_unit, self._turn = position["next_unit"], position["turn"]
+        self._next_group, self._turn = position["next_unit"], position["turn"]
         for lane, state in zip(self._lanes, position["lanes"], strict=True):
-            lane.enter(state)
+            lane.seek(state)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of the group; the trainer decides when its workers end."""
+    """Ignore SIGINT and SIGTERM: Ctrl-C and schedulers send them to every process, but the trainer decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

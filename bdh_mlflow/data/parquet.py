@@ -1,14 +1,11 @@
-"""Parquet rows to packed batches, in an order that is a pure function of the seed and can be entered anywhere.
+"""A folder of parquet files as documents: indexed by the files' footers, and split into training and validation text.
 
-1. A folder of parquet files is indexed by its footers: row groups, rows, and a digest of names, sizes and footers (`ParquetText`).
-2. Each document (a row of the text column) belongs to training or to validation by a hash of its place: file and row.
-3. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
-   per epoch; `max_cached_files` of them are open at once, one per lane, and lanes deal windows in turn.
-4. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
-   row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
-5. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
+1. The index holds row groups and rows, and a digest of names, sizes and footers; no row is read for it.
+2. A document is a row of the text column. Whether it is training or validation text is decided by a hash of its place, file and row.
+3. Text is read a row group at a time, as bytes with a separator after each document.
 
-The only home of pyarrow. Shuffles are sorts by a hash written out here, because the streams of library generators may change.
+Shuffles are sorts by a hash that is written out here, because the random streams of libraries may change between versions. Together with
+`prepare` the only user of pyarrow.
 """
 
 import hashlib
@@ -30,12 +27,12 @@ from bdh_mlflow.files import first_line
 from bdh_mlflow.text import SEPARATOR
 
 Bytes = npt.NDArray[np.uint8]
-VALIDATION_ROW_GROUPS = 16  # read for validation text, at the least
-_VALIDATION_ORDER = 0x76616C  # constant seed: validation text does not depend on the run
+VALIDATION_ROW_GROUPS = 16  # read for validation text, at least
+_VALIDATION_ORDER = 0x76616C  # "val"; a constant seed, as validation text must not depend on the run
 
 
 class RowGroup(NamedTuple):
-    """Where a row group lies: file in the sorted listing, number in the file, its first row's number in the file, rows."""
+    """Place of a row group.   file: index among the sorted files.   number: in the file.   first_row: number in the file.   rows: count."""
 
     file: int
     number: int
@@ -44,7 +41,7 @@ class RowGroup(NamedTuple):
 
 
 class ParquetText:
-    """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that will not do."""
+    """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that cannot be used."""
 
     def __init__(self, dataset: DatasetConfig) -> None:
         self.root = Path(dataset.parquet_dir)
@@ -70,7 +67,7 @@ class ParquetText:
         return hashlib.sha256(json.dumps([self.column, self.manifest], sort_keys=True).encode()).hexdigest()[:32]
 
     def describe(self) -> str:
-        """Files, sizes and row groups as JSON: what the digest is taken of."""
+        """Files, sizes and row groups as JSON: what the digest is computed from."""
         return json.dumps({"digest": self.digest, "column": self.column, "files": self.manifest}, indent=1)
 
     def training_bytes(self, group: RowGroup) -> Bytes:
@@ -85,16 +82,16 @@ class ParquetText:
         """`batches` batches of validation windows, each (B, block_size + 1) uint8; fewer, the last smaller, if there is less text.
 
         The same for every run on the same data: windows drawn from at least VALIDATION_ROW_GROUPS row groups (all, if there are fewer), so
-        that one file does not stand for everything.
+        that they represent more than one file.
         """
         if self.val_fraction == 0:
             return []
         wanted = batches * batch_size
         text, length = [np.array([SEPARATOR], np.uint8)], 1
-        for read, unit in enumerate(shuffled(len(self.row_groups), _VALIDATION_ORDER, 0)):
+        for read, group in enumerate(shuffled(len(self.row_groups), _VALIDATION_ORDER, 0)):
             if read >= VALIDATION_ROW_GROUPS and length > wanted * block_size:
                 break
-            text.append(self.validation_bytes(self.row_groups[unit]))
+            text.append(self.validation_bytes(self.row_groups[group]))
             length += len(text[-1])
         if length <= block_size:
             raise DataError(
@@ -104,6 +101,18 @@ class ParquetText:
         windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(text), block_size + 1)[::block_size]
         drawn = windows[shuffled(len(windows), _VALIDATION_ORDER, 1)[:wanted]]
         return list(torch.split(torch.from_numpy(drawn), batch_size))
+
+    def read_documents(self, group: RowGroup) -> pa.LargeBinaryArray:
+        """All documents of a row group, training and validation, as bytes; some may be null or empty.   Raises DataError."""
+        file = self.files[group.file]
+        try:
+            with pq.ParquetFile(file) as opened:
+                column = opened.read_row_group(group.number, columns=[self.column]).column(self.column)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: row group {group.number} cannot be read: {first_line(error)}") from None
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        return column.cast(pa.large_binary()).combine_chunks() if column.num_chunks != 1 else column.chunk(0).cast(pa.large_binary())
 
     def _index(self, number: int, file: Path) -> None:
         try:
@@ -134,7 +143,7 @@ class ParquetText:
         return file.relative_to(self.root).as_posix()
 
     def _tokens(self, group: RowGroup, *, validation: bool) -> Bytes:
-        documents = self._read(group)
+        documents = self.read_documents(group)
         held_out = self._in_validation(group)
         length = pc.fill_null(pc.binary_length(documents), 0).to_numpy(zero_copy_only=False)
         chosen = documents.filter(pa.array((held_out == validation) & (length > 0)))
@@ -146,17 +155,6 @@ class ParquetText:
         ends = np.frombuffer(offsets, np.int64)[joined.offset : joined.offset + len(joined) + 1]
         return np.frombuffer(data, np.uint8)[ends[0] : ends[-1]]
 
-    def _read(self, group: RowGroup) -> pa.LargeBinaryArray:
-        file = self.files[group.file]
-        try:
-            with pq.ParquetFile(file) as opened:
-                column = opened.read_row_group(group.number, columns=[self.column]).column(self.column)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: row group {group.number} cannot be read: {first_line(error)}") from None
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        return column.cast(pa.large_binary()).combine_chunks() if column.num_chunks != 1 else column.chunk(0).cast(pa.large_binary())
-
     def _in_validation(self, group: RowGroup) -> npt.NDArray[np.bool_]:
         """Which rows of a row group are validation text."""
         if self._forced_validation is not None:
@@ -167,13 +165,13 @@ class ParquetText:
         return self._draws(group) < self.val_fraction
 
     def _draws(self, group: RowGroup) -> npt.NDArray[np.float64]:
-        """A number in [0, 1) for each row's place."""
+        """A pseudorandom number in [0, 1) for each row, from a hash of its place."""
         place = np.arange(group.first_row, group.first_row + group.rows, dtype=np.uint64)
         bits = mix(place + np.uint64(self._file_hashes[group.file])) >> np.uint64(11)
         return bits.astype(np.float64) * 2.0**-53
 
     def _validation_document_by_rank(self) -> tuple[int, int] | None:
-        """For data so small that the draw may leave no validation document at all: the one document that is it."""
+        """(file, row) of the only validation document, for data so small that the hash selects none: the one with the lowest number."""
         if self.val_fraction == 0 or self.rows * self.val_fraction > 50:
             return None
         if self.rows == 1:
@@ -186,16 +184,13 @@ class ParquetText:
 
 
 def parquet_files(root: Path) -> list[Path]:
-    """Parquet files below a folder, sorted by path; hidden ones and those of unfinished preparations left out."""
+    """Parquet files below a folder, sorted by path, without hidden ones and those of unfinished preparations."""
     found = (p for p in root.rglob("*.parquet") if p.is_file())
     return sorted(p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
 
 
-# ---- small parts -----------------------------------------------------------------------------------------------------------------------
-
-
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser: 64 well-mixed bits for each number (Steele, Lea, Flood 2014)."""
+    """64 well-mixed bits for each number: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,14 +1,6 @@
-"""Parquet rows to packed batches, in an order that is a pure function of the seed and can be entered anywhere.
+"""Text of any source to parquet shards that training reads: plain text, jsonl, parquet, folders, or the interpreter's own sources.
 
-1. A folder of parquet files is indexed by its footers: row groups, rows, and a digest of names, sizes and footers (`ParquetText`).
-2. Each document (a row of the text column) belongs to training or to validation by a hash of its place: file and row.
-3. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
-   per epoch; `max_cached_files` of them are open at once, one per lane, and lanes deal windows in turn.
-4. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
-   row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
-5. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
-
-The only home of pyarrow. Shuffles are sorts by a hash written out here, because the streams of library generators may change.
+All or nothing: shards are written to a hidden folder next to the target, which is renamed when it is complete. Knows nothing of training.
 """
 
 import gzip
@@ -28,21 +20,19 @@ from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
 
-ROW_GROUP_BYTES = 4 * 2**20  # text in a prepared row group: small enough to hold several, large enough to shuffle within
-SHARD_BYTES = 256 * 2**20  # text in a prepared file
+ROW_GROUP_BYTES = 4 * 2**20  # of text: small enough to keep several in memory, large enough to shuffle within
+SHARD_BYTES = 256 * 2**20  # of text in a prepared file
 TEXT_DOCUMENT_BYTES = 16 * 2**10  # plain text is cut into documents of about this size, at line ends;
-TEXT_DOCUMENTS, TEXT_DOCUMENT_LEAST_BYTES = 64, 512  # a short one into about so many, so that some can be kept for validation
+TEXT_DOCUMENTS, TEXT_DOCUMENT_LEAST_BYTES = 64, 512  # a short text into about 64, so that some can be held out for validation
 PYTHON_STDLIB = "python-stdlib"
+"""Source that stands for the Python sources of the running interpreter's standard library: real text without a network."""
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
-# ---- preparing -------------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation wrote, and what it had to pass over (name, reason)."""
+    """What `prepare` wrote, and which files it skipped (name, reason).   bytes: of text."""
 
     folder: Path
     documents: int
@@ -70,7 +60,7 @@ def prepare(source: str, folder: Path, column: str, on_progress: Callable[[int, 
     try:
         count, size, files = _write_shards(documents, partial, column, on_progress)
         if not count:
-            raise DataError(f"{source}: no text found" + (f"; passed over {len(skipped)} files" if skipped else ""))
+            raise DataError(f"{source}: no text found" + (f"; skipped {len(skipped)} files" if skipped else ""))
         partial.chmod(0o755)
         partial.replace(folder)
     except OSError as error:
@@ -197,6 +187,6 @@ def _from_parquet(file: Path, column: str) -> Iterator[str]:
     number = text.files.index(file)
     for group in text.row_groups:
         if group.file == number:
-            for document in text._read(group):
+            for document in text.read_documents(group):
                 if document.as_py():
                     yield _decoded(document.as_py())

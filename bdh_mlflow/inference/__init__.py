@@ -1,1 +1,1 @@
-"""A trained model put to use: loaded, generating, exported, registered."""
+"""Using a trained model: load it, evaluate it, generate text, export it to a file, register it for serving."""

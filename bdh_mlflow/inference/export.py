@@ -1,8 +1,8 @@
-"""A model in one file for others: plain float32 weights, or packed in 4 bits, and in its header all that is needed to run it.
+"""Export of a model to one safetensors file: plain float32 weights or packed 4-bit ones, and a header with all that is needed to run it.
 
-The file is in the safetensors format: it opens without unpickling anything. Tensors carry the published names; a projection packed in 4
-bits is its codes under that name and bitsandbytes' own quantisation state beside it (`encoder.absmax`, ...), as Hugging Face stores them.
-The header holds the configuration, where the weights come from, and a sha256 of everything. Knows neither MLflow nor the training.
+A safetensors file opens without unpickling anything. Tensors have the published names; a projection packed in 4 bits is its codes under
+that name and bitsandbytes' own quantisation state beside it (`encoder.absmax`, ...), as Hugging Face stores them. The header holds the
+configuration, step and validation loss, and a sha256 of header and tensors. Knows neither MLflow nor the training loop.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ Format = Literal["4bit", "safetensors"]
 
 
 @dataclass(frozen=True)
-class Written:
-    """An exported file.   bits: a quantised weight takes on average, its scales included; None in a plain file."""
+class ExportResult:
+    """What `write` wrote.   bits: of a quantised weight on average, its scales included; None for a plain file."""
 
     path: Path
     bytes: int
@@ -39,8 +39,8 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A file read back.   weights: published names, float32.   rounded: whether projections hold 4-bit values already."""
+class ExportedModel:
+    """What `read` read.   weights: by published name, float32.   rounded: projections have 4-bit values already."""
 
     config: Config
     weights: dict[str, Tensor]
@@ -49,8 +49,8 @@ class Exported:
     rounded: bool
 
 
-def write(path: Path, state: Mapping[str, Any], val_loss: float | None, kind: Format) -> Written:
-    """Export a checkpoint's contents.   Raises SaveError; an older file of that name is replaced only by a whole one."""
+def write(path: Path, state: Mapping[str, Any], val_loss: float | None, kind: Format) -> ExportResult:
+    """Export a checkpoint's contents.   Raises SaveError; an older file of that name is replaced only by a complete one."""
     config = Config.from_dict(state["config"], origin="the checkpoint's configuration")
     tensors: dict[str, Tensor] = {}
     quantised = packed = 0
@@ -67,29 +67,29 @@ def write(path: Path, state: Mapping[str, Any], val_loss: float | None, kind: Fo
     header = json.dumps(facts, sort_keys=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata={HEADER: header, DIGEST: _digest(header, tensors)})
+        save_file(tensors, partial, metadata={HEADER: header, DIGEST: digest(header, tensors)})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise SaveError(f"{path}: not written: {error}") from error
-    return Written(path, path.stat().st_size, 8 * packed / quantised if quantised else None)
+    return ExportResult(path, path.stat().st_size, 8 * packed / quantised if quantised else None)
 
 
-def read(path: Path) -> Exported:
-    """The model in a file that `write` made.   Raises CheckpointError for anything that is not one, whole."""
+def read(path: Path) -> ExportedModel:
+    """The model in a file that `write` wrote.   Raises CheckpointError for any other file, and for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if HEADER not in metadata:
                 raise CheckpointError(
-                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file made by export"
+                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file written by export"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, or not a safetensors file: {error}") from None
-    if _digest(metadata[HEADER], tensors) != metadata.get(DIGEST):
+    if digest(metadata[HEADER], tensors) != metadata.get(DIGEST):
         raise CheckpointError(f"{path}: damaged: its contents are not what was written (sha256 differs). Export it again")
     try:
         facts = json.loads(metadata[HEADER])
@@ -109,26 +109,26 @@ def read(path: Path) -> Exported:
             weights[name] = weight.reshape(size)
     if missing:
         raise CheckpointError("\n  ".join([f"{path}: of another architecture than its configuration", *missing]))
-    return Exported(config, weights, facts["step"], facts["val_loss"], facts["format"] == "4bit")
+    return ExportedModel(config, weights, facts["step"], facts["val_loss"], facts["format"] == "4bit")
 
 
 def default_path(saved: checkpoint.Checkpoint, kind: Format) -> Path:
-    """Beside the checkpoint: `checkpoint_500.4bit.safetensors` or `checkpoint_500.safetensors`."""
+    """Next to the checkpoint: `checkpoint_500.4bit.safetensors` or `checkpoint_500.safetensors`."""
     return saved.path.with_suffix(f".4bit{SUFFIX}" if kind == "4bit" else SUFFIX)
 
 
-def runnable(exported: Exported) -> Config:
-    """The configuration to run a file with: values of 4 bits are not rounded once more, and FP8's scales are not in it."""
+def runnable(exported: ExportedModel) -> Config:
+    """The configuration to run a file with: 4-bit values are not quantised again, and FP8 is off, as its scales are not in the file."""
     formats = exported.config.low_precision
     formats = dataclasses.replace(formats, use_4bit=formats.use_4bit and not exported.rounded, use_fp8=False)
     return dataclasses.replace(exported.config, low_precision=formats)
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the header and of every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(header.encode())
+def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the header and every tensor's name, dtype, shape and bytes."""
+    sha256 = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         t = tensors[name].contiguous()
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        sha256.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        sha256.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

@@ -1,7 +1,7 @@
-"""Prompt to text: a model in memory that answers.
+"""Prompt to text: a model in memory that continues prompts.
 
-Weights are those of training, 4-bit included; generation computes in float32. Needs neither MLflow nor the training: what a served model
-is made of.
+It uses the weights that training used, 4-bit values included; generation computes in float32. Imports neither MLflow nor the training loop,
+as a served model needs neither.
 """
 
 import codecs
@@ -14,30 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import export
-from bdh_mlflow.model import (
-    bdh,
-    fp8,
-    precision,
-)
+from bdh_mlflow.model import bdh, fp8, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import SEPARATOR, VOCAB_SIZE, decode, encode
 
-LONGEST_PROMPT = 65_536  # bytes; the default model reads them in minutes on a CPU
+LONGEST_PROMPT = 65_536  # bytes; the default model needs minutes for as many on a CPU
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer, where it came from and how it computes.   run_id: its MLflow run, None for a file by itself."""
+    """A model ready to generate, where it came from and its number formats.   run_id: its MLflow run, None for an exported file."""
 
     model: BDH
     config: Config
     path: Path
     step: int
-    runs: Precision
+    precision: Precision
     notes: tuple[str, ...]
     run_id: str | None = None
 
@@ -51,35 +48,31 @@ def from_file(path: Path) -> Loaded:
 
 
 def from_weights(
-    weights: dict[str, Tensor],
-    config: Config,
-    formats: Mapping[str, Any],
-    path: Path,
-    step: int,
-    notes: tuple[str, ...],
-    run_id: str | None = None,
+    weights: dict[str, Tensor], config: Config, formats: Mapping[str, Any], path: Path, step: int, notes: tuple[str, ...]
 ) -> Loaded:
-    """formats: what the training's number formats remembered."""
+    """The model of a checkpoint's contents.   formats: the saved state of its number formats (`Precision.state_dict`)."""
     device = precision.pick_device()
-    if config.low_precision.use_fp8 and not config.fp8.emulate and (reason := fp8.unavailable(device)):
+    if config.low_precision.use_fp8 and not config.fp8.emulate and (reason := fp8.why_unavailable(device)):
         notes += (f"trained in FP8, which {reason}; evaluation emulates it",)
         config = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, emulate=True))
     network = BDH(config.to_bdh_config())
     network.load_published(weights)
     network.to(device).eval()
-    network.use(bdh.choose_form("auto", device, config.low_precision.use_fp8)[0])
-    runs = Precision.asked(config, device)
+    here = config.replaced({"training.layer_form": "auto", "training.recompute": "auto"})
+    form = resolve(here, precision.machine(device)).config.training.layer_form
+    assert form != "auto"
+    network.use(form)
+    runs = Precision.from_config(config, device)
     runs.prepare(network, bdh.PROJECTIONS)
     runs.load_state_dict(dict(formats))
-    return Loaded(network, config, path, step, runs, notes, run_id)
+    return Loaded(network, config, path, step, runs, notes)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next byte is chosen.
 
-    temperature: 0 always takes the likeliest.   top_k: among the k likeliest.   top_p: among the likeliest that together reach this
-    probability.   seed: None for new randomness each time.   stop: text after which nothing more is written.
+    temperature, top_k, top_p: see `model.sampling.Sampler`.   seed: None for new randomness each time.   stop: text that ends generation.
     """
 
     temperature: float = 0.8
@@ -90,9 +83,9 @@ class Sampling:
 
 
 def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
-    """Continue a prompt, piece by piece as it is made; a character of several bytes comes when it is whole.
+    """Continue a prompt, yielding text as it is generated; a character of several bytes is yielded when it is complete.
 
-    Raises InputError, at once, for a prompt that is too long.
+    Raises InputError for a prompt that is too long: when called, not at the first piece.
     """
     return _decoded(_stream(loaded, [prompt], max_new_tokens, sampling))
 
@@ -116,7 +109,7 @@ def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, samplin
     longest = max(map(len, ids))
     if longest > LONGEST_PROMPT:
         raise InputError(f"prompt of {longest:,} bytes; at most {LONGEST_PROMPT:,} are taken")
-    device = loaded.runs.device
+    device = loaded.precision.device
     generator = torch.Generator(device)
     if sampling.seed is None:
         generator.seed()
@@ -125,9 +118,7 @@ def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, samplin
     return loaded.model.stream(
         [torch.tensor(row, device=device) for row in ids],
         max_new_tokens,
-        sampling.temperature,
-        sampling.top_k,
-        top_p=sampling.top_p,
+        Sampler(sampling.temperature, sampling.top_k, sampling.top_p),
         stop=encode(sampling.stop),
         generator=generator,
     )

@@ -1,6 +1,6 @@
-"""A run, a checkpoint, an exported file or a registered model, ready to answer, and its loss on text it has not seen.
+"""Load a run, a checkpoint, an exported file or a registered model ready to generate, and evaluate it on other text.
 
-Takes the targets that resume takes. Evaluation computes in the number format of training.
+A target is given as for `resume`. Evaluation computes in the number formats of training.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
@@ -33,20 +34,22 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     """
     if target.endswith(export.SUFFIX):
         return generate.from_file(Path(target))
-    if target.startswith("models:/") and (registered := _registered(target, config)):
+    locator = locate.Locator(checkpoint_dir, config)
+    if target.startswith("models:/") and (registered := _registered(target, locator)):
         return registered
-    found = locate.find(target, checkpoint_dir, config)
+    found = locator.find(target)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     own = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
     formats = found.state.get("precision_state_dict", {})
     step, run_id = found.checkpoint.manifest.step, found.run_id or locate.run_of(found.checkpoint)
-    return generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes, run_id)
+    loaded = generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes)
+    return dataclasses.replace(loaded, run_id=run_id)
 
 
-def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
-    """The model that `registry` has made of a checkpoint; None for one of another kind, or of none."""
-    client = store.connect(config)
+def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
+    """The model that `registry` registered under this URI; None for any other models:/ URI."""
+    client = locator.mirror.client
     try:
         version = client.get_model_version(*get_model_name_and_version(client, uri))  # type: ignore[no-untyped-call]
     except (MlflowException, TypeError):  # TypeError: the id of a logged model, which has no version
@@ -54,7 +57,10 @@ def _registered(uri: str, config: TrackingConfig) -> Loaded | None:
     if "bdh.format" not in version.tags:
         return None
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        (file,) = locate.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
+        with store.reported(f"{uri}: cannot be downloaded"):
+            location = client.get_model_version_download_uri(version.name, version.version)
+            model = download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=client.tracking_uri)
+        (file,) = Path(model).rglob(f"*{export.SUFFIX}")
         try:
             return dataclasses.replace(generate.from_file(file), path=Path(uri), run_id=version.run_id)
         except CheckpointError as error:
@@ -67,17 +73,17 @@ def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> flo
     windows = ParquetText(dataset).validation_batches(batches, training.batch_size, training.block_size)
     if not windows:
         raise InputError("dataset.val_fraction is 0: no text is kept for validation")
-    loss = evaluate(loaded.model, windows, loaded.runs.autocast, loaded.runs.device)
-    assert loss is not None, "nothing asks this evaluation to stop"
+    loss = evaluate(loaded.model, windows, loaded.precision.autocast, loaded.precision.device)
+    assert loss is not None, "it was given no way to be interrupted"
     return loss
 
 
 def record(loaded: Loaded, dataset: DatasetConfig, loss: float, config: TrackingConfig) -> list[str]:
-    """Log an evaluation to the run it is of, at the checkpoint's step and with its data.   Returns the names of the metrics.
+    """Log an evaluation to the model's run, at the checkpoint's step and with its dataset.   Returns the names of the metrics.
 
     Raises TrackingError.
     """
-    assert loaded.run_id is not None, "only a run has somewhere to log to"
+    assert loaded.run_id is not None, "the caller checks that there is a run"
     text = ParquetText(dataset)
     name = re.sub(r"[^\w.-]", "_", text.root.name)
     values = {f"eval/{name}_loss": loss, f"eval/{name}_bpb": bits_per_byte(loss)}

@@ -1,4 +1,4 @@
-"""The model that MLflow serves: text in, text out. MLflow runs this file by itself (models from code), beside a copy of this package."""
+"""The model that MLflow serves: text in, text out. MLflow executes this file itself ("models from code") next to a copy of the package."""
 
 import threading
 from pathlib import Path
@@ -17,40 +17,40 @@ from bdh_mlflow.inference.generate import Loaded, Sampling
 WEIGHTS = "weights"
 PROMPT, TEXT = "prompt", "text"
 MOST_NEW_TOKENS = 65_536
-UNSET_SEED, ANY = -1, 0
-"""Parameters of a served model have one type each: these stand for none."""
+UNSET_SEED, UNRESTRICTED = -1, 0
+"""Parameters of a served model have one type each: these stand for None."""
 
 
 class BDHText(PythonModel):
-    """Continues each prompt.   Requests are answered one at a time: one uses all cores already."""
+    """Continues each prompt.   Requests are answered one at a time, as one uses all cores already."""
 
     def __init__(self) -> None:
         self._loaded: Loaded | None = None
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the exported file among the model's artifacts."""
         self._loaded = generate.from_file(Path(context.artifacts[WEIGHTS]))
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
-        """The continuations of a column of prompts.   Raises MlflowException INVALID_PARAMETER_VALUE (400) for what cannot be asked."""
-        assert self._loaded is not None, "MLflow loads first"
+        """The continuations of a column of prompts.   Raises MlflowException INVALID_PARAMETER_VALUE (HTTP 400) for an invalid request."""
+        assert self._loaded is not None, "MLflow calls load_context first"
         prompts = [str(prompt) for prompt in model_input[PROMPT]]
-        count, sampling = asked(params or {})
+        count, sampling = parse_parameters(params or {})
         try:
-            with self._turn:
+            with self._lock:
                 return generate.write_all(self._loaded, prompts, count, sampling) if prompts else []
         except InputError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
 
 
-def asked(params: dict[str, Any]) -> tuple[int, Sampling]:
-    """How many tokens, and how they are chosen.   Raises MlflowException for a value out of its range."""
+def parse_parameters(params: dict[str, Any]) -> tuple[int, Sampling]:
+    """Number of tokens and sampling of a request; parameters not given have DEFAULTS.   Raises MlflowException for one out of range."""
     given = {**DEFAULTS, **params}
     limits = {
         "max_new_tokens": (1, MOST_NEW_TOKENS),
         "temperature": (0, float("inf")),
-        "top_k": (ANY, float("inf")),
+        "top_k": (UNRESTRICTED, float("inf")),
         "top_p": (0, 1),
         "seed": (UNSET_SEED, 2**63 - 1),
     }

@@ -1,31 +1,48 @@
-"""A checkpoint as a registered model that answers over HTTP.
+"""A checkpoint as a version of a registered model that `mlflow models serve` serves over HTTP.
 
-The model is a file of ours that MLflow runs (`pyfunc`), a copy of this package, and one exported safetensors file: nothing in it is
-pickled. It is logged under the run it comes from, whose status stays as it is, and needs few packages, pinned to what is installed here.
+The model is code that MLflow runs from a file (`pyfunc`), a copy of this package, and one exported safetensors file: nothing in it is
+pickled. It is logged under the run it comes from, whose status does not change. Its requirements are few, pinned to the versions installed
+here.
 """
 
+import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import mlflow
+import mlflow.pyfunc
 import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.utils.validation import _validate_model_alias_name, _validate_model_name
-from mlflow.utils.validation import _validate_model_alias_name_reserved as _reserved
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+import bdh_mlflow
 from bdh_mlflow import files
 from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import export, pyfunc
 from bdh_mlflow.inference.export import Format
 from bdh_mlflow.tracking import locate, store
+from bdh_mlflow.tracking.mlflow_internals import check_model_alias, check_model_name, default_store
 
 MODEL_TYPE = "bdh-text"
+PACKAGE = Path(bdh_mlflow.__file__).parent
 TYPES = {int: DataType.long, float: DataType.double, str: DataType.string}
+
+
+@dataclass(frozen=True)
+class Registration:
+    """As what a model is registered.   alias: to point to the new version.   kind: of the weights file; None = as it was trained."""
+
+    name: str
+    alias: str | None = None
+    kind: Format | None = None
 
 
 def signature() -> ModelSignature:
@@ -42,28 +59,15 @@ def requirements(four_bit: bool) -> list[str]:
 
 
 def register(
-    target: str,
-    name: str,
-    alias: str | None,
-    kind: Format | None,
-    checkpoint_dir: Path,
-    config: TrackingConfig,
-    note: Callable[[str], None],
+    target: str, registration: Registration, checkpoint_dir: Path, config: TrackingConfig, note: Callable[[str], None]
 ) -> tuple[str, str]:
-    """Log and register the model of a target (grammar of `resume`).   Returns its version and its URI.
+    """Log and register the model of a target (grammar of `resume`).   note: receives warnings.   Returns its version and its URI.
 
-    kind: None for the format it was trained for.
-
-    Raises InputError for a name or alias that MLflow does not take, ResumeError, CheckpointError, TrackingError.
+    Raises InputError for a name or alias that MLflow does not accept, ResumeError, CheckpointError, TrackingError.
     """
-    checks = ("--name", name, _validate_model_name), ("--alias", alias, _validate_model_alias_name), ("--alias", alias, _reserved)
-    for option, given, check in checks:
-        try:
-            if given is not None:
-                check(given)
-        except MlflowException as error:
-            raise InputError(f"{option} {given}: {files.first_line(error)}") from None
-    found = locate.find(target, checkpoint_dir, config)
+    name, alias = registration.name, registration.alias
+    _check_names(registration)
+    found = locate.Locator(checkpoint_dir, config).find(target)
     if found.checkpoint is None:
         raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     run_id = found.run_id or locate.run_of(found.checkpoint)
@@ -72,7 +76,7 @@ def register(
     client = store.connect(config)
     manifest = found.checkpoint.manifest
     settings = Config.from_dict(found.state["config"], origin=str(found.path)).low_precision
-    kind = kind or ("4bit" if settings.use_4bit else "safetensors")
+    kind = registration.kind or ("4bit" if settings.use_4bit else "safetensors")
     if kind == "4bit" and not settings.use_4bit:
         note("this run was not trained for 4-bit weights: expect a higher loss than its val/loss")
     with tempfile.TemporaryDirectory(prefix="register-") as folder, store.reported(f"{name} cannot be registered"):
@@ -81,28 +85,60 @@ def register(
         run = store.find_run(client, run_id)
         if run is None:
             raise InputError(f"run {run_id} of {found.path}: not found at {client.tracking_uri}")
+        model = _save_model(Path(folder) / "model", weights, requirements(settings.use_4bit or kind == "4bit"))
         tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.format": kind}
-        mlflow.pyfunc.save_model(
-            path=str(Path(folder) / "model"),
-            python_model=str(Path(pyfunc.__file__)),
-            artifacts={pyfunc.WEIGHTS: str(weights)},
-            code_paths=[str(Path(pyfunc.__file__).parent)],
-            signature=signature(),
-            input_example=(pd.DataFrame({pyfunc.PROMPT: ["def "]}), {"max_new_tokens": 8}),
-            pip_requirements=requirements(settings.use_4bit or kind == "4bit"),
-        )
-        made = client.create_logged_model(
-            run.info.experiment_id, f"bdh-text-{manifest.step}", run_id, tags, {"step": str(manifest.step)}, MODEL_TYPE
-        )
-        try:
-            client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
-        except BaseException:
-            client.finalize_logged_model(made.model_id, "FAILED")
-            raise
-        client.finalize_logged_model(made.model_id, "READY")
-        version = mlflow.register_model(f"models:/{made.model_id}", name, tags={**tags, "bdh.step": str(manifest.step)})
+        model_id = _log_model(client, run, model, manifest.step, tags)
+        version = _add_version(client, name, model_id, {**tags, "bdh.step": str(manifest.step)})
         if alias is not None:
             client.set_registered_model_alias(name, alias, version.version)
         loss = f", val/loss {manifest.val_loss:.4f}" if manifest.val_loss is not None else ""
         client.update_model_version(name, str(version.version), f"step {manifest.step} of run {run.info.run_name}{loss}, {kind}")
     return str(version.version), f"models:/{name}@{alias}" if alias else f"models:/{name}/{version.version}"
+
+
+def _check_names(registration: Registration) -> None:
+    for option, given, check in (("--name", registration.name, check_model_name), ("--alias", registration.alias, check_model_alias)):
+        try:
+            if given is not None:
+                check(given)
+        except MlflowException as error:
+            raise InputError(f"{option} {given}: {files.first_line(error)}") from None
+
+
+def _save_model(folder: Path, weights: Path, packages: list[str]) -> Path:
+    """A pyfunc model in a local folder."""
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        python_model=str(Path(pyfunc.__file__)),
+        artifacts={pyfunc.WEIGHTS: str(weights)},
+        code_paths=[str(PACKAGE)],
+        signature=signature(),
+        input_example=(pd.DataFrame({pyfunc.PROMPT: ["def "]}), {"max_new_tokens": 8}),
+        pip_requirements=packages,
+    )
+    return folder
+
+
+def _log_model(client: MlflowClient, run: Run, folder: Path, step: int, tags: dict[str, str]) -> str:
+    """Upload a saved model as a LoggedModel of its run.   Returns its id; the model is FAILED if the upload fails."""
+    logged = client.create_logged_model(run.info.experiment_id, f"bdh-text-{step}", run.info.run_id, tags, {"step": str(step)}, MODEL_TYPE)
+    try:
+        client.log_model_artifacts(logged.model_id, str(folder))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
+
+
+def _add_version(client: MlflowClient, name: str, model_id: str, tags: dict[str, str]) -> ModelVersion:
+    """What `mlflow.register_model` does, at the client's store instead of the process's default one."""
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    with default_store(client.tracking_uri):
+        version = client.create_model_version(name, f"models:/{model_id}", tags=tags, model_id=model_id)
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": version.version}])})
+    return version

@@ -1,8 +1,8 @@
 """The BDH network: bytes in, next-byte logits out, under the published names.
 
 One set of layer weights is applied `n_layer` times. The Python interface and the state dict are those of pathwaycom/bdh, so published
-scripts and weights run here; how a layer is computed (see `layer`) is a choice inside. Does not know where weights come from, in which
-number format the matmuls run, or that there is a training loop.
+scripts and weights run here; how a layer is computed (`layer`, `blocked`) is an implementation choice, made by `BDH.use`. Does not know
+where weights come from, in which number format the matmuls run, or that there is a training loop.
 
 B rows, T tokens, V vocabulary, D n_embd, H n_head, N neurons per head, L n_layer.
 """
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bdh_mlflow.config import BDHConfig
-from bdh_mlflow.model import blocked, layer
+from bdh_mlflow.model import blocked, blocks, layer
+from bdh_mlflow.model.sampling import Sampler
 
 __all__ = ["BDH", "BDHConfig"]
 
 INIT_STD = 0.02  # pathwaycom/bdh, bdh.py
-KEPT_TURNS = 2**26  # T * N of a table that is kept, 256 MiB
-COLDEST = 1e-6  # below this temperature the likeliest token is taken: logits divided by it leave float32
-STOPPED = -1  # the token of a row that is done
+MAX_CACHED_ROPE_ELEMENTS = 2**26  # T * N of a RoPE table that is cached: 256 MiB in fp32, cos and sin together
+STOPPED = -1  # stands for the tokens of a row after its stop sequence
 PROJECTIONS = ("encoder", "encoder_v", "decoder")
-"""Parameters that do nearly all the arithmetic; what precision works on."""
+"""Parameters that do nearly all the arithmetic; number formats apply to these."""
 
 WeightView = Callable[[str, Tensor], Tensor]
 Form = Literal["reference", "blocked"]
 
 
 class BDH(nn.Module):
-    """Baby Dragon Hatchling, in the form for GPUs.
+    """Baby Dragon Hatchling, the tensor formulation of the paper (BDH-GPU).
 
     Parameters: embed.weight (V, D), encoder and encoder_v (H, D, N), decoder (H * N, D), lm_head (D, V).
     """
@@ -52,11 +52,11 @@ class BDH(nn.Module):
         nn.init.normal_(self.embed.weight, mean=0.0, std=INIT_STD)
 
         self.weight_view: WeightView | None = None
-        """How projections are seen by the layers: (name, parameter) -> tensor; None = as they are. Set by `precision`."""
+        """What the layers use in place of a projection's parameter: (name, parameter) -> tensor; None = itself. Set by `precision`."""
         self.product: layer.Product = layer.plain_product
-        """reference form: who carries the projections out. Set by `precision`."""
+        """reference form: the function that multiplies by a projection. Set by `precision`."""
         self.recompute = False
-        """reference form: compute activations again in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
+        """reference form: recompute activations in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
         self.use("reference")
         self._activity: list[layer.Activity] | None = None
         self._tables: dict[tuple[int, torch.device], layer.RopeTable] = {}
@@ -85,10 +85,10 @@ class BDH(nn.Module):
         """Continue prompts of one length.   idx: (B, T) ids, T >= 1.   Returns (B, T + max_new_tokens).
 
         temperature: 0 is greedy.   top_k: sample among the k likeliest only.   top_p: among the likeliest that together reach this
-        probability.   generator: source of randomness, the global one if None.   Dropout is off and the cost of a token does not depend on
-        the tokens before it.
+        probability.   generator: source of randomness, torch's global one if None.   Dropout is off. The cost of a token does not depend on
+        how many tokens precede it.
         """
-        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p=top_p, generator=generator))
+        new = list(self.stream(idx, max_new_tokens, Sampler(temperature, top_k, top_p), generator=generator))
         return torch.cat((idx, *new), dim=1) if new else idx
 
     @torch.no_grad()
@@ -96,17 +96,15 @@ class BDH(nn.Module):
         self,
         prompts: Tensor | Sequence[Tensor],
         max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        sampler: Sampler,
         *,
-        top_p: float | None = None,
         stop: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """The tokens of `generate` one by one, each (B, 1), as they are made.
+        """The tokens of `generate` one by one, each (B, 1), as they are generated.
 
-        prompts: (B, T) ids, or B one-dimensional tensors of any lengths.   stop: ids after which a row is done; it is STOPPED from the
-        token after them on, and nothing more comes when all rows are.
+        prompts: (B, T) ids, or B one-dimensional tensors of any lengths.   stop: sequence of ids that ends a row; the row's tokens after it
+        are STOPPED, and the iteration ends when all rows have ended.
         """
         rows = list(prompts)
         if not rows or any(row.shape[0] == 0 for row in rows):
@@ -116,15 +114,15 @@ class BDH(nn.Module):
         last, states = self._prefill(rows)
         weights = self._weights_by_neuron()
         position = torch.tensor([row.shape[0] for row in rows], device=last.device)
-        written: list[list[int]] = [[] for _ in rows]
+        generated: list[list[int]] = [[] for _ in rows]
         done = torch.zeros(len(rows), 1, dtype=torch.bool, device=last.device)
         for _ in range(max_new_tokens):
-            token = _sample(last @ self.lm_head, temperature, top_k, top_p, generator).masked_fill(done, STOPPED)
+            token = sampler.draw(last @ self.lm_head, generator).masked_fill(done, STOPPED)
             yield token
             if stop:
-                for row, text in enumerate(written):
-                    text.append(int(token[row]))
-                    done[row] |= text[-len(stop) :] == list(stop)
+                for row, ids in enumerate(generated):
+                    ids.append(int(token[row]))
+                    done[row] |= ids[-len(stop) :] == list(stop)
                 if done.all():
                     return
             table = layer.rope_at(position, self.neurons)
@@ -134,7 +132,7 @@ class BDH(nn.Module):
             position += 1
 
     def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What the layers make of the last token of each prompt, (B, D), and their states after it, (B, H, N, D) a layer."""
+        """Output of the last layer at the last token of each prompt, (B, D), and the state of each layer after it, (B, H, N, D)."""
         weights, lengths = self._layer_weights(), [prompt.shape[0] for prompt in prompts]
         embedded = self.embed.weight
         outs = embedded.new_empty(len(prompts), embedded.shape[1])
@@ -143,28 +141,28 @@ class BDH(nn.Module):
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
             x = self._embedded(torch.stack([prompts[row] for row in rows]))
-            cut = self._plan(x)
-            arranged, table = blocked.arrange(weights, x.dtype, cut), self._turns(length)
+            arranged, table = blocks.arrange(weights, x.dtype, self._plan(x)), self.cached_rope(length)
             for state in states:
                 x, state[rows] = blocked.prefill(x, arranged, table)
             outs[rows] = x[:, 0, -1]
         return outs, states
 
     def _weights_by_neuron(self) -> layer.LayerWeights:
+        """As `layer.recurrent_layer` wants them: a row for each neuron in `encoder_v` and `decoder`."""
         encoder, encoder_v, decoder = self._layer_weights()
         return layer.LayerWeights(encoder, encoder_v.mT.contiguous(), decoder.view(encoder_v.mT.shape))
 
     @contextlib.contextmanager
     def observed(self) -> Iterator[dict[str, float]]:
-        """Look at the neurons of every forward pass in the body; the dict is filled at its end.
+        """Count active neurons in every forward pass in the body; the dict is filled at its end.
 
         Per layer i: `bdh/active_x_l{i}` and `bdh/active_xy_l{i}`, mean share of neurons that are not zero for a token, before and after
-        their gate; `bdh/dead_x_l{i}` and `bdh/dead_xy_l{i}`, share of neurons that were so for none of the tokens looked at.
+        the gate; `bdh/dead_x_l{i}` and `bdh/dead_xy_l{i}`, share of neurons that were zero for all of the counted tokens.
         """
         facts: dict[str, float] = {}
         shape = (self.config.n_head, self.neurons)
         device = self.embed.weight.device
-        self._looked_at = 0
+        self._counted_tokens = 0
         self._activity = [
             layer.Activity(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(self.config.n_layer)
         ]
@@ -176,18 +174,20 @@ class BDH(nn.Module):
             counted, self._activity = self._activity, None
             for depth, activity in enumerate(counted):
                 for name, counts in zip(activity._fields, activity, strict=True):
-                    if self._looked_at:
-                        facts[f"bdh/active_{name}_l{depth}"] = counts.mean().item() / self._looked_at
+                    if self._counted_tokens:
+                        facts[f"bdh/active_{name}_l{depth}"] = counts.mean().item() / self._counted_tokens
                         facts[f"bdh/dead_{name}_l{depth}"] = (counts == 0).float().mean().item()
 
-    def use(self, form: Form, compiled: bool = False) -> None:
+    def use(self, form: Form, compiled: bool = False, plan: blocks.Plan | None = None) -> None:
         """Choose how layers are computed; the values are the same.
 
         reference: as published, several (B, H, T, N) tensors a layer.   blocked: see `blocked`.   compiled: let torch.compile fuse the
         whole layer (reference) or its elementwise passes (blocked). Quantisation stays outside: bitsandbytes' kernels are not traced
-        rightly (0.50.2).
+        correctly (0.50.2).   plan: block sizes, for tests and measurements; None = by shape and device (`blocks.plan_blocks`). Prompts are
+        read in blocks whatever the form.
         """
         self.form: Form = form
+        self._fixed_plan = plan
         self._compiled = compiled
         self._layer = torch.compile(layer.reference_layer) if compiled and form == "reference" else layer.reference_layer
 
@@ -197,7 +197,7 @@ class BDH(nn.Module):
 
     def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows, tokens = inputs[0].shape
-        self._looked_at += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
+        self._counted_tokens += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
 
     def _through_layers(self, x: Tensor) -> Tensor:
         """All layers.   x: (B, 1, T, D), normed.   Returns the same shape, normed."""
@@ -206,35 +206,35 @@ class BDH(nn.Module):
         if self.form == "blocked":
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            arranged, turns = blocked.arrange(weights, dtype, self._plan(x)), self._turns(x.shape[2])
+            arranged, table = blocks.arrange(weights, dtype, self._plan(x)), self.cached_rope(x.shape[2])
         else:
-            table = self._rope(x.shape[2])
+            rope = self._rope(x.shape[2])
         for depth in range(self.config.n_layer):
             activity = self._activity[depth] if self._activity else None
             if self.form == "blocked":
-                x = blocked.blocked_layer(x, arranged, turns, dropout, activity, self._compiled)
+                x = blocked.blocked_layer(x, arranged, table, dropout, activity, self._compiled)
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(self._layer, x, weights, table, dropout, None, self.product, use_reentrant=False)
+                x = checkpoint(self._layer, x, weights, rope, dropout, None, self.product, use_reentrant=False)
             else:
-                x = self._layer(x, weights, table, dropout, activity, self.product)
+                x = self._layer(x, weights, rope, dropout, activity, self.product)
         return x
 
     def _embedded(self, idx: Tensor) -> Tensor:
         return layer.norm(self.embed(idx).unsqueeze(1))
 
     def _layer_weights(self) -> layer.LayerWeights:
-        def seen(name: str) -> Tensor:
+        def viewed(name: str) -> Tensor:
             parameter: Tensor = getattr(self, name)
             return parameter if self.weight_view is None else self.weight_view(name, parameter)
 
-        return layer.LayerWeights(*map(seen, PROJECTIONS))
+        return layer.LayerWeights(*map(viewed, PROJECTIONS))
 
-    def _plan(self, x: Tensor) -> blocked.Plan:
-        return blocked.plan(x.shape[0], x.shape[2], x.shape[3], self.neurons, x.device)
+    def _plan(self, x: Tensor) -> blocks.Plan:
+        return self._fixed_plan or blocks.plan_blocks(x.shape[0], x.shape[2], x.shape[3], self.neurons, x.device)
 
-    def _turns(self, tokens: int) -> layer.RopeTable | None:
-        """For the blocked form, which makes what is too large to keep span by span."""
-        return self._rope(tokens) if tokens * self.neurons <= KEPT_TURNS else None
+    def cached_rope(self, tokens: int) -> layer.RopeTable | None:
+        """The table for T tokens, kept for the next call; None if it is too large, then the blocked form computes it span by span."""
+        return self._rope(tokens) if tokens * self.neurons <= MAX_CACHED_ROPE_ELEMENTS else None
 
     def _rope(self, tokens: int) -> layer.RopeTable:
         key = (tokens, self.embed.weight.device)
@@ -243,55 +243,21 @@ class BDH(nn.Module):
         return self._tables[key]
 
 
-def choose_form(wish: Literal["auto"] | Form, device: torch.device, fp8: bool = False) -> tuple[Form, str]:
-    """Which form runs, and why.   wish: `training.layer_form`.   fp8: whether projections run in FP8."""
-    if wish != "auto":
-        return wish, "as configured"
-    if fp8:
-        return "reference", "auto with FP8, whose products only this form hands over"
-    return ("blocked", "auto on cpu") if device.type == "cpu" else ("reference", f"auto on {device.type}, where blocked was never measured")
-
-
 def useful_flops(config: BDHConfig, tokens: int) -> float:
-    """Floating-point operations that a training step must do for one token of a text of T, two for each multiplication and addition.
+    """Floating-point operations that a training step must do for one token of a text of T; a multiplication and an addition are two.
 
-    Forward, per token: 6 D H N a layer for the three projections; H (T - 1) (N + D) a layer for the causal half of the scores and what
-    they fetch, or beyond T = 4 D, where a state is cheaper, H ((D - 1) (N + D) + 4 N D) for chunks of D tokens with a state; 2 D V for the
-    logits. Backward is twice that. What a form computes again is not useful.
+    Forward, per token: 6 D H N a layer for the three projections; H (T - 1) (N + D) a layer for the causal half of the scores and their
+    product with the values, or beyond T = 4 D, where the state form runs, H ((D - 1) (N + D) + 4 N D) for chunks of D tokens with a state;
+    2 D V for the logits. Backward is twice that. Recomputation does not count as useful.
     """
     width, heads = config.n_embd, config.n_head
     neurons = config.mlp_internal_dim_multiplier * width // heads
     pairs = (tokens - 1) * (neurons + width)
-    if tokens > blocked.STATE_FROM * width:
+    if tokens > blocks.STATE_FROM * width:
         pairs = (width - 1) * (neurons + width) + 4 * neurons * width
     forward = config.n_layer * heads * (6 * width * neurons + pairs) + 2 * width * config.vocab_size
     return 3.0 * forward
 
 
-def activation_bytes(config: BDHConfig, batch: int, tokens: int, itemsize: int) -> int:
-    """Memory for the activations that a backward pass without recomputation keeps, in bytes.
-
-    Counted on the reference form: eight (B, H, T, N) tensors a layer (neurons, rotated neurons, both gates, their product and masks).
-    """
-    return 8 * config.n_layer * batch * tokens * config.mlp_internal_dim_multiplier * config.n_embd * itemsize
-
-
 def _at_least_float(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float64 else t.float()
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
-    """Next token of each row.   logits: (B, V).   Returns (B, 1)."""
-    if temperature < COLDEST:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    likelihood = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, order = likelihood.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p
-        beyond[:, 0] = False
-        likelihood = likelihood.masked_fill(beyond.scatter(-1, order, beyond), 0)
-    return torch.multinomial(likelihood, 1, generator=generator)

@@ -1,81 +1,116 @@
-"""The BDH layer for training: the reference's values in blocks, without a (B, H, T, N) tensor.
+"""The BDH layer for training: values and gradients of `layer.reference_layer`, in blocks, without a (B, H, T, N) tensor.
 
-One autograd operation a layer. It works through blocks of some rows, one head and some neurons; scores and what neurons read are summed
-over the blocks, and what is kept for the backward pass grows with T * D: there neurons are lit again. Scores are computed at and below
-the diagonal only. Keys are queries, so their gradient is one product with dS + dS^T. Beyond T = 4 D attention runs by chunks that hand a
-state (N, D) on, and the cost of a token stops growing with T; the backward pass walks the chunks back and takes each one's share out of
-the state again instead of keeping states.
+One autograd operation a layer, with a backward pass derived by hand below. It visits blocks of some rows, one head and some neurons, sums
+scores and outputs over the blocks, and keeps for the backward pass vectors (T * D) and scores; activations (T * N) are recomputed there.
+Beyond T = 4 D attention runs by chunks with a state (N, D), and the cost of a token stops growing with T. Knows parameters only as tensors
+it is given; `blocks` decides the sizes, `kernels` holds the elementwise passes. Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
 
-In each block of neurons the even ones stand before the odd ones, so that a rotation works on two contiguous halves; no sum over neurons
-notices. B rows, T tokens, D n_embd, H n_head, N neurons per head, R rows of a block, M neurons of a block, S tokens of a span, C tokens of
-a chunk (S a multiple of C). Knows parameters only as tensors it is given. Source: arXiv:2509.26507, and `layer` for the definition.
+
+Notation
+--------
+B rows, T tokens, D n_embd, H n_head, N neurons per head. A block has R rows, S tokens (a span) and M neurons; a chunk has C tokens, S is a
+multiple of C. The equations below are for one row and, up to P, for one head, whose weights are
+
+    E = encoder[h] (D, N)      F = encoder_v[h] (D, N)      G = decoder[h] (N, D).
+
+A prefix d is the gradient of the loss: dX has the shape of X. `o` is the elementwise product, [A > 0] is 1 where A is positive and else 0.
+norm is LayerNorm over D without gain and bias; for y = norm(u), with r = 1 / sqrt(variance(u) + eps),
+
+    norm'(u, g) = r (g - mean(g) - y o mean(g o y))                  the gradient of u, given g = dy; means over D.
+
+
+Forward pass
+------------
+    1   A  = relu(X E)                   (T, N)   sparse activations; X (T, D) is the layer's input, normed
+    2   Q  = rope(A)                     (T, N)   row t: neurons 2i and 2i + 1 rotated by the angle t theta^(-2i/N)
+    3   S  = tril(Q Q^T, -1)             (T, T)   scores: keys are the queries; a token does not attend to itself
+    4   Y  = S X                         (T, D)   values are X, the same for all heads
+    5   Z  = norm(Y)                     (T, D)
+    6   Bv = relu(Z F)                   (T, N)   the second activations
+    7   P  = K o A o Bv                  (T, N)   the gate; K is the dropout mask, 0 or 1 / (1 - p)
+    8   O  = sum over heads of P G       (T, D)
+    9   X' = norm(X + norm(O))           (T, D)   the layer's output
+
+
+Backward pass, given dX'
+------------------------
+    9'  U = X + norm(O):  dU = norm'(U, dX'),  dX = dU,  dO = norm'(O, dU)           dO is the same for every head, as O sums over them
+    8'  dG  = P^T dO                                                       (N, D)
+        dP  = K o (dO G^T)                                                 (T, N)    already multiplied by the mask of 7
+    7'  dA  = dP o Bv                                                      (T, N)    through the gate; 2' adds to it
+        dBv = dP o A                                                       (T, N)
+    6'  dW  = dBv o [Bv > 0],  dF = Z^T dW,  dZ = dW F^T                             W = Z F are the pre-activations
+    5'  dY  = norm'(Y, dZ)                                                 (T, D)
+    4'  dS  = tril(dY X^T, -1),  dX += S^T dY                              (T, T)    only s < t ever entered the loss
+    3'  dQ  = (dS + dS^T) Q                                                (T, N)
+    2'  dA += rope^T(dQ)                                                   (T, N)    rotated back: the same angles, sines negated
+    1'  dL  = dA o [A > 0],  dE = X^T dL,  dX += dL E^T                              L = X E are the pre-activations
+
+3' in words: S_ts = <q_t, q_s> for s < t, so q_t appears as a query in row t and as a key in column t of S. Its gradient is
+sum_{s<t} dS_ts q_s + sum_{u>t} dS_ut q_u, which is row t of (dS + dS^T) Q. dS is strictly lower triangular, so the sum of the two is a
+symmetric matrix with a zero diagonal, and queries and keys cost one product (T, T) x (T, N) together instead of one each.
+
+
+Long texts: chunks and a state (T > 4 D)
+----------------------------------------
+Chunk k has rows X_k (C, D) and Q_k (C, N). All tokens before it are summed in a state H_k (N, D), with H_0 = 0:
+
+    4c   Y_k = S_kk X_k + Q_k H_k,   S_kk = tril(Q_k Q_k^T, -1)
+         H_{k+1} = H_k + Q_k^T X_k
+
+Backwards, from the last chunk to the first. Nothing reads the state after the last chunk, so its gradient there is zero, and
+
+    3''  dQ_k  = (dS_kk + dS_kk^T) Q_k + X_k dH_{k+1}^T + dY_k H_k^T          (C, N)
+         dX_k += S_kk^T dY_k + Q_k dH_{k+1}                                  (C, D)
+         dH_k  = dH_{k+1} + Q_k^T dY_k                                       (N, D)
+         H_k   = H_{k+1} - Q_k^T X_k                                         (N, D)
+
+The last line undoes the forward pass: each chunk's contribution is subtracted from the state again, so that one state is kept, the one
+that the last chunk read, instead of T / C of them. States are summed in the dtype of x (float32 in training); subtracting leaves rounding
+errors of its epsilon times the largest state.
+
+
+What is kept, what is recomputed
+--------------------------------
+Kept a layer, in elements: X and O, 2 B T D; Y, B H T D; S, B H T C (C = T up to 4 D); for long texts one state, B H N D. Dropout keeps its
+seed. X' of a layer is X of the next and counts once. Recomputed: A, Bv (two of the three projections), Q, Z, the mask and the gate.
+Working memory, reused by all blocks: R S (N + 2 M) activations forward, R S (2 N + 2 M) backward, and R S C scores.
+
+The default network (H 4, N 8192, D 256) at B 8, T 512 in float32 keeps 14.7 million elements a layer, 59 MB. The reference form keeps
+about eight (B, H, T, N) tensors: 1.07 billion elements, 4.3 GB. Recomputing there (torch.utils.checkpoint) keeps X alone, but needs those
+4.3 GB while the backward pass of the layer runs.
+
+
+FLOPs
+-----
+A multiplication and an addition are two. For one layer, row and head; elementwise work is left out. c = 128 is `kernels.CAUSAL_STEP`:
+scores are computed in steps of c tokens, each against the tokens up to its end, T (T + c) N FLOPs instead of the square's 2 T^2 N.
+
+                                       forward                          backward
+    reference                          6 T N D + 2 T^2 (N + D)          12 T N D + 4 T^2 (N + D)
+    reference, recomputed              the same                         18 T N D + 6 T^2 (N + D)
+    blocked, T <= 4 D                  6 T N D + T (T + c) N + 2 T^2 D  16 T N D + 2 T^2 N + 4 T^2 D
+    blocked by chunks, about           10 T N D + T (C + c) N + 2 T C D 26 T N D + 2 T C N + 4 T C D
+
+Backward, blocked: 4 T N D to recompute X E and Z F, 12 T N D for 8', 6' and 1' (two products each), 4 T^2 D for 4', 2 T^2 N for 3'. By
+chunks the state adds 4 T N D forward (read, added to) and 10 T N D backward (five products in 3''). Both passes together, blocked needs
+fewer FLOPs than the reference without recomputation from T = (4 D + c) / 3 on. Where N is much larger than D, chunks of C = D need fewer
+than all pairs from T = 5.7 D on, and in the forward pass alone, as for a prompt, from T = 5 D on.
+
+A block's even neurons stand before its odd ones (`kernels.halves_first`), so that 2 and 2' work on two contiguous halves; no sum over
+neurons depends on their order. tests/model/test_blocked.py checks values, gradients, masks, memory and FLOPs.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bdh_mlflow.model.layer import ACTIVITY_STRIDE, Activity, LayerWeights, RopeTable, norm, rope_table
-
-STATE_FROM = 4  # times D: from this many tokens on, a state costs less than all pairs
-BLOCK_TOKENS = {"cpu": 2**9, "cuda": 2**15}
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
-"""Tokens, and tokens times neurons, of a block: on a CPU what the cores' caches hold, on CUDA what fills the GPU."""
-DIAGONAL = 128  # tokens of the steps in which scores follow the diagonal
-
-
-class Plan(NamedTuple):
-    """How a (B, T) batch is cut.   rows, span, neurons: of a block.   chunk: tokens that attend to each other directly."""
-
-    rows: int
-    span: int
-    chunk: int
-    neurons: int
-
-    def blocks(self, batch: int, heads: int) -> Iterator[tuple[int, int, slice]]:
-        """Number, head and rows of each pass through tokens and neurons."""
-        groups = range(0, batch, self.rows)
-        for head in range(heads):
-            for group, first in enumerate(groups):
-                yield head * len(groups) + group, head, slice(first, min(first + self.rows, batch))
-
-
-def plan(batch: int, tokens: int, width: int, neurons: int, device: torch.device) -> Plan:
-    """Block sizes for T tokens in B rows of width D and N neurons a head."""
-    chunk = span = max(1, tokens)
-    if tokens > STATE_FROM * width:
-        chunk = -(-width // ACTIVITY_STRIDE) * ACTIVITY_STRIDE
-        span = STATE_FROM * chunk
-    rows = max(1, min(batch, BLOCK_TOKENS.get(device.type, BLOCK_TOKENS["cpu"]) // span))
-    block = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"]) // (rows * span) // 2 * 2
-    return Plan(rows, span, chunk, max(2, min(block, neurons)))
-
-
-class Arranged(NamedTuple):
-    """Projections as the blocks read them.
-
-    encoder, encoder_v: (H, D, N).   decoder: (H, N, D).   All with even neurons first in each block, in the parameters' dtype and with
-    their gradients.   compute: the same three in the dtype of the matmuls, detached.   cut: the blocks.
-    """
-
-    encoder: Tensor
-    encoder_v: Tensor
-    decoder: Tensor
-    compute: tuple[Tensor, Tensor, Tensor]
-    cut: Plan
-
-
-def arrange(weights: LayerWeights, dtype: torch.dtype, cut: Plan) -> Arranged:
-    """Once per forward pass: neurons in the order of the blocks, and a copy in the dtype of the matmuls."""
-    encoder, encoder_v = (_halved(w, -1, cut.neurons) for w in weights[:2])
-    decoder = _halved(weights.decoder.view(encoder.mT.shape), -2, cut.neurons)
-    return Arranged(
-        encoder, encoder_v, decoder, (encoder.detach().to(dtype), encoder_v.detach().to(dtype), decoder.detach().to(dtype)), cut
-    )
+from bdh_mlflow.model.blocks import Arranged, Span, Task
+from bdh_mlflow.model.kernels import add_causal_scores, add_product, flat, kernels, pairs_first, ranges, rope_of_neurons
+from bdh_mlflow.model.layer import ACTIVITY_STRIDE, Activity, RopeTable, norm
 
 
 def blocked_layer(
@@ -88,63 +123,28 @@ def blocked_layer(
     elementwise work by torch.compile.   Returns (B, 1, T, D), normed; differentiable once.
     """
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
-    task = _Task(x.squeeze(1), weights.compute, table, weights.cut, _kernels(compiled), dropout, seed)
+    task = Task(x.squeeze(1), weights.compute, table, weights.cut, kernels(compiled), dropout, seed)
     out: Tensor = _Blocked.apply(task.x, *weights[:3], task, activity)  # type: ignore[no-untyped-call]
     return out.unsqueeze(1)
 
 
 @torch.no_grad()
 def prefill(x: Tensor, weights: Arranged, table: RopeTable | None) -> tuple[Tensor, Tensor]:
-    """One layer over a prompt, and the state from which generation goes on.
+    """One layer over a prompt, and the state from which generation continues.
 
     x: (B, 1, T, D), normed.   Returns the layer's output, the same shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
     """
-    task = _Task(x.squeeze(1), weights.compute, table, weights.cut, _kernels(False))
-    done = _forward(task, None, keep_scores=False, hand_on=True)
+    task = Task(x.squeeze(1), weights.compute, table, weights.cut, kernels(False))
+    done = _forward(task, None, keep_scores=False, full_state=True)
     assert done.states is not None
-    return _residual(task.x, done.read).unsqueeze(1), _paired(done.states, -2, weights.cut.neurons)
-
-
-def keep_mask(shape: tuple[int, ...], dropout: float, seed: int, like: Tensor) -> Tensor:
-    """What dropout multiplies neurons by: 0 or 1 / (1 - dropout), the same for the same seed."""
-    generator = torch.Generator(like.device).manual_seed(seed % 2**63)
-    mask = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
-
-
-class _Task(NamedTuple):
-    """What a layer is to do.   x: (B, T, D)."""
-
-    x: Tensor
-    compute: tuple[Tensor, Tensor, Tensor]
-    table: RopeTable | None
-    cut: Plan
-    kernels: "_Kernels"
-    dropout: float = 0.0
-    seed: int = 0
-
-    @property
-    def last_chunk(self) -> int:
-        """Where the last chunk begins."""
-        return (self.x.shape[1] - 1) // self.cut.chunk * self.cut.chunk
-
-    def turns(self, start: int, stop: int) -> RopeTable:
-        """Of a span."""
-        if self.table is None:
-            return rope_table(start, stop, self.compute[0].shape[2], self.x.device)
-        return RopeTable(self.table.cos[start:stop], self.table.sin[start:stop])
-
-    def mask(self, block: int, start: int, first: int, like: Tensor) -> Tensor:
-        """Of the neurons from `first` on, for the tokens from `start` on."""
-        place = (block * self.x.shape[1] + start) * self.compute[0].shape[2] + first
-        return keep_mask(tuple(like.shape), self.dropout, self.seed + place, like)
+    return _residual(task.x, done.read).unsqueeze(1), pairs_first(done.states, -2, weights.cut.neurons)
 
 
 class _Pass(NamedTuple):
     """What a forward pass leaves.
 
-    read: (B, T, D), sum over heads.   attended: (B, H, T, D).   scores: (B, H, T, C) if kept.   states: (B, H, N, D), what the last chunk
-    was handed, or what it hands on; None where there is none.
+    read: (B, T, D), O.   attended: (B, H, T, D), Y.   scores: (B, H, T, C), S, if kept.   states: (B, H, N, D), the state before the last
+    chunk, or after it for `prefill`; None for a text of one chunk.
     """
 
     read: Tensor
@@ -153,238 +153,223 @@ class _Pass(NamedTuple):
     states: Tensor | None
 
 
-def _forward(task: _Task, activity: Activity | None, keep_scores: bool, hand_on: bool) -> _Pass:
-    """hand_on: make the state after the last token too."""
-    x, (to_x, to_y, to_out), _, cut, kernels = task[:5]
+def _forward(task: Task, activity: Activity | None, keep_scores: bool, full_state: bool) -> _Pass:
+    """full_state: add the last chunk to the state too."""
+    x, (to_x, _, _), _, cut, _ = task[:5]
     batch, tokens, width = x.shape
     heads, _, neurons = to_x.shape
-    dtype = to_x.dtype
-    values = x.to(dtype)
+    values = x.to(to_x.dtype)
     attended = values.new_empty(batch, heads, tokens, width)
     scores = values.new_empty(batch, heads, tokens, cut.chunk) if keep_scores else None
-    last = tokens if hand_on else task.last_chunk
-    states = x.new_empty(batch, heads, neurons, width) if last else None
+    in_state = tokens if full_state else task.last_chunk  # chunks that begin before this token are added to the state
+    states = x.new_empty(batch, heads, neurons, width) if in_state else None
     read = torch.zeros_like(x)
-    work = _Buffers(task, 2)
-    for block, head, rows in cut.blocks(batch, heads):
-        state = states[rows, head].zero_() if states is not None else None
-        for start, stop in _ranges(0, tokens, cut.span):
-            v, table = values[rows, start:stop].contiguous(), task.turns(start, stop)
-            chunks = [(slice(begin - start, end - start), begin) for begin, end in _ranges(start, stop, cut.chunk)]
-            pairs = [x.new_zeros(v.shape[0], inside.stop - inside.start, inside.stop - inside.start) for inside, _ in chunks]
-            found = torch.zeros_like(v, dtype=x.dtype)
-            for first, end in _ranges(0, neurons, cut.neurons):
-                xs, q = work.lit(v, first, end), work.of(0, v, end - first)
-                torch.matmul(v, to_x[head, :, first:end], out=xs)
-                kernels.light(xs, q, *_turns(table, first, end))
-                for (inside, begin), sums in zip(chunks, pairs, strict=True):
-                    queries = q[:, inside]
-                    _add_causal(sums, queries)
-                    if state is not None and begin:
-                        _add_product(found[:, inside], queries, state[:, first:end].to(dtype))
-                    if state is not None and begin < last:
-                        _add_product(state[:, first:end], queries.mT, v[:, inside])
-            for (inside, begin), sums in zip(chunks, pairs, strict=True):
-                causal = sums.tril_(-1).to(dtype)
-                _add_product(found[:, inside], causal, v[:, inside])
-                if scores is not None:
-                    scores[rows, head, begin : begin + causal.shape[1], : causal.shape[1]] = causal
-            attended[rows, head, start:stop] = found
-            asked = norm(attended[rows, head, start:stop]).to(dtype)
-            said = torch.zeros_like(found)
-            for first, end in _ranges(0, neurons, cut.neurons):
-                xs, ys = work.lit(v, first, end), work.of(1, v, end - first)
-                torch.matmul(asked, to_y[head, :, first:end], out=ys)
-                if activity is not None:
-                    lit = xs[:, ::ACTIVITY_STRIDE] > 0
-                    both = lit & (ys[:, ::ACTIVITY_STRIDE] > 0)
-                    for total, seen in zip(activity, (lit, both), strict=True):
-                        total[head, first:end] += _paired(seen.sum(dim=(0, 1)), -1, end - first)
-                kernels.gate(ys, xs)
-                if task.dropout:
-                    ys *= task.mask(block, start, first, ys)
-                _add_product(_flat(said), _flat(ys), to_out[head, first:end])
-            read[rows, start:stop] += said
+    buffers = task.buffers(per_head=1)
+    for block in cut.blocks(batch, heads):
+        state = states[block.rows, block.head].zero_() if states is not None else None
+        for start, stop in ranges(0, tokens, cut.span):
+            span = task.span(block, start, stop, values, buffers)
+            span.of(attended).copy_(_attend(task, span, state, in_state, None if scores is None else span.of(scores)))
+            read[block.rows, start:stop] += _read_out(task, span, span.of(attended), activity)
     return _Pass(read, attended, scores, states)
+
+
+def _attend(task: Task, span: Span, state: Tensor | None, in_state: int, kept: Tensor | None) -> Tensor:
+    """Equations 1 to 4 for a span: Y (R, S, D), in the dtype of x.
+
+    state: (R, N, D), updated in place by the chunks that begin before `in_state`.   kept: (R, S, C), takes the scores.
+    Leaves the activations A in the span's buffer 0 of the head.
+    """
+    encoder, v, buffers = task.compute[0][span.block.head], span.v, span.buffers
+    chunks = span.chunks(task.cut.chunk)
+    scores = [task.x.new_zeros(v.shape[0], inside.stop - inside.start, inside.stop - inside.start) for inside, _ in chunks]
+    attended = torch.zeros_like(v, dtype=task.x.dtype)
+    for first, end in task.neuron_blocks():
+        xs, q = buffers.of_head(0, v, first, end), buffers.of_block(0, v, end - first)
+        torch.matmul(v, encoder[:, first:end], out=xs)
+        task.kernels.activate(xs, q, *rope_of_neurons(span.rope, first, end))
+        for (inside, begin), sums in zip(chunks, scores, strict=True):
+            queries = q[:, inside]
+            add_causal_scores(sums, queries)
+            if state is not None and begin:
+                add_product(attended[:, inside], queries, state[:, first:end].to(v.dtype))
+            if state is not None and begin < in_state:
+                add_product(state[:, first:end], queries.mT, v[:, inside])
+    for (inside, _), sums in zip(chunks, scores, strict=True):
+        causal = sums.tril_(-1).to(v.dtype)
+        add_product(attended[:, inside], causal, v[:, inside])
+        if kept is not None:
+            kept[:, inside, : causal.shape[1]] = causal
+    return attended
+
+
+def _read_out(task: Task, span: Span, attended: Tensor, activity: Activity | None) -> Tensor:
+    """Equations 5 to 8 for a span: this head's part of O (R, S, D), in the dtype of x.   Reads the activations that `_attend` left."""
+    head, v, buffers = span.block.head, span.v, span.buffers
+    _, encoder_v, decoder = task.compute
+    z = norm(attended).to(v.dtype)
+    out = torch.zeros_like(v, dtype=task.x.dtype)
+    for first, end in task.neuron_blocks():
+        xs, ys = buffers.of_head(0, v, first, end), buffers.of_block(1, v, end - first)
+        torch.matmul(z, encoder_v[head, :, first:end], out=ys)
+        if activity is not None:
+            x_active = xs[:, ::ACTIVITY_STRIDE] > 0
+            xy_active = x_active & (ys[:, ::ACTIVITY_STRIDE] > 0)
+            for total, active in zip(activity, (x_active, xy_active), strict=True):
+                total[head, first:end] += pairs_first(active.sum(dim=(0, 1)), -1, end - first)
+        task.kernels.gate(ys, xs)
+        if task.dropout:
+            ys *= task.mask(span, first, ys)
+        add_product(flat(out), flat(ys), decoder[head, first:end])
+    return out
 
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, task: _Task, activity: Activity | None) -> Tensor:
-        done = _forward(task, activity, keep_scores=any(ctx.needs_input_grad), hand_on=False)
+    def forward(ctx: Any, x: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, task: Task, activity: Activity | None) -> Tensor:
+        done = _forward(task, activity, keep_scores=any(ctx.needs_input_grad), full_state=False)
         ctx.save_for_backward(*done, task.x, *task.compute)
-        ctx.rest = task[2:]  # no weights and activations: those are freed by the backward pass, this is not
+        ctx.rest = task[2:]  # without the tensors: autograd frees what it saved after the backward pass, but not what is set on ctx
         return _residual(x, done.read)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, attended, scores, states, x, to_x, to_y, to_out = ctx.saved_tensors
-        task = _Task(x, (to_x, to_y, to_out), *ctx.rest)
-        cut, kernels = task.cut, task.kernels
-        batch, tokens, _ = x.shape
-        heads, _, neurons = to_x.shape
-        dtype, last = to_x.dtype, task.last_chunk
-        values = x.to(dtype)
-        d_x, d_read = _pull_back(_residual, grad, x, read)
-        d_out = d_read.to(dtype)
-        d_to_x, d_to_y, d_to_out = (torch.zeros_like(w, dtype=x.dtype) for w in (to_x, to_y, to_out))
-        work = _Buffers(task, 2)
-        shares = _Buffers(task, 0)  # of the gradients of neurons: what comes by the gate
-        for block, head, rows in cut.blocks(batch, heads):
-            state = states[rows, head].clone() if states is not None else None
-            d_state = torch.zeros_like(state) if state is not None else None
-            for start, stop in reversed(list(_ranges(0, tokens, cut.span))):
-                v, d = (t[rows, start:stop].contiguous() for t in (values, d_out))
-                table = task.turns(start, stop)
-                found = attended[rows, head, start:stop]
-                asked = norm(found).to(dtype)
-                d_asked = torch.zeros_like(v, dtype=x.dtype)
-                for first, end in _ranges(0, neurons, cut.neurons):
-                    xs, d_xs = work.lit(v, first, end), shares.lit(v, first, end)
-                    ys, d_xy = (work.of(i, v, end - first) for i in (0, 1))
-                    torch.matmul(v, to_x[head, :, first:end], out=xs)
-                    torch.matmul(asked, to_y[head, :, first:end], out=ys)
-                    torch.matmul(d, to_out[head, first:end].mT, out=d_xy)
-                    mask = task.mask(block, start, first, ys) if task.dropout else None
-                    if mask is not None:
-                        d_xy *= mask
-                    kernels.gate_backward(xs, ys, d_xy, d_xs)  # ys becomes xy, d_xy becomes d_ys
-                    if mask is not None:
-                        ys *= mask
-                    _add_product(d_to_out[head, first:end], _flat(ys).mT, _flat(d))
-                    _add_product(d_to_y[head, :, first:end], _flat(asked).mT, _flat(d_xy))
-                    _add_product(_flat(d_asked), _flat(d_xy), to_y[head, :, first:end].mT)
-                (d_found,) = _pull_back(norm, d_asked, found)
-                d_found = d_found.to(dtype)
-                d_v = torch.zeros_like(v, dtype=x.dtype)
-                chunks = []
-                for begin, end in reversed(list(_ranges(start, stop, cut.chunk))):
-                    inside = slice(begin - start, end - start)
-                    d_here = d_found[:, inside]
-                    d_pairs = (d_here @ v[:, inside].mT).tril_(-1)
-                    chunks.append((inside, begin, d_pairs + d_pairs.mT))
-                    _add_product(d_v[:, inside], scores[rows, head, begin:end, : end - begin].mT, d_here)
-                for first, end in _ranges(0, neurons, cut.neurons):
-                    xs, d_xs = work.lit(v, first, end), shares.lit(v, first, end)
-                    q, d_q = (work.of(i, v, end - first) for i in (0, 1))
-                    turns = _turns(table, first, end)
-                    kernels.light(xs, q, *turns)
-                    for inside, begin, d_both in chunks:
-                        queries = q[:, inside]
-                        torch.matmul(d_both, queries, out=d_q[:, inside])
-                        if state is None or d_state is None:
-                            continue
-                        part, d_part = state[:, first:end], d_state[:, first:end]
-                        if begin < last:
-                            d_into = d_part.to(dtype)
-                            _add_product(d_q[:, inside], v[:, inside], d_into.mT)
-                            _add_product(d_v[:, inside], queries, d_into)
-                            _add_product(part, queries.mT, v[:, inside], -1)
-                        if begin:
-                            _add_product(d_q[:, inside], d_found[:, inside], part.to(dtype).mT)
-                            _add_product(d_part, queries.mT, d_found[:, inside])
-                    kernels.light_backward(d_q, d_xs, xs, *turns)
-                    _add_product(d_to_x[head, :, first:end], _flat(v).mT, _flat(d_xs))
-                    _add_product(_flat(d_v), _flat(d_xs), to_x[head, :, first:end].mT)
-                d_x[rows, start:stop] += d_v
-        return d_x, d_to_x, d_to_y, d_to_out, None, None
+        *saved, x, to_x, to_y, to_out = ctx.saved_tensors
+        task = Task(x, (to_x, to_y, to_out), *ctx.rest)
+        return *_backward(task, _Pass(*saved), grad), None, None
 
 
-class _Buffers:
-    """Room for neurons, used again and again: all neurons of a head for the tokens of a block, and `count` blocks."""
+class _Gradients(NamedTuple):
+    """x: (B, T, D).   encoder, encoder_v: (H, D, N).   decoder: (H, N, D).   All in the dtype of x, added to block by block."""
 
-    def __init__(self, task: _Task, count: int) -> None:
-        neurons = task.compute[0].shape[2]
-        tokens = task.cut.rows * min(task.cut.span, task.x.shape[1])
-        self._lit = task.compute[0].new_empty(tokens * neurons)
-        self._blocks = [self._lit.new_empty(tokens * task.cut.neurons) for _ in range(count)]
-
-    def lit(self, like: Tensor, first: int, end: int) -> Tensor:
-        """(R, S, M): neurons first <= n < end of a head, for the tokens of `like` (R, S, D)."""
-        tokens = like.shape[0] * like.shape[1]
-        return self._lit[tokens * first : tokens * end].view(*like.shape[:2], end - first)
-
-    def of(self, which: int, like: Tensor, neurons: int) -> Tensor:
-        """(R, S, M), for the tokens of `like`."""
-        return self._blocks[which][: like.shape[0] * like.shape[1] * neurons].view(*like.shape[:2], neurons)
+    x: Tensor
+    encoder: Tensor
+    encoder_v: Tensor
+    decoder: Tensor
 
 
-class _Kernels(NamedTuple):
-    """The elementwise passes over neurons; each works in place on (R, S, M) buffers."""
+class _Carried(NamedTuple):
+    """What the walk back through the chunks carries from one to the one before: H and dH, (R, N, D), both updated in place."""
 
-    light: Callable[..., None]
-    gate: Callable[..., None]
-    gate_backward: Callable[..., None]
-    light_backward: Callable[..., None]
+    state: Tensor
+    d_state: Tensor
 
 
-def _light(xs: Tensor, q: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """xs: pre-activations, becomes neurons.   q: becomes neurons turned by their position."""
-    xs.relu_()
-    (even, odd), (q_even, q_odd) = xs.chunk(2, -1), q.chunk(2, -1)
-    _into(q_even, even, cos, odd, sin, -1)
-    _into(q_odd, odd, cos, even, sin, 1)
+class _ChunkGradients(NamedTuple):
+    """inside: the chunk's tokens in its span.   begin: its place in the text.   d_attended: dY (R, C, D).
+
+    d_symmetric: dS + dS^T (R, C, C).
+    """
+
+    inside: slice
+    begin: int
+    d_attended: Tensor
+    d_symmetric: Tensor
 
 
-def _gate(ys: Tensor, xs: Tensor) -> None:
-    """ys: pre-activations, becomes what both have lit."""
-    ys.relu_().mul_(xs)
+def _backward(task: Task, saved: _Pass, grad: Tensor) -> _Gradients:
+    """grad: (B, T, D), of the layer's output."""
+    x, compute, _, cut, _ = task[:5]
+    batch, tokens, _ = x.shape
+    values = x.to(compute[0].dtype)
+    d_x, d_read = _pull_back(_residual, grad, x, saved.read)
+    d_out = d_read.to(values.dtype)
+    grads = _Gradients(d_x, *(torch.zeros_like(w, dtype=x.dtype) for w in compute))
+    buffers = task.buffers(per_head=2)
+    assert saved.scores is not None, "kept whenever a gradient is needed"
+    for block in cut.blocks(batch, compute[0].shape[0]):
+        carried = None
+        if saved.states is not None:
+            state = saved.states[block.rows, block.head].clone()
+            carried = _Carried(state, torch.zeros_like(state))
+        for start, stop in reversed(list(ranges(0, tokens, cut.span))):
+            span = task.span(block, start, stop, values, buffers)
+            d_attended = _read_out_backward(task, span, span.of(saved.attended), d_out[block.rows, start:stop].contiguous(), grads)
+            d_v, chunks = _scores_backward(task, span, span.of(saved.scores), d_attended)
+            _activations_backward(task, span, chunks, carried, d_v, grads)
+            d_x[block.rows, start:stop] += d_v
+    return grads
 
 
-def _gate_backward(xs: Tensor, ys: Tensor, d_xy: Tensor, d_xs: Tensor) -> None:
-    """xs: pre-activations, becomes neurons.   ys: pre-activations, becomes xy.   d_xy: becomes d_ys.   d_xs: becomes the gate's share."""
-    xs.relu_()
-    ys.relu_()
-    torch.mul(d_xy, ys, out=d_xs)
-    _where_lit_(d_xy.mul_(xs), ys)
-    ys.mul_(xs)
+def _read_out_backward(task: Task, span: Span, attended: Tensor, d_out: Tensor, grads: _Gradients) -> Tensor:
+    """Equations 8' to 5' for a span: adds dG and dF, returns dY (R, S, D) in the dtype of the matmuls.
+
+    attended: Y.   d_out: dO; both (R, S, D). Leaves the activations A in buffer 0 of the head, and dA through the gate in buffer 1.
+    """
+    head, v, buffers = span.block.head, span.v, span.buffers
+    encoder, encoder_v, decoder = task.compute
+    z = norm(attended).to(v.dtype)
+    d_z = torch.zeros_like(v, dtype=task.x.dtype)
+    for first, end in task.neuron_blocks():
+        xs, d_xs = (buffers.of_head(i, v, first, end) for i in (0, 1))
+        ys, d_xy = (buffers.of_block(i, v, end - first) for i in (0, 1))
+        torch.matmul(v, encoder[head, :, first:end], out=xs)
+        torch.matmul(z, encoder_v[head, :, first:end], out=ys)
+        torch.matmul(d_out, decoder[head, first:end].mT, out=d_xy)
+        mask = task.mask(span, first, ys) if task.dropout else None
+        if mask is not None:
+            d_xy *= mask
+        task.kernels.gate_backward(xs, ys, d_xy, d_xs)  # ys becomes A * B, d_xy the gradient of B's pre-activations
+        if mask is not None:
+            ys *= mask
+        add_product(grads.decoder[head, first:end], flat(ys).mT, flat(d_out))
+        add_product(grads.encoder_v[head, :, first:end], flat(z).mT, flat(d_xy))
+        add_product(flat(d_z), flat(d_xy), encoder_v[head, :, first:end].mT)
+    (d_attended,) = _pull_back(norm, d_z, attended)
+    return d_attended.to(v.dtype)
 
 
-def _light_backward(d_q: Tensor, d_xs: Tensor, xs: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """d_xs: the gate's share, becomes the gradient of the pre-activations."""
-    (even, odd), (d_even, d_odd) = d_q.chunk(2, -1), d_xs.chunk(2, -1)
-    _add_into(d_even, even, cos, odd, sin, 1)
-    _add_into(d_odd, odd, cos, even, sin, -1)
-    _where_lit_(d_xs, xs)
+def _scores_backward(task: Task, span: Span, scores: Tensor, d_attended: Tensor) -> tuple[Tensor, list[_ChunkGradients]]:
+    """Equation 4' for a span, its chunks last to first: dX through S^T dY (R, S, D), and what equation 3' needs.   scores: (R, S, C)."""
+    v = span.v
+    d_v = torch.zeros_like(v, dtype=task.x.dtype)
+    chunks = []
+    for inside, begin in reversed(span.chunks(task.cut.chunk)):
+        d_here = d_attended[:, inside]
+        d_scores = (d_here @ v[:, inside].mT).tril_(-1)
+        chunks.append(_ChunkGradients(inside, begin, d_here, d_scores + d_scores.mT))
+        add_product(d_v[:, inside], scores[:, inside, : inside.stop - inside.start].mT, d_here)
+    return d_v, chunks
 
 
-def _into(out: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, sign: int) -> None:
-    """out = a * b + sign * c * d, rounded once."""
-    if out.dtype == b.dtype and not torch.compiler.is_compiling():  # it would not trace an `out` with gaps
-        torch.mul(a, b, out=out).addcmul_(c, d, value=sign)
-    else:
-        out.copy_((a * b).addcmul_(c, d, value=sign))
+def _activations_backward(
+    task: Task, span: Span, chunks: list[_ChunkGradients], carried: _Carried | None, d_v: Tensor, grads: _Gradients
+) -> None:
+    """Equations 3' to 1' for a span, and 3'' for its chunks: adds to dE and to d_v (R, S, D), walks the state back."""
+    head, v, buffers, encoder = span.block.head, span.v, span.buffers, task.compute[0]
+    for first, end in task.neuron_blocks():
+        xs, d_xs = (buffers.of_head(i, v, first, end) for i in (0, 1))
+        q, d_q = (buffers.of_block(i, v, end - first) for i in (0, 1))
+        rope = rope_of_neurons(span.rope, first, end)
+        task.kernels.activate(xs, q, *rope)
+        for chunk in chunks:
+            inside = chunk.inside
+            torch.matmul(chunk.d_symmetric, q[:, inside], out=d_q[:, inside])
+            if carried is not None:
+                here = _Carried(carried.state[:, first:end], carried.d_state[:, first:end])
+                _state_backward(task, chunk, here, (q[:, inside], v[:, inside]), (d_q[:, inside], d_v[:, inside]))
+        task.kernels.activate_backward(d_q, d_xs, xs, *rope)
+        add_product(grads.encoder[head, :, first:end], flat(v).mT, flat(d_xs))
+        add_product(flat(d_v), flat(d_xs), encoder[head, :, first:end].mT)
 
 
-def _add_into(out: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, sign: int) -> None:
-    """out += a * b + sign * c * d, rounded once."""
-    if out.dtype == b.dtype:
-        out.addcmul_(a, b).addcmul_(c, d, value=sign)
-    else:
-        out.copy_((a * b).addcmul_(c, d, value=sign).add_(out))
+def _state_backward(
+    task: Task, chunk: _ChunkGradients, carried: _Carried, inputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]
+) -> None:
+    """Equations 3'' for one chunk and one block of neurons: from the state after the chunk to that before it, in place.
 
-
-def _where_lit_(grad: Tensor, neurons: Tensor) -> None:
-    """Gradients of a ReLU, in place."""
-    torch.ops.aten.threshold_backward.grad_input(grad, neurons, 0, grad_input=grad)
-
-
-@functools.cache
-def _kernels(compiled: bool) -> _Kernels:
-    wrap = functools.partial(torch.compile, dynamic=True) if compiled else lambda kernel: kernel
-    return _Kernels(*(wrap(kernel) for kernel in (_light, _gate, _gate_backward, _light_backward)))
-
-
-def _turns(table: RopeTable, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Of the neurons first <= n < end."""
-    return table.cos[:, first // 2 : end // 2], table.sin[:, first // 2 : end // 2]
-
-
-def _add_causal(sums: Tensor, queries: Tensor) -> None:
-    """Add the products of each token with those before it, and some others.   sums: (R, C, C).   queries: (R, C, M)."""
-    for start, stop in _ranges(0, queries.shape[1], DIAGONAL):
-        _add_product(sums[:, start:stop, :stop], queries[:, start:stop], queries[:, :stop].mT)
+    carried: (R, M, D) each.   inputs: Q (R, C, M) and X (R, C, D).   gradients: dQ and dX, added to.
+    """
+    (state, d_state), (q, v), (d_q, d_v) = carried, inputs, gradients
+    if chunk.begin < task.last_chunk:  # the last chunk is not in the state, and nothing reads the state after it
+        d_after = d_state.to(v.dtype)
+        add_product(d_q, v, d_after.mT)
+        add_product(d_v, q, d_after)
+        add_product(state, q.mT, v, -1)
+    if chunk.begin:  # the state before the first chunk is zero
+        add_product(d_q, chunk.d_attended, state.to(v.dtype).mT)
+        add_product(d_state, q.mT, chunk.d_attended)
 
 
 def _residual(x: Tensor, read: Tensor) -> Tensor:
@@ -392,47 +377,7 @@ def _residual(x: Tensor, read: Tensor) -> Tensor:
 
 
 def _pull_back(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the inputs of a small function."""
+    """Gradients of the inputs of a small function, by autograd."""
     with torch.enable_grad():
         leaves = [t.detach().to(grad.dtype).requires_grad_() for t in inputs]
         return torch.autograd.grad(function(*leaves), leaves, grad)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: int = 1) -> None:
-    """total += factor * left @ right; where total is wider than the factors, the sum is made in its dtype."""
-    if total.dtype == left.dtype:
-        (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, alpha=factor)
-    else:
-        total.add_(left @ right, alpha=factor)
-
-
-def _flat(t: Tensor) -> Tensor:
-    """(R, S, ...) -> (R * S, ...), the same memory."""
-    return t.view(-1, t.shape[-1])
-
-
-def _halved(t: Tensor, dim: int, block: int) -> Tensor:
-    """Even neurons before odd ones in each block.   dim: that of the neurons, counted from the end."""
-    return _swapped(t, dim, block, lambda size: (size // 2, 2))
-
-
-def _paired(t: Tensor, dim: int, block: int) -> Tensor:
-    """The order of the parameters again."""
-    return _swapped(t, dim, block, lambda size: (2, size // 2))
-
-
-def _swapped(t: Tensor, dim: int, block: int, sides: Callable[[int], tuple[int, int]]) -> Tensor:
-    """Each block of a dimension read as a matrix with these sides, and transposed; the last block may be shorter."""
-    size = t.shape[dim]
-    whole = size // block * block
-    parts = []
-    for part, one in ((t.narrow(dim, 0, whole), block), (t.narrow(dim, whole, size - whole), size - whole)):
-        if one:
-            shape = (*part.shape[:dim], part.shape[dim] // one, *sides(one), *part.shape[dim:][1:])
-            parts.append(part.reshape(shape).transpose(dim - 1, dim).flatten(dim - 2, dim))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    for begin in range(start, stop, step):
-        yield begin, min(begin + step, stop)

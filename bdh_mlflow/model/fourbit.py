@@ -1,7 +1,9 @@
-"""4-bit weights: block-wise NF4 or FP4 values by bitsandbytes, seen by the model in training and packed for a file.
+"""4-bit weights: quantization-aware training with a straight-through estimator, and packing for a file.
 
-Blocks of 64 weights share a scale, the largest absolute value among them; `double_quant` keeps the scales in 8 bits (QLoRA,
-arXiv:2305.14314). Knows parameters only by name and value.
+Values are NF4 or FP4 as bitsandbytes quantises them: blocks of 64 weights share a scale, the largest absolute value among them;
+`double_quant` keeps the scales themselves in 8 bits (QLoRA, arXiv:2305.14314). In training the forward pass uses the quantised values and
+the gradient is passed unchanged to the fp32 parameter (straight-through estimator, arXiv:1308.3432). Knows parameters only by name and
+value.
 """
 
 import functools
@@ -13,64 +15,64 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # weights sharing one scale; the default of bitsandbytes and of QLoRA
-PIECE = 2**17  # weights rounded at a time on a CPU: what its caches hold
-BINS = 4096  # between 0 and 1; narrower than half the smallest distance of two bounds between levels (fp4: 1/192)
+PIECE = 2**17  # weights rounded at a time on a CPU: half a MiB of float32, what its caches hold
+BINS = 4096  # between 0 and 1; a bin is narrower than half the smallest distance between two rounding bounds (fp4: 1/192)
 
 
 class FourBitView:
-    """Projections as a 4-bit file would hold them, with gradients straight through to the fp32 parameter.
+    """Projections with the values a 4-bit file would hold, differentiable by a straight-through estimator.
 
-    Quantised again only after the parameter has changed, so once per optimizer step. torch's version counter tells of changes such as
-    loading a checkpoint, but fused optimizers do not count theirs: whoever steps must `forget`.
+    Quantised again only after the parameter has changed, so once per optimizer step. torch's version counter notices changes such as
+    loading a checkpoint; fused optimizers do not increment it, so `invalidate` must be called after each optimizer step.
     """
 
     def __init__(self, quantization_type: str, double_quant: bool) -> None:
         self._quantization_type = quantization_type
         self._double_quant = double_quant
-        self._seen: dict[str, tuple[int, int, Tensor]] = {}
+        self._cache: dict[str, tuple[int, int, Tensor]] = {}
 
     def __len__(self) -> int:
-        """Parameters seen so far."""
-        return len(self._seen)
+        """Parameters quantised so far."""
+        return len(self._cache)
 
-    def forget(self) -> None:
-        """The parameters have changed."""
-        self._seen.clear()
+    def invalidate(self) -> None:
+        """Quantise anew at the next use: the parameters have changed."""
+        self._cache.clear()
 
     def __call__(self, name: str, parameter: Tensor) -> Tensor:
         """The quantised values of `parameter`, same shape and dtype, differentiable as if it were the parameter."""
         version, address = parameter._version, parameter.data_ptr()
-        known = self._seen.get(name)
-        if known is None or known[:2] != (version, address):
-            known = (version, address, round_to_4bit(parameter.detach(), self._quantization_type, self._double_quant))
-            self._seen[name] = known
-        quantised: Tensor = _StraightThrough.apply(parameter, known[2])  # type: ignore[no-untyped-call]
+        cached = self._cache.get(name)
+        if cached is None or cached[:2] != (version, address):
+            cached = (version, address, round_to_4bit(parameter.detach(), self._quantization_type, self._double_quant))
+            self._cache[name] = cached
+        quantised: Tensor = _StraightThrough.apply(parameter, cached[2])  # type: ignore[no-untyped-call]
         return quantised
 
 
 def round_to_4bit(weight: Tensor, quantization_type: str, double_quant: bool) -> Tensor:
     """Quantise and dequantise by bitsandbytes in blocks of 64.   weight: any shape with an even number of elements.
 
-    The weight is handed over flat: the CPU kernel of bitsandbytes 0.50.2 finds the scales of a matrix row by row and takes wrong ones
-    where a row is not a multiple of the block (relative error 0.22 instead of 0.09). On a CPU the values are found by `_rounded_by_table`,
-    the same to the bit: the library's way takes three times as long, a fifth of a quickstart step.
+    The weight is passed flat: the CPU kernel of bitsandbytes 0.50.2 computes the scales of a matrix row by row and applies wrong ones
+    where a row is not a multiple of the block (relative error 0.22 instead of 0.09). On a CPU `_rounded_by_table` computes the same values
+    to the bit in a third of the time; the library's way takes a fifth of a quickstart step.
     """
     if weight.device.type == "cpu" and weight.dtype is torch.float32 and weight.numel() % BLOCK == 0:
         return _rounded_by_table(weight.reshape(-1), quantization_type, double_quant).view(weight.shape)
     packed, state = _quantised(weight, quantization_type, double_quant)
-    rounded: Tensor = _bitsandbytes().dequantize_4bit(packed, state)
+    rounded: Tensor = bitsandbytes_functional().dequantize_4bit(packed, state)
     return rounded.reshape(weight.shape)
 
 
 def pack_4bit(weight: Tensor, quantization_type: str, double_quant: bool) -> dict[str, Tensor]:
-    """What `round_to_4bit` rounds to, packed: codes, two a byte, under "", and bitsandbytes' quantisation state by its names."""
+    """The values of `round_to_4bit`, packed: codes, two a byte, under "", and bitsandbytes' quantisation state under its own names."""
     packed, state = _quantised(weight, quantization_type, double_quant)
     return {"": packed, **state.as_dict(packed=True)}
 
 
 def unpack_4bit(parts: dict[str, Tensor]) -> Tensor:
-    """The values of `pack_4bit`'s weight, flat, to the bit those of `round_to_4bit`."""
-    functional = _bitsandbytes()
+    """The weight that `pack_4bit` packed, flat; equal to `round_to_4bit` of it to the bit."""
+    functional = bitsandbytes_functional()
     packed = parts[""]
     state = functional.QuantState.from_dict({k: v for k, v in parts.items() if k}, device=packed.device)
     weight: Tensor = functional.dequantize_4bit(packed, state)
@@ -78,15 +80,17 @@ def unpack_4bit(parts: dict[str, Tensor]) -> Tensor:
 
 
 def _quantised(weight: Tensor, quantization_type: str, double_quant: bool) -> tuple[Tensor, Any]:
-    packed, state = _bitsandbytes().quantize_4bit(
+    packed, state = bitsandbytes_functional().quantize_4bit(
         weight.reshape(-1), blocksize=BLOCK, quant_type=quantization_type, compress_statistics=double_quant
     )
     return packed, state
 
 
 class _Table(NamedTuple):
-    """How to find the nearest level of a value by its bin.   bound: (2 * BINS + 1,), between two levels, the one nearest to the bin.
-    levels: (2 * (2 * BINS + 1),), for each bin the level below and the level above that bound.
+    """Lookup of the nearest of the 16 levels of a value in [-1, 1], by the value's bin.
+
+    bound: (2 * BINS + 1,), for each bin the nearest midpoint between two levels.   levels: (2 * (2 * BINS + 1),), for each bin the level
+    below and the level above that midpoint.
     """
 
     bound: Tensor
@@ -95,7 +99,7 @@ class _Table(NamedTuple):
 
 @functools.cache
 def _table(quantization_type: str) -> _Table:
-    levels = _bitsandbytes().get_4bit_type(quantization_type, device="cpu").sort().values
+    levels = bitsandbytes_functional().get_4bit_type(quantization_type, device="cpu").sort().values
     bounds = (levels[1:] + levels[:-1]) / 2
     centres = torch.arange(-BINS, BINS + 1) / BINS
     nearest = (centres[:, None] - bounds).abs().argmin(dim=1)
@@ -103,8 +107,8 @@ def _table(quantization_type: str) -> _Table:
 
 
 def _rounded_by_table(flat: Tensor, quantization_type: str, double_quant: bool) -> Tensor:
-    """What bitsandbytes' quantise and dequantise make of whole blocks.   flat: (n,), n a multiple of BLOCK."""
-    functional, table = _bitsandbytes(), _table(quantization_type)
+    """Equal to bitsandbytes' quantise and dequantise, for full blocks.   flat: (n,), n a multiple of BLOCK."""
+    functional, table = bitsandbytes_functional(), _table(quantization_type)
     blocks = flat.view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)
     scales = largest
@@ -125,6 +129,8 @@ def _rounded_by_table(flat: Tensor, quantization_type: str, double_quant: bool) 
 
 
 class _StraightThrough(torch.autograd.Function):
+    """Forward: the rounded values. Backward: the identity."""
+
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, rounded: Tensor) -> Tensor:
         return rounded.view_as(rounded)
@@ -135,8 +141,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @functools.cache
-def _bitsandbytes() -> Any:
-    """bitsandbytes.functional, without its note about a kernel for inference that is not used here."""
+def bitsandbytes_functional() -> Any:
+    """The module bitsandbytes.functional, imported without its warning about an inference kernel that is not used here."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,14 +1,13 @@
-"""FP8 for the three projections by delayed scaling: carried out by Transformer Engine on CUDA, or emulated in torch anywhere.
+"""FP8 for the three projections by delayed scaling: computed by Transformer Engine on CUDA, or emulated in torch on any device.
 
-Delayed scaling (arXiv:2209.05433; Transformer Engine's DelayedScaling recipe): every operand has a scale of its own, computed from the
-largest absolute values of the steps before, so that quantising needs no look at the tensor itself. One training forward pass is a region:
-what it and its backward pass see is written into the newest row of the history, and the scales follow before the next region. BDH applies
-one set of weights in every layer, so a projection is entered several times in a region, and a row holds the largest of all entries.
-Evaluation uses the scales and leaves no trace in them.
+Delayed scaling (arXiv:2209.05433; Transformer Engine's DelayedScaling recipe): every operand has its own scale, computed from its largest
+absolute values (amax) in the steps before, so that quantising does not have to scan the tensor first. One training forward pass is a
+region: amaxes of it and its backward pass are written into the newest row of the history, and the scales are updated before the next
+region. BDH applies one set of weights in every layer, so a projection is used several times in a region, and a row holds the largest amax
+of all uses. Evaluation uses the scales and does not change them.
 
-Every projection is seen as G products (M, K) @ (K, O), each with scales of its own: `encoder` and `decoder` as one, `encoder_v` as one a
-head. Parameters stay where they are and as they are: nothing here enters the model's state dict. Knows neither model nor configuration
-file.
+A projection is computed as G products (M, K) @ (K, O), each with its own scales: `encoder` and `decoder` as one, `encoder_v` as one per
+head. Parameters are not replaced or moved, and nothing here enters the model's state dict. Knows neither model nor configuration file.
 """
 
 import contextlib
@@ -24,21 +23,21 @@ from bdh_mlflow.config import Fp8Config
 
 ROLES = ("input", "weight", "gradient")
 COLUMNS = {"scaling_fwd": ("input", "weight", "output"), "scaling_bwd": ("gradient", "input gradient")}
-"""Operands of one product in Transformer Engine's own tensors; of those, ROLES are in use."""
-CAPABILITY = (8, 9)  # Ada; the oldest that Transformer Engine runs FP8 on
-ALIGNMENT = 16  # elements; what FP8 matrix products on CUDA need of every side
+"""Order of a product's operands in Transformer Engine's own tensors; of those, ROLES are used."""
+CAPABILITY = (8, 9)  # Ada: the lowest on which Transformer Engine runs FP8 (its is_fp8_available)
+ALIGNMENT = 16  # elements; FP8 matrix products of cuBLASLt need every side to be a multiple
 GROUPED = "encoder_v"
 MISSING = (ImportError, OSError, RuntimeError, AssertionError)
-"""What an import of Transformer Engine raises where a part of it is missing: the meta package alone raises RuntimeError, a missing CUDA
-library OSError."""
+"""Errors of importing Transformer Engine where a part of it is missing: the meta package alone raises RuntimeError, a missing CUDA library
+OSError."""
 INSTALL = "pip install --no-build-isolation 'bdh-mlflow[fp8]'"
 
 
 class Fp8(Protocol):
-    """Who carries out FP8 products."""
+    """An implementation of FP8 products."""
 
     def region(self) -> contextlib.AbstractContextManager[None]:
-        """Around a forward pass."""
+        """Wraps a forward pass."""
         ...
 
     def product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -46,17 +45,21 @@ class Fp8(Protocol):
         ...
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Scales and histories: all that the next step depends on."""
+        """Scales and amax histories: everything the next step depends on."""
         ...
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `state`."""
 
+    def savepoint(self) -> Callable[[], None]:
+        """Between updates: the function returned brings back the state of now, whatever regions came after."""
+        ...
+
 
 class Emulated:
     """The recipe in torch: operands rounded to float8 values, products summed in float32.
 
-    Slow, and the same on any device. What differs from the hardware is the order of sums, and nothing is faster or smaller for it.
+    The same on any device. It differs from the hardware only in the order of sums; it is slower than float32 and saves no memory.
     """
 
     def __init__(self, recipe: Fp8Config) -> None:
@@ -70,13 +73,13 @@ class Emulated:
         self._recording = False
 
     def __str__(self) -> str:
-        return f"FP8 ({_words(self._recipe)}, emulated)"
+        return f"FP8 ({_description(self._recipe)}, emulated)"
 
     @contextlib.contextmanager
     def region(self) -> Iterator[None]:
-        """Around a forward pass; where gradients are wanted, it is one of training, and the scales follow what the last one saw."""
+        """Wraps a forward pass; scales are first updated from the last training pass. With gradients enabled, amaxes are recorded."""
         for operand in self._operands.values():
-            operand.settle(self._recipe)
+            operand.update_scale(self._recipe)
         self._recording = torch.is_grad_enabled()
         yield
 
@@ -91,7 +94,7 @@ class Emulated:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """By operand: scale (G,) and history (amax_history_len, G), newest first."""
         for operand in self._operands.values():
-            operand.settle(self._recipe)
+            operand.update_scale(self._recipe)
         return {name: {"scale": o.scale, "history": o.history} for name, o in self._operands.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -101,6 +104,20 @@ class Emulated:
             name: _Operand(own["scale"].clone(), _of_length(own["history"], length), self._formats[name.rpartition(".")[2]])
             for name, own in state.items()
         }
+
+    def savepoint(self) -> Callable[[], None]:
+        """Copies nothing: regions write in place into the newest row only, zero between updates; `update_scale` makes new tensors."""
+        for operand in self._operands.values():
+            operand.update_scale(self._recipe)
+        before = [(name, operand, operand.scale, operand.history) for name, operand in self._operands.items()]
+
+        def restore() -> None:
+            self._operands = {name: operand for name, operand, _, _ in before}
+            for _, operand, scale, history in before:
+                history[0] = 0
+                operand.scale, operand.history, operand.pending = scale, history, False
+
+        return restore
 
     def _operand(self, name: str, role: str, like: Tensor) -> "_Operand":
         found = self._operands.get(name)
@@ -115,22 +132,22 @@ class Emulated:
 
 @dataclasses.dataclass
 class _Operand:
-    """scale: (G,).   history: (amax_history_len, G), newest first.   seen: whether the newest row waits to be taken into the scale."""
+    """scale: (G,).   history: amaxes, (amax_history_len, G), newest first.   pending: the newest row is not in the scale yet."""
 
     scale: Tensor
     history: Tensor
     format: torch.dtype
-    seen: bool = False
+    pending: bool = False
 
     def record(self, t: Tensor) -> None:
-        """Largest absolute values of t (G, ..., ...) into the newest row; what is not finite tells nothing of a scale."""
+        """Take the amaxes of t (G, ..., ...) into the newest row; non-finite ones are ignored."""
         largest = t.detach().abs().amax(dim=(1, 2)).float()
         torch.maximum(self.history[0], largest.where(largest.isfinite(), 0), out=self.history[0])
-        self.seen = True
+        self.pending = True
 
-    def settle(self, recipe: Fp8Config) -> None:
-        """Take the newest row into the scale and open the next one; Transformer Engine's update of amax and scale (common/recipe)."""
-        if not self.seen:
+    def update_scale(self, recipe: Fp8Config) -> None:
+        """Compute the scale from the history and start a new row, if amaxes are pending. As Transformer Engine does (common/recipe)."""
+        if not self.pending:
             return
         amax = self.history[0] if recipe.amax_compute_algo == "most_recent" else self.history.amax(dim=0)
         largest = torch.finfo(self.format).max
@@ -138,10 +155,10 @@ class _Operand:
         self.scale = torch.where(fresh.isinf(), torch.finfo(torch.float32).max, fresh)
         self.history = self.history.roll(1, dims=0)
         self.history[0] = 0
-        self.seen = False
+        self.pending = False
 
     def rounded(self, t: Tensor, record: bool) -> Tensor:
-        """t (G, ..., ...) times its scale, as float8; what is too large saturates, as in the hardware's casts."""
+        """t (G, ..., ...) times its scale, as float8; too large values saturate, as in the hardware's casts."""
         if record:
             self.record(t)
         limit = torch.finfo(self.format).max
@@ -149,20 +166,20 @@ class _Operand:
 
 
 class _Rounded(torch.autograd.Function):
-    """(G, M, K) @ (G, K, O) of rounded operands."""
+    """(G, M, K) @ (G, K, O) of rounded operands; its gradients are products of rounded operands too."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, operands: tuple[_Operand, _Operand, _Operand], record: bool) -> Tensor:
         (of_left, of_right, of_grad) = operands
         left8, right8 = of_left.rounded(left, record), of_right.rounded(right, record)
         ctx.save_for_backward(left8, right8, of_left.scale, of_right.scale)
-        ctx.rest = of_grad, record, left.dtype, right.dtype
+        ctx.operands = of_grad, record, left.dtype, right.dtype
         return _product(left8, right8, of_left.scale, of_right.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left8, right8, left_scale, right_scale = ctx.saved_tensors
-        of_grad, record, left_dtype, right_dtype = ctx.rest
+        of_grad, record, left_dtype, right_dtype = ctx.operands
         grad8 = of_grad.rounded(grad, record)
         d_left = _product(grad8, right8.mT, of_grad.scale, right_scale)
         d_right = _product(left8.mT, grad8, left_scale, of_grad.scale)
@@ -200,19 +217,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _words(recipe: Fp8Config) -> str:
+def _description(recipe: Fp8Config) -> str:
     return f"{recipe.format}, delayed scaling by amax {recipe.amax_compute_algo} of {recipe.amax_history_len}"
 
 
 class Engine:
-    """The recipe by Transformer Engine.   Raises one of MISSING where it cannot be imported; see `unavailable`.
+    """The recipe by Transformer Engine.   Raises one of MISSING where it cannot be imported; see `why_unavailable`.
 
-    Its modules are lent the model's own parameters for each product, transposed as they want them, so gradients arrive where they belong.
-    Amaxes are not reduced over processes: the library forbids that where a module is entered twice in a region.
+    For each product the library's module is called with the model's own parameter, transposed, in place of its weight
+    (`torch.func.functional_call`), so gradients reach the parameter. Amaxes are not reduced over processes: the library forbids that for a
+    module used twice in a region.
     """
 
     def __init__(self, recipe: Fp8Config) -> None:
-        self._words = _words(recipe)
+        self._description = _description(recipe)
         self._te = importlib.import_module("transformer_engine.pytorch")
         recipes = importlib.import_module("transformer_engine.common.recipe")
         self._recipe = recipes.DelayedScaling(
@@ -225,11 +243,11 @@ class Engine:
         self._saved: dict[str, dict[str, Tensor]] = {}
 
     def __str__(self) -> str:
-        return f"FP8 ({self._words}, Transformer Engine)"
+        return f"FP8 ({self._description}, Transformer Engine)"
 
     @contextlib.contextmanager
     def region(self) -> Iterator[None]:
-        """The library's autocast: at its end, in training, scales follow what was seen. What evaluation has seen is forgotten."""
+        """The library's autocast; at its end, in training, it updates the scales. Amaxes of an evaluation are discarded."""
         with self._te.autocast(enabled=True, recipe=self._recipe):
             yield
         if not torch.is_grad_enabled():
@@ -238,20 +256,20 @@ class Engine:
                     module.fp8_meta["scaling_fwd"].amax_history[0].zero_()
 
     def product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        """x @ weight by a Linear, or by a GroupedLinear where each head has weights of its own."""
+        """x @ weight by a Linear, or by a GroupedLinear where each head has its own weights."""
         shaped = shape(name, x, weight)
         groups, rows, inner = shaped.left.shape
         module = self._module(name, groups, inner, shaped.right.shape[2])
         left = shaped.left.reshape(groups * rows, inner)
         if name == GROUPED:
-            lent = {f"weight{group}": shaped.right[group].mT.contiguous() for group in range(groups)}
-            out = torch.func.functional_call(module, lent, (left, torch.full((groups,), rows)))
+            weights = {f"weight{group}": shaped.right[group].mT.contiguous() for group in range(groups)}
+            out = torch.func.functional_call(module, weights, (left, torch.full((groups,), rows)))
         else:
             out = torch.func.functional_call(module, {"weight": shaped.right[0].mT.contiguous()}, (left,))
         return shaped.restore(out.view(groups, rows, -1))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """As `Emulated` gives it, so that either goes on where the other was. The library's own extra state is a pickle: none of ours."""
+        """As that of `Emulated`, so that either continues from the other. Plain tensors; the library's own extra state is a pickle."""
         state = dict(self._saved)
         for name, module in self._modules.items():
             tensors = module.get_fp8_meta_tensors() or {}
@@ -264,28 +282,33 @@ class Engine:
         return state
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Continue from `state`; a module takes its part when it is made."""
+        """Continue from `state`; a module takes its part when it is created."""
         self._saved = {name: {key: t.clone() for key, t in own.items()} for name, own in state.items()}
         self._modules.clear()
+
+    def savepoint(self) -> Callable[[], None]:
+        """By copy: the library updates its tensors in place."""
+        state = self.state_dict()
+        return lambda: self.load_state_dict(state)
 
     def _module(self, name: str, groups: int, inner: int, outer: int) -> Any:
         if name not in self._modules:
             options = {"bias": False, "params_dtype": torch.float32}
             grouped = name == GROUPED
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-            with torch.random.fork_rng(devices):  # it draws weights that nobody uses; the training's randomness goes on as if it had not
-                made = self._te.GroupedLinear(groups, inner, outer, **options) if grouped else self._te.Linear(inner, outer, **options)
+            with torch.random.fork_rng(devices):  # its constructor draws weights that are not used; training must not see the draws
+                module = self._te.GroupedLinear(groups, inner, outer, **options) if grouped else self._te.Linear(inner, outer, **options)
             own = {role: self._saved.pop(f"{name}.{role}") for role in ROLES if f"{name}.{role}" in self._saved}
             if len(own) == len(ROLES):
-                made.fp8_meta["num_gemms"] = groups
-                made.fp8_meta["recipe"] = self._recipe
-                made.init_fp8_meta_tensors(self._recipe)
-                made.reset_fp8_meta_tensors({key: self._tensors(key, own, groups) for key in COLUMNS})
-            self._modules[name] = made
+                module.fp8_meta["num_gemms"] = groups
+                module.fp8_meta["recipe"] = self._recipe
+                module.init_fp8_meta_tensors(self._recipe)
+                module.reset_fp8_meta_tensors({key: self._tensors(key, own, groups) for key in COLUMNS})
+            self._modules[name] = module
         return self._modules[name]
 
     def _tensors(self, key: str, own: dict[str, dict[str, Tensor]], groups: int) -> list[Tensor]:
-        """Scale and history in the library's order: columns of one product beside each other, after row 0 the oldest first."""
+        """Scale and history in the library's order: a product's columns side by side; rows after row 0 from oldest to newest."""
         columns, length = COLUMNS[key], self._recipe.amax_history_len
         scale, history = torch.ones(groups, len(columns)), torch.zeros(length, groups, len(columns))
         for place, role in enumerate(columns):
@@ -296,8 +319,8 @@ class Engine:
         return [scale.flatten(), history.flatten(1)]
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why Transformer Engine cannot carry FP8 out on this device, as the rest of a sentence; None if it can."""
+def why_unavailable(device: torch.device) -> str | None:
+    """The reason why Transformer Engine cannot run FP8 on this device, completing "use_fp8 ..."; None if it can."""
     needed = "needs CUDA capability 8.9 or newer"
     if device.type != "cuda":
         return f"{needed}; this machine has no CUDA device"
@@ -313,7 +336,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _of_length(history: Tensor, length: int) -> Tensor:
-    """The newest rows, which are the first, or zeros after them: a fork may remember longer or shorter."""
+    """The newest `length` rows (the first ones), padded with zeros: a fork may have another amax_history_len."""
     rows = history.new_zeros(length, history.shape[1])
     kept = min(length, len(history))
     rows[:kept] = history[:kept]

@@ -1,9 +1,10 @@
-"""The BDH layer: one definition, and the forms it is computed in.
+"""The BDH layer: its definition, for all tokens at once, and its recurrent form, for one token and a state.
 
-The layer is shared by all depths. A token's D-wide vector lights a sparse set of N neurons in each of H heads (`encoder`, ReLU); what
-earlier tokens with the same neurons lit had to say is summed up (linear attention, keys = queries); the answer lights neurons again
-(`encoder_v`, ReLU); the neurons lit by both are read back to D (`decoder`). `reference_layer` computes that as written, for all tokens
-at once; `recurrent_layer` for one token with a state that stands for all tokens before it.
+The same layer, with the same weights, is applied at every depth. A token's vector (D) activates a sparse set of N neurons in each of H
+heads (`encoder`, ReLU). Linear attention with keys = queries, both the rotated activations, sums the vectors of earlier tokens. Its
+result, normed, activates neurons again (`encoder_v`, ReLU); the product of the two activations, a gate, is projected back to D
+(`decoder`) and added to the residual. `reference_layer` computes this as written; `recurrent_layer` keeps the sum over earlier tokens in a
+state (N, D) per head. `blocked` computes the same values for training with less memory.
 
 B rows, T tokens, D n_embd, H n_head, N neurons per head. Knows parameters only as tensors it is given.
 Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
-ACTIVITY_STRIDE = 64
-FEW = 0.25  # share of active neurons; going to each or through all costs the same at a third to a half on the CPU measured
+ACTIVITY_STRIDE = 64  # tokens; active neurons are counted at every 64th, well under 1 % of a forward pass
+SPARSE_BELOW_SHARE = 0.25  # of active neurons, for indexed reads; on the CPU measured they cost as much as dense ones at 0.33 to 0.5
 
 # MKL chooses its kernel for a function in the function's first call. Where two threads make that call at once, one may get a kernel of 11
 # bits, and the angles of half a table would be wrong for a whole training (pytorch/pytorch#188792). One element is one thread's work.
@@ -28,7 +29,7 @@ for _function in (torch.cos, torch.sin):
 
 
 class LayerWeights(NamedTuple):
-    """The three projections, as the layer is to see them (after any quantisation).
+    """The three projections as the layer uses them, after any quantisation.
 
     encoder: (H, D, N).   encoder_v: (H, D, N).   decoder: (H * N, D).
     """
@@ -39,13 +40,13 @@ class LayerWeights(NamedTuple):
 
 
 Product = Callable[[str, Tensor, Tensor], Tensor]
-"""x @ weight for a projection, named as in LayerWeights; who computes in another number format takes its place."""
+"""(name, x, weight) -> x @ weight for a projection, named as in LayerWeights. Other number formats replace `plain_product`."""
 
 
 class Activity(NamedTuple):
-    """How often each neuron was active in a layer: x of itself, xy after its gate.   Both (H, N), counts of tokens, fp32.
+    """How often each neuron was active in a layer.   x: the first activations; xy: after the gate.   Both (H, N), tokens counted, fp32.
 
-    Every `ACTIVITY_STRIDE`-th token is looked at, which keeps the cost well under 1 % of a forward pass.
+    Every `ACTIVITY_STRIDE`-th token of a text is counted.
     """
 
     x: Tensor
@@ -62,26 +63,26 @@ class RopeTable(NamedTuple):
 def rope_table(start: int, stop: int, neurons: int, device: torch.device) -> RopeTable:
     """Rotations for positions start <= t < stop of `neurons` neurons a head (even).
 
-    Neurons 2i and 2i + 1 turn together by t * theta^(-2i / N) radians. The published code counts in turns and takes them modulo 1 in
-    fp32 before cos and sin; the same is done here, so the values agree to the bit.
+    Neurons 2i and 2i + 1 are rotated together by t * theta^(-2i / N) radians. The published code computes the angle in full turns (cycles)
+    and takes it modulo 1 in fp32 before cos and sin; the same is done here, so the values agree to the bit.
     """
     return rope_at(torch.arange(start, stop, device=device), neurons)
 
 
 def rope_at(positions: Tensor, neurons: int) -> RopeTable:
-    """Rotations for any positions.   positions: (P,), whole numbers.   Returns a table of P rows; see `rope_table`."""
+    """Rotations for any positions.   positions: (P,), integers.   Returns a table of P rows; see `rope_table`."""
     pair = torch.arange(0, neurons, 2, dtype=torch.float32, device=positions.device)
-    turns_per_token = 1.0 / (ROPE_THETA ** (pair / neurons)) / (2 * math.pi)
-    turns = positions.float().unsqueeze(1) * turns_per_token
-    angle = (turns % 1) * (2 * math.pi)
+    cycles_per_token = 1.0 / (ROPE_THETA ** (pair / neurons)) / (2 * math.pi)
+    cycles = positions.float().unsqueeze(1) * cycles_per_token
+    angle = (cycles % 1) * (2 * math.pi)
     return RopeTable(torch.cos(angle), torch.sin(angle))
 
 
 def rotate(x: Tensor, table: RopeTable) -> Tensor:
-    """Turn neuron pairs by their position.   x: (..., T, N).   Returns the same shape and dtype; computed in fp32."""
+    """Rotate neuron pairs by position (RoPE).   x: (..., T, N).   Returns the same shape and dtype; computed in fp32."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def attend(q: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
-    """In the number format of the tensors, or of autocast."""
+    """x @ weight, in the dtype of the tensors or of autocast."""
     return x @ weight
 
 
@@ -113,10 +114,10 @@ def reference_layer(
     activity: Activity | None = None,
     product: Product = plain_product,
 ) -> Tensor:
-    """One layer as the equations are written; the definition every other form is tested against.
+    """One layer, equation by equation: the definition every other form is tested against.
 
     x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   activity: added to, if given.
-    product: carries out the projections.   Returns (B, 1, T, D), normed.   Holds several (B, H, T, N) tensors at a time.
+    product: multiplies by the projections.   Returns (B, 1, T, D), normed.   Holds several (B, H, T, N) tensors at a time.
     """
     xs = F.relu(product("encoder", x, weights.encoder))
     attended = attend(rotate(xs, table), x)
@@ -131,13 +132,13 @@ def reference_layer(
 
 
 def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor) -> Tensor:
-    """One layer for one more token of each row, in time independent of how many came before.
+    """One layer for one more token of each row, at a cost that does not depend on how many came before.
 
     x: (B, D), normed.   weights: `encoder_v` and `decoder` with a row for each neuron, (H, N, D).   table: (B, N / 2), a position a row.
     state: (B, H, N, D), sum over earlier tokens of q[s] v[s]^T; updated in place.   Returns (B, D), normed.
 
-    On a CPU rows of neurons that are not active are not read, in the state as in the weights that follow, and not written where they are
-    many.
+    On a CPU the rows of inactive neurons are skipped: never read from the state or `decoder`; neither written to the state nor read from
+    `encoder_v` while fewer than SPARSE_BELOW_SHARE of the neurons are active.
     """
     batch, heads = x.shape[0], weights.encoder.shape[0]
     xs = F.relu(torch.matmul(x, weights.encoder)).transpose(0, 1)
@@ -146,30 +147,30 @@ def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: T
     for row in range(batch):
         for head in range(heads):
             keys, memory, value = q[row, head], state[row, head], x[row].to(state.dtype)
-            turned = _active(keys)
-            asked = norm(_combined(keys, memory, turned)).to(x.dtype)
-            if turned is not None and len(turned) < FEW * len(keys):
-                memory.index_add_(0, turned, torch.outer(keys[turned], value))
+            active = _active(keys)
+            attended = norm(_combined(keys, memory, active)).to(x.dtype)
+            if active is not None and len(active) < SPARSE_BELOW_SHARE * len(keys):
+                memory.index_add_(0, active, torch.outer(keys[active], value))
             else:
                 memory.addr_(keys, value)
             neurons = xs[row, head]
-            if not neurons.is_cuda and int(neurons.count_nonzero()) < FEW * len(neurons):
-                lit = neurons.nonzero().squeeze(1)
+            if not neurons.is_cuda and int(neurons.count_nonzero()) < SPARSE_BELOW_SHARE * len(neurons):
+                active = neurons.nonzero().squeeze(1)
                 gated = torch.zeros_like(neurons)
-                gated[lit] = F.relu(weights.encoder_v[head].index_select(0, lit) @ asked) * neurons[lit]
+                gated[active] = F.relu(weights.encoder_v[head].index_select(0, active) @ attended) * neurons[active]
             else:
-                gated = F.relu(weights.encoder_v[head] @ asked) * neurons
+                gated = F.relu(weights.encoder_v[head] @ attended) * neurons
             read[row] += _combined(gated, weights.decoder[head], _active(gated))
     return norm(x + norm(read))
 
 
 def _active(neurons: Tensor) -> Tensor | None:
-    """Which are not zero.   neurons: (N,).   None on CUDA, where asking would mean to wait for the device."""
+    """Indices of those that are not zero.   neurons: (N,).   None on CUDA, where finding them means waiting for the device."""
     return None if neurons.is_cuda else neurons.nonzero().squeeze(1)
 
 
 def _combined(factors: Tensor, rows: Tensor, which: Tensor | None) -> Tensor:
-    """factors @ rows, reading those rows only whose factor is not zero, in two halves for two cores.   factors: (N,).   rows: (N, D)."""
+    """factors @ rows, reading only the rows `which`, in two halves for two cores.   factors: (N,), zero elsewhere.   rows: (N, D)."""
     if which is None:
         return factors @ rows
     halves = torch.tensor([0, len(which) // 2])

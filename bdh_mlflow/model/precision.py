@@ -1,24 +1,25 @@
-"""Number formats: what was asked for either runs, and is said in a sentence, or is refused with the reason.
+"""Number formats: a configured format either runs, and a sentence describes what runs, or is refused with the reason.
 
-Master weights, gradients sums, LayerNorm and loss stay fp32 whatever is chosen. `problems` answers before anything is built, `Precision`
-carries the choice out: an autocast context, a loss scaler, a view through which the model sees its projections, and FP8 products. Knows
-the model only as something with a `weight_view` and a `product`.
+Master weights, gradient sums, LayerNorm and loss stay fp32 whatever is configured. `problems` checks before anything is built, `Precision`
+provides the autocast context, the loss scaler, the quantised view of the projections and the FP8 products. Knows the model only as
+something with a `weight_view` and a `product`.
 """
 
 import functools
 import importlib.util
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from bdh_mlflow import host
-from bdh_mlflow.config import Config, LowPrecisionConfig, Problem
+from bdh_mlflow.config import Config, LowPrecisionConfig, Machine, Problem
 from bdh_mlflow.model import (
     fourbit,
     fp8,
@@ -33,18 +34,27 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def machine(device: torch.device) -> Machine:
+    """What `resolve` needs to know of this machine."""
+    if device.type != "cuda":
+        return Machine(device.type, psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of an earlier training in this process
+    return Machine(device.type, free + cached)
+
+
 def problems(config: Config) -> Iterable[Problem]:
-    """What the configuration asks of number formats and compilation that this machine or version cannot do."""
-    wish, device = config.low_precision, pick_device()
-    if wish.use_fp8:
+    """Configured number formats and compilation that this machine or these versions cannot do."""
+    settings, device = config.low_precision, pick_device()
+    if settings.use_fp8:
         yield from _fp8_problems(config, device)
-    if wish.use_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if settings.use_4bit and importlib.util.find_spec("bitsandbytes") is None:
         yield Problem("low_precision.use_4bit", "true needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if wish.compute_dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if settings.compute_dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Problem(
             "low_precision.compute_dtype", f"bfloat16 needs CUDA capability 8.0 or newer; {_described(device)}. float16 works here."
         )
-    if wish.compute_dtype == "float16" and (reason := _no_float16(device)):
+    if settings.compute_dtype == "float16" and (reason := why_float16_unavailable(device)):
         yield Problem("low_precision.compute_dtype", f"float16 matmuls do not run here: {reason}. bfloat16 or float32 may.")
     if config.training.compile is True and not config.training.debug and device.type == "cpu" and host.compiler() is None:
         yield Problem("training.compile", "true needs a C++ compiler; none was found (g++, clang++, $CXX). Install one, or set it to auto.")
@@ -52,22 +62,22 @@ def problems(config: Config) -> Iterable[Problem]:
 
 @dataclass(frozen=True)
 class Precision:
-    """The formats that run.   fp8: who carries out FP8 products; None where none was asked for."""
+    """The formats that run.   fp8: computes the FP8 products; None without FP8."""
 
     device: torch.device
-    wish: LowPrecisionConfig
+    settings: LowPrecisionConfig
     fp8: Fp8 | None = None
 
     @classmethod
-    def asked(cls, config: Config, device: torch.device) -> "Precision":
-        """What a configuration without `problems` asks for."""
+    def from_config(cls, config: Config, device: torch.device) -> "Precision":
+        """The formats of a configuration without `problems`."""
         if not config.low_precision.use_fp8:
             return cls(device, config.low_precision)
         return cls(device, config.low_precision, fp8.Emulated(config.fp8) if config.fp8.emulate else fp8.Engine(config.fp8))
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Matmuls inside run in compute_dtype, projections in FP8 if asked for."""
+        """Matmuls inside run in compute_dtype, projections in FP8 where configured."""
         dtype = self.dtype
         with (
             torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32),
@@ -78,7 +88,7 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """Format of the matmuls."""
-        dtype = getattr(torch, self.wish.compute_dtype)
+        dtype = getattr(torch, self.settings.compute_dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
@@ -87,33 +97,37 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def prepare(self, model: nn.Module, projections: Sequence[str], optimizer: torch.optim.Optimizer | None = None) -> str:
-        """Let the model see its projections in the format asked for; returns in a sentence what truly runs.
+        """Make the model use its projections in the configured format; returns a sentence about what runs, counted.
 
-        optimizer: whose steps change the parameters, when the model is to be trained.
+        optimizer: the one that changes the parameters, where the model is to be trained.
         """
         matmuls = "float32 matmuls"
         if self.dtype is not torch.float32:
-            matmuls = f"{self.wish.compute_dtype} matmuls by autocast"
+            matmuls = f"{self.settings.compute_dtype} matmuls by autocast"
         if self.dtype is torch.float16:
             matmuls += " with dynamic loss scaling"
         if self.fp8 is not None:
             model.product = self.fp8.product  # type: ignore[assignment]
             matmuls = f"{self.fp8} in all {len(projections)} projections, other {matmuls}"
         weights = "float32 weights"
-        if self.wish.use_4bit:
-            view = fourbit.FourBitView(self.wish.quantization_type, self.wish.use_double_quant)
+        if self.settings.use_4bit:
+            view = fourbit.FourBitView(self.settings.quantization_type, self.settings.use_double_quant)
             for name in projections:
                 view(name, model.get_parameter(name))
             model.weight_view = view  # type: ignore[assignment]
             if optimizer is not None:
-                optimizer.register_step_post_hook(lambda *_: view.forget())
-            nested = " with double-quantised scales" if self.wish.use_double_quant else ""
-            weights = f"{self.wish.quantization_type} weights{nested} in {len(view)} of {len(projections)} projections, float32 masters"
+                optimizer.register_step_post_hook(lambda *_: view.invalidate())
+            nested = " with double-quantised scales" if self.settings.use_double_quant else ""
+            weights = f"{self.settings.quantization_type} weights{nested} in {len(view)} of {len(projections)} projections, float32 masters"
         return f"{matmuls}; {weights}; {_described(self.device)}"
 
     def state_dict(self) -> dict[str, Any]:
-        """What number formats remember from step to step: scales of FP8; empty without."""
+        """State that formats carry from step to step: scales of FP8; empty without."""
         return self.fp8.state_dict() if self.fp8 else {}
+
+    def savepoint(self) -> Callable[[], None]:
+        """Between updates: the function returned brings back the state of now."""
+        return self.fp8.savepoint() if self.fp8 else lambda: None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
@@ -123,7 +137,7 @@ class Precision:
 
 @functools.cache
 def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Fastest matrix product seen here, in FLOP/s: the best of as many of side 1536 (CUDA: 8192) as fit into 0.3 s, once a process."""
+    """Fastest matrix product measured here, in FLOP/s: the best of as many of side 1536 (CUDA: 8192) as fit into 0.3 s, once a process."""
     side = 8192 if device.type == "cuda" else 1536
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(left)
@@ -139,18 +153,6 @@ def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / best_s
 
 
-def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
-    """Whether the model is compiled, and why."""
-    training = config.training
-    if training.debug:
-        return False, "debug"
-    if config.low_precision.use_fp8 and training.compile == "auto":
-        return False, "auto with FP8, whose delayed scaling is not traced"
-    if training.compile == "auto":
-        return device.type == "cuda", f"auto on {device.type}"
-    return training.compile, "as configured"
-
-
 def _described(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
@@ -159,17 +161,17 @@ def _described(device: torch.device) -> str:
 
 
 def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:
-    wished = f"true ({config.fp8.format}, amax {config.fp8.amax_compute_algo} of {config.fp8.amax_history_len} steps)"
-    if not config.fp8.emulate and (reason := fp8.unavailable(device)):
+    found = f"true ({config.fp8.format}, amax {config.fp8.amax_compute_algo} of {config.fp8.amax_history_len} steps)"
+    if not config.fp8.emulate and (reason := fp8.why_unavailable(device)):
         yield Problem(
             "low_precision.use_fp8",
-            f"{wished} {reason}. Set fp8.emulate to true (slow: FP8 values on any device), or use_fp8 to false "
+            f"{found} {reason}. Set fp8.emulate to true (slow: FP8 values on any device), or use_fp8 to false "
             f"(compute_dtype: bfloat16 works here).",
         )
     m, t = config.model, config.training
     sides = {
         "model.n_embd": (m.n_embd, "D"),
-        "model.mlp_internal_dim_multiplier": (m.mlp_internal_dim_multiplier * m.n_embd // m.n_head, "N, neurons a head,"),
+        "model.mlp_internal_dim_multiplier": (config.neurons, "N, neurons a head,"),
         "training.block_size": (t.batch_size * t.block_size, "batch_size * block_size"),
     }
     for key, (size, name) in sides.items():
@@ -177,7 +179,8 @@ def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:
             yield Problem(key, f"{name} is {size}; FP8 products need a multiple of {fp8.ALIGNMENT}")
 
 
-def _no_float16(device: torch.device) -> str | None:
+def why_float16_unavailable(device: torch.device) -> str | None:
+    """Why float16 matmuls do not run on this device; None if they do."""
     try:
         _ = torch.ones(2, 2, dtype=torch.float16, device=device) @ torch.ones(2, 2, dtype=torch.float16, device=device)
     except RuntimeError as error:

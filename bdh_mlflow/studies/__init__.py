@@ -1,1 +1,1 @@
-"""Several trainings together: compared, searched over, or proved equal."""
+"""Several trainings together: compared with each other, searched for the best settings, or proved equal."""

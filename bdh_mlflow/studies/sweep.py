@@ -1,14 +1,14 @@
-"""A search for good settings: trainings as trials of one Optuna study, children of one MLflow run, pruned on val/loss, resumable.
+"""A search for good settings: trainings as trials of one Optuna study, pruned by validation loss, resumable.
 
-The study is a journal file under the checkpoint directory; it knows the parent run and what every trial was given. A trial that an
-interruption cut off goes on, from its last checkpoint, when the sweep is started again. Trials are whole trainings of this package, one
-after the other. Knows how to build none of it: `start` does.
+Every trial is a whole training of this package, one after the other, and its MLflow run is a child of one parent run. The study is a
+journal file under the checkpoint directory; it stores the parent run and the settings of every trial. A trial that was interrupted
+continues from its last checkpoint when the sweep is started again.
 """
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import optuna
 import yaml
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -25,8 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config
+from bdh_mlflow.config.reading import read_yaml
 from bdh_mlflow.errors import ConfigError, InputError, NonFiniteError
 from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.tracker import MakeSender
 from bdh_mlflow.training import build, start
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Progress
@@ -34,14 +38,15 @@ from bdh_mlflow.training.trainer import Progress
 FOLDER = "sweeps"
 METRIC = "val/loss"
 PRUNED = "pruned"
-REPLACES = "replaces"
-STARTUP_TRIALS = 4  # finished before the first is pruned or the sampler learns; before that they are drawn at random
-Watching = Callable[[int], AbstractContextManager[Progress]]
-COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+REPLACES = "replaces"  # attribute of a trial that continues an interrupted one: the number of that one
+STARTUP_TRIALS = 4  # drawn at random, and none pruned, before sampler and pruner have something to go by
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+Display = Callable[[int], AbstractContextManager[Progress]]
+"""Opens what shows the progress of a training of so many steps."""
 
 
 class Choice(BaseModel):
-    """What one setting may be: one of `choices`, or a number from `low` to `high` (by `step`, or on a `log` scale)."""
+    """Values that one setting may take: `choices`, or numbers from `low` to `high` (in steps of `step`, or on a `log` scale)."""
 
     model_config = ConfigDict(extra="forbid")
     choices: list[Any] | None = None
@@ -63,7 +68,7 @@ class Choice(BaseModel):
         return self
 
     def suggest(self, trial: optuna.Trial, key: str) -> Any:
-        """Its value in a trial."""
+        """The value that the sampler picks for a trial."""
         if self.choices is not None:
             return trial.suggest_categorical(key, self.choices)
         assert self.low is not None
@@ -73,12 +78,12 @@ class Choice(BaseModel):
         return trial.suggest_float(key, float(self.low), float(self.high), step=self.step, log=self.log)
 
     def extremes(self) -> list[Any]:
-        """Values to check beforehand."""
+        """Values whose validity shows that of all others."""
         return self.choices if self.choices is not None else [self.low, self.high]
 
 
 class Space(BaseModel):
-    """A sweep: its name, what is searched, and settings that all its trials share."""
+    """What a sweep searches: its name, the settings to vary, and settings that all trials share."""
 
     model_config = ConfigDict(extra="forbid")
     study: str = Field(pattern=r"^[\w.-]+$")
@@ -87,21 +92,35 @@ class Space(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: str) -> "Space":
-        """Read and check a file.   Raises ConfigError with every problem."""
+        """Read and validate a file.   Raises ConfigError with every problem."""
+        tree = read_yaml(Path(path))
         try:
-            return cls.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file (looked in {Path.cwd()})") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as a YAML file: {error}") from None
+            return cls.model_validate(tree)
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
             raise ConfigError("\n  ".join([f"{path}: {len(lines)} problem{'s' if len(lines) > 1 else ''}", *lines])) from None
 
 
 @dataclass(frozen=True)
-class Swept:
-    """How a sweep stands.   best: number, value and settings of its best trial.   stopped: the signal that ended it early."""
+class Controls:
+    """What connects a sweep to its caller.
+
+    stop: ends it.   display: shows each training.   note: prints a line.   make_sender: starts the sender of each trial.
+    """
+
+    stop: StopRequest
+    display: Display
+    note: Callable[[str], None]
+    make_sender: MakeSender = SubprocessSender
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How a sweep stands.
+
+    counts: trials by state.   best: number, validation loss and varied settings of the best trial, None before one is complete.   journal:
+    the file of the study.   stopped: name of the signal that ended it early.
+    """
 
     parent_run_id: str
     counts: dict[str, int]
@@ -110,70 +129,62 @@ class Swept:
     stopped: str | None
 
 
-def sweep(
-    config_path: str,
-    space: Space,
-    trials: int,
-    overrides: Sequence[str],
-    watching: Watching,
-    stop: StopRequest,
-    note: Callable[[str], None],
-) -> Swept:
-    """Run trials until `trials` of them have ended, counting those of earlier starts.   Raises a BdhError for what stops all of them.
+def sweep(config: Config, space: Space, trials: int, controls: Controls) -> SweepResult:
+    """Run trials until `trials` of them have ended, counting those of earlier calls.   Raises a BdhError for what affects all of them.
 
-    watching: opens what shows a training of so many steps.
+    config: settings of all trials, before those of `space`.
     """
-    shared = [*overrides, *_settings(space.settings)]
-    base = Config.from_yaml(config_path, shared, checks=(build.problems,))
+    base = _replaced(config, space.settings)
     if base.dataset.val_fraction == 0:
         raise ConfigError(f"dataset.val_fraction: 0; trials are judged by {METRIC}, which needs validation text")
     for key, choice in space.parameters.items():
         for value in choice.extremes():
-            Config.from_yaml(config_path, [*shared, *_settings({key: value})], checks=(build.problems,))
+            _replaced(base, {key: value})
     folder = Path(base.training.checkpoint_dir) / FOLDER / space.study
-    study = _study(space, folder, base.training.seed, note)
+    study = _open_study(space, folder, base.training.seed, controls.note)
     client = store.connect(base.tracking)
-    parent, experiment = _parent(client, study, space, base)
+    parent, experiment = _parent_run(client, study, space, base)
+    tags = {**base.tracking.tags, MLFLOW_PARENT_RUN_ID: parent}
+    base = base.replaced({"tracking.experiment": experiment, "tracking.tags": tags})
+    runner = _Trials(study, space, base, folder, controls)
     try:
-        _take_up(study, note)
-        while _ended(study) < trials:
-            settings = [*shared, f"tracking.experiment={experiment}", f"tracking.tags.mlflow.parentRunId={parent}"]
-            _trial(study, space, config_path, settings, folder, watching, stop, note)
-            _show(client, parent, study)
-            if stop.received:
+        runner.requeue_interrupted()
+        while sum(_counts(study).values()) < trials:
+            runner.run_next()
+            _log_results(client, parent, study)
+            if controls.stop.received:
                 break
     finally:
-        stopped = stop.received.name if stop.received else None
+        stopped = controls.stop.received.name if controls.stop.received else None
         client.set_terminated(parent, "KILLED" if stopped else "FINISHED")
-    replaced = sum(REPLACES in t.user_attrs for t in study.trials)
-    counts = {state.name.lower(): sum(t.state is state for t in study.trials) for state in COUNTED}
-    counts["fail"] -= replaced
+    counts = _counts(study)
     best = (study.best_trial.number, float(study.best_value), dict(study.best_params)) if counts["complete"] else None
-    return Swept(parent, counts, best, folder / "study.log", stopped)
+    return SweepResult(parent, counts, best, folder / "study.log", stopped)
 
 
-def _study(space: Space, folder: Path, seed: int, note: Callable[[str], None]) -> optuna.Study:
+def _open_study(space: Space, folder: Path, seed: int, note: Callable[[str], None]) -> optuna.Study:
+    """The study in `folder`, new or from earlier calls.   Raises InputError if it searches another space."""
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
     study = optuna.create_study(study_name=space.study, storage=storage, direction="minimize", load_if_exists=True)
-    done = len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=(seed + done) % 2**32)
+    known = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=(seed + known) % 2**32)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS)
-    asked = json.dumps(space.model_dump(), sort_keys=True)
-    if study.user_attrs.setdefault("space", asked) != asked:
+    searched = json.dumps(space.model_dump(), sort_keys=True)
+    if study.user_attrs.setdefault("space", searched) != searched:
         raise InputError(f"study {space.study}: {folder} holds one with another space; give this one another name, or remove that folder")
-    study.set_user_attr("space", asked)
-    if done:
-        note(f"study {space.study} goes on: {done} trials so far")
+    study.set_user_attr("space", searched)
+    if known:
+        note(f"study {space.study} continues after {known} trials")
     return study
 
 
-def _parent(client: MlflowClient, study: optuna.Study, space: Space, base: Config) -> tuple[str, str]:
-    """The run above all trials, and its experiment: the study's from before, else the one that `mlflow run` has made, else a new one."""
+def _parent_run(client: MlflowClient, study: optuna.Study, space: Space, base: Config) -> tuple[str, str]:
+    """The parent run's id and its experiment: the run of earlier calls, else the one that `mlflow run` has made, else a new one."""
     wrapper = os.environ.pop("MLFLOW_RUN_ID", None)  # trials make runs of their own
     known = study.user_attrs.get("parent")
-    with store.reported("the sweep's run cannot be made"):
+    with store.reported("the sweep's run cannot be created"):
         run = (store.find_run(client, known) if known else None) or (store.find_run(client, wrapper) if wrapper else None)
         if run is None:
             name = base.tracking.experiment
@@ -181,7 +192,7 @@ def _parent(client: MlflowClient, study: optuna.Study, space: Space, base: Confi
             run = client.create_run(experiment_id, run_name=f"sweep {space.study}")
         run_id = str(run.info.run_id)
         if wrapper and wrapper != run_id:
-            client.set_tag(wrapper, "mlflow.parentRunId", run_id)
+            client.set_tag(wrapper, MLFLOW_PARENT_RUN_ID, run_id)
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, "bdh.sweep", space.study)
         client.log_text(run_id, yaml.safe_dump(space.model_dump(exclude_defaults=True), sort_keys=False), "sweep/space.yaml")
@@ -190,62 +201,73 @@ def _parent(client: MlflowClient, study: optuna.Study, space: Space, base: Confi
     return run_id, experiment
 
 
-def _take_up(study: optuna.Study, note: Callable[[str], None]) -> None:
-    """Trials that an interruption cut off are given again, with the folder of what they have."""
-    for cut_off in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(cut_off.number, state=TrialState.FAIL)
-        seen = {str(step): value for step, value in cut_off.intermediate_values.items()}
-        attributes = {REPLACES: cut_off.number, "folder": cut_off.user_attrs.get("folder"), "seen": seen}
-        study.enqueue_trial(cut_off.params, user_attrs=attributes)
-        note(f"trial {cut_off.number} was cut off; it goes on as trial {len(study.get_trials(deepcopy=False)) - 1}")
+def _counts(study: optuna.Study) -> dict[str, int]:
+    """Ended trials by state; an interrupted trial, which Optuna calls failed, counts only as the one that continues it."""
+    trials = study.get_trials(deepcopy=False)
+    counts = {state.name.lower(): sum(t.state is state for t in trials) for state in ENDED}
+    counts["fail"] -= sum(REPLACES in t.user_attrs for t in trials)
+    return counts
 
 
-def _ended(study: optuna.Study) -> int:
-    """Trials that have come to an end, those that others replace not counted."""
-    known = study.get_trials(deepcopy=False)
-    return sum(t.state in COUNTED for t in known) - sum(REPLACES in t.user_attrs for t in known)
+@dataclass(frozen=True)
+class _Trials:
+    """Runs the trials of a study.   base: settings of all of them.   folder: holds the checkpoint directory of each."""
+
+    study: optuna.Study
+    space: Space
+    base: Config
+    folder: Path
+    controls: Controls
+
+    def requeue_interrupted(self) -> None:
+        """Queue each interrupted trial again, with its settings, its evaluations and the folder of its checkpoints."""
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            evaluations = {str(step): value for step, value in trial.intermediate_values.items()}
+            attributes = {REPLACES: trial.number, "folder": trial.user_attrs.get("folder"), "seen": evaluations}
+            self.study.enqueue_trial(trial.params, user_attrs=attributes)
+            self.controls.note(
+                f"trial {trial.number} was interrupted; it continues as trial {len(self.study.get_trials(deepcopy=False)) - 1}"
+            )
+
+    def run_next(self) -> None:
+        """Train the next trial and give its result to the study; a trial that a signal stopped stays unfinished."""
+        trial = self.study.ask()
+        varied = {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}
+        config = self._config(trial, varied)
+        self.controls.note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
+        try:
+            with self.controls.display(config.training.max_iters) as progress:
+                judged = _PruningProgress(progress, trial, self.controls.stop)
+                outcome = start.train(config, judged, self.controls.stop, make_sender=self.controls.make_sender)
+        except NonFiniteError as error:
+            self.controls.note(f"trial {trial.number}: {error}")
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
+        if outcome.ending.reason == PRUNED:
+            self.controls.stop.received = None
+            self.study.tell(trial, state=TrialState.PRUNED)
+            self.controls.note(f"trial {trial.number}: pruned at step {outcome.ending.step}")
+        elif outcome.ending.reason == "finished":
+            assert outcome.ending.val_loss is not None, "the last step is evaluated"
+            self.study.tell(trial, outcome.ending.val_loss)
+            self.controls.note(f"trial {trial.number}: {METRIC} {outcome.ending.val_loss:.4f}")
+
+    def _config(self, trial: optuna.Trial, varied: Mapping[str, Any]) -> Config:
+        """The configuration of a trial; one that was interrupted gets its evaluations back and resumes from its own folder."""
+        folder = Path(trial.user_attrs.get("folder") or self.folder / f"trial_{trial.number}")
+        trial.set_user_attr("folder", str(folder))
+        for step, value in trial.user_attrs.get("seen", {}).items():
+            trial.report(value, int(step))
+        own: dict[str, Any] = {**varied, "training.checkpoint_dir": str(folder), "tracking.run_name": f"trial {trial.number}"}
+        run_dirs = [d for d in checkpoint.list_all(folder) if checkpoint.list_run(d).checkpoints]
+        if run_dirs:
+            own["training.resume_from_checkpoint"] = str(run_dirs[-1])
+        return _replaced(self.base, own)
 
 
-def _trial(
-    study: optuna.Study,
-    space: Space,
-    config_path: str,
-    settings: Sequence[str],
-    folder: Path,
-    watching: Watching,
-    stop: StopRequest,
-    note: Callable[[str], None],
-) -> None:
-    trial = study.ask()
-    given = {key: choice.suggest(trial, key) for key, choice in space.parameters.items()}
-    own = Path(trial.user_attrs.get("folder") or folder / f"trial_{trial.number}")
-    trial.set_user_attr("folder", str(own))
-    for step, value in trial.user_attrs.get("seen", {}).items():
-        trial.report(value, int(step))
-    run_dirs = [d for d in checkpoint.list_all(own) if checkpoint.list_run(d).checkpoints]
-    more = [*_settings(given), f"training.checkpoint_dir={own}", f"tracking.run_name=trial {trial.number}"]
-    more += [f"training.resume_from_checkpoint={run_dirs[-1]}"] if run_dirs else []
-    config = Config.from_yaml(config_path, [*settings, *more], checks=(build.problems,))
-    note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in given.items())}")
-    try:
-        with watching(config.training.max_iters) as progress:
-            outcome = start.train(config, _Judge(progress, trial, stop), stop)
-    except NonFiniteError as error:
-        note(f"trial {trial.number}: {error}")
-        study.tell(trial, state=TrialState.FAIL)
-        return
-    if outcome.ending.reason == PRUNED:
-        stop.received = None
-        study.tell(trial, state=TrialState.PRUNED)
-        note(f"trial {trial.number}: pruned at step {outcome.ending.step}")
-    elif outcome.ending.reason == "finished":
-        assert outcome.ending.val_loss is not None, "the last step is evaluated"
-        study.tell(trial, outcome.ending.val_loss)
-        note(f"trial {trial.number}: {METRIC} {outcome.ending.val_loss:.4f}")
-
-
-class _Judge:
-    """Passes progress on; hands evaluations to the trial and asks the training to end when they are hopeless."""
+class _PruningProgress:
+    """Passes progress on; reports each evaluation to the trial and ends the training when the pruner says so."""
 
     def __init__(self, progress: Progress, trial: optuna.Trial, stop: StopRequest) -> None:
         self._progress, self._trial, self._stop = progress, trial, stop
@@ -264,15 +286,15 @@ class _Judge:
         self._progress.note(text)
 
 
-def _show(client: MlflowClient, parent: str, study: optuna.Study) -> None:
-    """Best so far, the table of trials and two pictures, on the parent."""
+def _log_results(client: MlflowClient, parent: str, study: optuna.Study) -> None:
+    """Log the best trial so far, the table of trials and two plots to the parent run."""
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     with store.reported("the sweep's run cannot be written"):
         rows = [_row(t) for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
         client.log_text(parent, json.dumps(table), "sweep/trials.json")
-        client.set_tag(parent, "mlflow.loggedArtifacts", json.dumps([{"path": "sweep/trials.json", "type": "table"}]))
+        client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": "sweep/trials.json", "type": "table"}]))
         if not complete:
             return
         client.log_metric(parent, f"best/{METRIC}", study.best_value, step=len(rows))
@@ -289,7 +311,7 @@ def _figure(plot: str, study: optuna.Study) -> Figure:
 
     matplotlib.use("agg")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "experimental", and fonts
+        warnings.simplefilter("ignore")  # that the plots are experimental, and missing fonts
         axes = getattr(optuna.visualization.matplotlib, plot)(study)
     figure: Figure = axes.figure
     figure.set_size_inches(10, 5)
@@ -301,5 +323,6 @@ def _row(t: FrozenTrial) -> dict[str, Any]:
     return {"trial": t.number, "state": t.state.name.lower(), METRIC: value, "steps": t.last_step, **t.params}
 
 
-def _settings(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values under dotted keys, also checked against this machine.   Raises ConfigError."""
+    return Config.from_dict(config.replaced(values).to_dict(), checks=(build.problems,), origin="settings")

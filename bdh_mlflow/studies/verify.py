@@ -1,8 +1,8 @@
-"""Proof that a configuration resumes exactly: train straight, train with interruptions, compare every bit.
+"""Proof that a configuration resumes exactly: train without and with interruptions, compare every bit.
 
-The interrupted training is stopped in turn by a stop request, as SIGTERM makes one, and by a real SIGKILL of a child process, and each time
-goes on from what is on disk. Both trainings run the whole program, with a tracking store of their own in a temporary folder; what is
-compared is the last checkpoint, piece by piece, and the curves as MLflow has them.
+The interrupted training ends in turn by a stop request, as SIGTERM makes one, and by a real SIGKILL of a child process, and resumes each
+time from what is on disk. Both trainings run the whole program, with a tracking store of their own in a temporary folder. Compared are the
+last checkpoints, part by part, and the curves as MLflow has them.
 """
 
 import dataclasses
@@ -21,13 +21,15 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import BdhError
-from bdh_mlflow.tracking import sender, tracker
+from bdh_mlflow.tracking import tracker
+from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import start
 from bdh_mlflow.training.stop import StopRequest
 
-PIECES = {
+UNINTERRUPTED, INTERRUPTED = "uninterrupted", "interrupted"
+PARTS = {
     "weights": "model_state_dict",
     "optimizer": "optimizer_state_dict",
     "scheduler": "scheduler_state_dict",
@@ -41,8 +43,7 @@ PIECES = {
 }
 CURVES = (*tracker.REPLAYED, "val/bpb", "progress/tokens_seen", "progress/epoch", "resume/replay_max_abs_diff")
 
-
-SAVE_S = 60.0  # longest wait for a checkpoint that is due
+SAVE_S = 60.0  # longest wait for a checkpoint that is being written
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,30 @@ class Row:
 
 
 def verify(config: Config, steps: int, interruptions: int, folder: Path, note: Callable[[str], None]) -> list[Row]:
-    """Train `steps` steps straight and with interruptions in `folder`, and compare.   Raises a BdhError if one cannot be trained."""
-    with _own_store(folder) as uri, tracker.hosted_by(sender.ThreadSender):
-        straight = _config(config, steps, folder / "straight", uri, "straight")
-        note(f"straight: {steps} steps")
-        start.train(straight, _Silent(), StopRequest())
-        broken = _config(config, steps, folder / "interrupted", uri, "interrupted")
-        for number, step in enumerate(_moments(steps, interruptions)):
+    """Train `steps` steps in `folder`, without and with interruptions, and compare.   Raises a BdhError if either cannot be trained."""
+    with _own_store(folder) as uri:
+        uninterrupted = _config(config, steps, folder / UNINTERRUPTED, uri, UNINTERRUPTED)
+        note(f"{UNINTERRUPTED}: {steps} steps")
+        start.train(uninterrupted, _Silent(), StopRequest(), make_sender=ThreadSender)
+        interrupted = _config(config, steps, folder / INTERRUPTED, uri, INTERRUPTED)
+        for number, step in enumerate(interruption_steps(steps, interruptions)):
             kill = number % 2 == 1
-            note(f"interrupted: {'SIGKILL' if kill else 'SIGTERM'} after step {step}")
-            (_die_at if kill else _stop_at)(broken, step)
-            broken = _resuming(broken)
-        note(f"interrupted: to the end, step {steps}")
-        start.train(broken, _Silent(), StopRequest())
-        rows = list(_compare_states(*(_last_state(c, steps) for c in (straight, broken))))
+            note(f"{INTERRUPTED}: {'SIGKILL' if kill else 'SIGTERM'} after step {step}")
+            (_kill_after if kill else _stop_after)(interrupted, step)
+            interrupted = _resuming(interrupted)
+        note(f"{INTERRUPTED}: to the end, step {steps}")
+        start.train(interrupted, _Silent(), StopRequest(), make_sender=ThreadSender)
+        rows = list(_compare_states(*(_last_state(c, steps) for c in (uninterrupted, interrupted))))
         return [*rows, *_compare_curves(MlflowClient(uri))]
 
 
+def interruption_steps(steps: int, interruptions: int) -> list[int]:
+    """Steps after which to interrupt: evenly spread over the training, each once."""
+    return sorted({max(1, min(steps - 1, (i + 1) * steps // (interruptions + 1))) for i in range(interruptions)})
+
+
 def bitwise_difference(a: Any, b: Any, path: str = "") -> str:
-    """Where two nested states differ first, in words; empty if they are equal to the bit."""
+    """The first difference between two nested states, in words; empty if they are equal to the bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return f"{path}: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
@@ -83,7 +89,7 @@ def bitwise_difference(a: Any, b: Any, path: str = "") -> str:
         return f"{path}: {type(a).__name__} and {type(b).__name__}"
     if isinstance(a, Mapping):
         if a.keys() != b.keys():
-            return f"{path}: other keys"
+            return f"{path}: different keys"
         return next((d for key in a if (d := bitwise_difference(a[key], b[key], f"{path}/{key}"))), "")
     if isinstance(a, list | tuple):
         if len(a) != len(b):
@@ -93,7 +99,7 @@ def bitwise_difference(a: Any, b: Any, path: str = "") -> str:
 
 
 class _Silent:
-    """Nobody watches; something may happen after a step."""
+    """Progress that is not shown.   then: called after step `after`."""
 
     def __init__(self, after: int = -1, then: Callable[[], None] = lambda: None) -> None:
         self._after, self._then = after, then
@@ -110,8 +116,8 @@ class _Silent:
 
 
 def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experiment: str) -> Config:
-    """The configuration for a short training: its own schedule, but things to compare happen often enough."""
-    config = config.resolved()
+    """The configuration for a short training, with logging, evaluation and saving often enough for a comparison."""
+    config = resolve(config).config
     training = dataclasses.replace(
         config.training,
         max_iters=steps,
@@ -126,36 +132,30 @@ def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experime
     return dataclasses.replace(config, training=training, tracking=own)
 
 
-def _moments(steps: int, interruptions: int) -> list[int]:
-    """Steps after which to interrupt: spread over the training, none twice."""
-    return sorted({max(1, min(steps - 1, (i + 1) * steps // (interruptions + 1))) for i in range(interruptions)})
-
-
-def _stop_at(config: Config, step: int) -> None:
+def _stop_after(config: Config, step: int) -> None:
     stop = StopRequest()
-    start.train(config, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop)
+    start.train(config, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop, make_sender=ThreadSender)
 
 
-def _die_at(config: Config, step: int) -> None:
-    child = multiprocessing.get_context("spawn").Process(target=_train_and_die, args=(config.to_dict(), step))
+def _kill_after(config: Config, step: int) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(config.to_dict(), step))
     child.start()
     child.join()
     if child.exitcode != -signal.SIGKILL:
-        raise BdhError(f"the child process that was to be killed after step {step} ended with {child.exitcode}")
+        raise BdhError(f"the child process to be killed after step {step} ended with exit code {child.exitcode}")
 
 
-def _train_and_die(tree: dict[str, Any], step: int) -> None:
+def _train_until_killed(tree: dict[str, Any], step: int) -> None:
     config = Config.from_dict(tree)
-    due = (step - 1) // config.training.checkpoint_freq * config.training.checkpoint_freq
+    newest = (step - 1) // config.training.checkpoint_freq * config.training.checkpoint_freq
 
     def die() -> None:
         end = time.monotonic() + SAVE_S
-        while due and not _is_saved(config, due) and time.monotonic() < end:
-            time.sleep(0.01)  # checkpoints are written behind the loop; this way every proof resumes from the same one
+        while newest and not _is_saved(config, newest) and time.monotonic() < end:
+            time.sleep(0.01)  # checkpoints are written in the background; waiting makes every proof resume from the same one
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with tracker.hosted_by(sender.ThreadSender):
-        start.train(config, _Silent(step, die), StopRequest())
+    start.train(config, _Silent(step, die), StopRequest(), make_sender=ThreadSender)
 
 
 def _is_saved(config: Config, step: int) -> bool:
@@ -171,45 +171,45 @@ def _last_state(config: Config, steps: int) -> dict[str, Any]:
     return checkpoint.load(run_dir / checkpoint.file_name(steps))
 
 
-def _compare_states(straight: dict[str, Any], interrupted: dict[str, Any]) -> Iterator[Row]:
-    for what, key in PIECES.items():
-        yield Row(what, bitwise_difference(straight[key], interrupted[key]))
+def _compare_states(uninterrupted: dict[str, Any], interrupted: dict[str, Any]) -> Iterator[Row]:
+    for what, key in PARTS.items():
+        yield Row(what, bitwise_difference(uninterrupted[key], interrupted[key]))
 
 
 def _compare_curves(client: MlflowClient) -> Iterator[Row]:
     runs = []
-    for name in ("straight", "interrupted"):
+    for name in (UNINTERRUPTED, INTERRUPTED):
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None
         runs.append(client.search_runs([experiment.experiment_id]))
     yield Row("MLflow runs", "" if [len(r) for r in runs] == [1, 1] else f"{len(runs[0])} and {len(runs[1])}")
     for key in CURVES:
-        straight, interrupted = (sorted((m.step, m.value) for m in client.get_metric_history(r[0].info.run_id, key)) for r in runs)
+        uninterrupted, interrupted = (sorted((m.step, m.value) for m in client.get_metric_history(r[0].info.run_id, key)) for r in runs)
         if key == "resume/replay_max_abs_diff":
             worst = max((value for _, value in interrupted), default=0.0)
             yield Row("replayed steps", f"differ by up to {worst:.3g}" if worst else "")
         else:
-            yield Row(f"curve {key}", _curve_difference(straight, interrupted))
+            yield Row(f"curve {key}", _curve_difference(uninterrupted, interrupted))
 
 
-def _curve_difference(straight: list[tuple[int, float]], interrupted: list[tuple[int, float]]) -> str:
-    if straight == interrupted:
+def _curve_difference(uninterrupted: list[tuple[int, float]], interrupted: list[tuple[int, float]]) -> str:
+    if uninterrupted == interrupted:
         return ""
-    steps, others = [s for s, _ in straight], [s for s, _ in interrupted]
+    steps, others = [s for s, _ in uninterrupted], [s for s, _ in interrupted]
     if steps != others:
-        return f"points at {others}, straight at {steps}"
-    step, a, b = next((s, a, b) for (s, a), (_, b) in zip(straight, interrupted, strict=True) if a != b)
+        return f"points at steps {others}, uninterrupted at {steps}"
+    step, a, b = next((s, a, b) for (s, a), (_, b) in zip(uninterrupted, interrupted, strict=True) if a != b)
     return f"step {step}: {a!r} and {b!r}"
 
 
 @contextmanager
 def _own_store(folder: Path) -> Iterator[str]:
-    """A tracking store in the folder; the run that `mlflow run` may have made is left alone."""
+    """A tracking store in the folder; a run that `mlflow run` has made is not used."""
     uri = f"sqlite:///{folder.absolute() / 'mlflow.db'}"
     hidden = {name: os.environ.pop(name) for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID") if name in os.environ}
     try:
         client = MlflowClient(uri)
-        for name in ("straight", "interrupted"):
+        for name in (UNINTERRUPTED, INTERRUPTED):
             client.create_experiment(name, artifact_location=(folder / "artifacts" / name).absolute().as_uri())
         yield uri
     finally:

@@ -1,7 +1,7 @@
-"""A checkpoint's second home: among the artifacts of its run, verified before it is called the latest, and in MLflow's list of models.
+"""The mirror of a run's checkpoints among its artifacts: verified before one is tagged as the latest, and listed as LoggedModels.
 
 Stored by hard link where the artifact store is a folder on the same file system, else uploaded, manifest last; through a server on this
-machine at a pace that the training beside it can bear.
+machine throttled, so that the training beside it keeps its speed.
 """
 
 import contextlib
@@ -19,15 +19,12 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
-from mlflow.utils.request_utils import augmented_raise_for_status
-from mlflow.utils.rest_utils import http_request
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.checkpoint.files import PIECE_BYTES
 from bdh_mlflow.files import first_line
-from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking import mlflow_internals, store
 from bdh_mlflow.tracking.records import RunIdentity
 from bdh_mlflow.tracking.store import local_path, on_this_machine
 
@@ -40,12 +37,12 @@ VAL_LOSS = "val/loss"
 class Mirror:
     """The mirror of one run's checkpoints.
 
-    note: called with a line when something is worth one.   rest: called between pieces of an upload with the seconds to wait; returns
-    sooner when there is no training beside it any more.
+    note: called with a line for the user.   throttle: called between pieces of an upload with the seconds to wait; returns sooner when
+    there is no training beside it any more.
     """
 
-    def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None], rest: Callable[[float], object]) -> None:
-        self._client, self._run, self._note, self._rest = client, run, note, rest
+    def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None], throttle: Callable[[float], object]) -> None:
+        self._client, self._run, self._note, self._throttle = client, run, note, throttle
         self._folder = local_path(run.artifact_uri)
         self._warned: set[str] = set()
         self._begun: set[str] = set()
@@ -55,10 +52,10 @@ class Mirror:
         return get_artifact_repository(self._run.artifact_uri, tracking_uri=self._client.tracking_uri)
 
     def store(self, saved: Checkpoint, keep: int | None, evaluation: list[Metric], *, newest: bool = True) -> None:
-        """Mirror a checkpoint, check what arrived, point to it, then prune.   Raises whatever the store does; may be called again.
+        """Mirror a checkpoint, check what arrived, tag it, then prune.   Raises whatever the store does; may be called again.
 
         keep: newest checkpoints that retention keeps.   evaluation: points of the run's validation curves at its step.   newest: whether
-        it is to be called the latest.
+        it is to be tagged as the latest.
         """
         started, manifest, run_id = time.perf_counter(), saved.manifest, self._run.run_id
         remote = f"checkpoints/{saved.path.parent.name}"
@@ -104,20 +101,18 @@ class Mirror:
             raise
 
     def _put(self, path: Path, remote: str) -> None:
-        """MLflow's own upload; through a server on this machine the same request, at a pace.
+        """MLflow's own upload; through a server on this machine the same request, throttled.
 
-        At a pace only the first time: there are servers that give a request no more than some seconds.
+        Throttled only the first time: there are servers that give a request no more than some seconds.
         """
         repository, again = self._repository, path.name in self._begun
         self._begun.add(path.name)
-        beside = isinstance(repository, HttpArtifactRepository) and on_this_machine(repository.artifact_uri)
-        if again or not beside or repository._should_multipart_upload(path):  # type: ignore[attr-defined]
+        throttled = not again and mlflow_internals.is_single_request(repository, path) and on_this_machine(repository.artifact_uri)
+        if not throttled:
             self._client.log_artifact(self._run.run_id, str(path), remote)
             return
-        kind = {"Content-Type": "application/octet-stream"}
-        with ThrottledFile(path, SAME_HOST_UPLOAD_BYTES_PER_S, self._rest) as file:
-            answer = http_request(repository._host_creds, f"/{remote}/{path.name}", "PUT", data=file, extra_headers=kind)  # type: ignore[attr-defined,no-untyped-call]
-            augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+        with ThrottledFile(path, SAME_HOST_UPLOAD_BYTES_PER_S, self._throttle) as file:
+            mlflow_internals.put(repository, f"/{remote}/{path.name}", file)
 
     def _verify(self, saved: Checkpoint, manifest_file: bytes, remote: str) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
@@ -186,7 +181,7 @@ class Mirror:
                 if model := self._model(step):  # the file last: as long as it is there, what was interrupted here is done again
                     self._client.delete_logged_model(model.model_id)
             except MlflowException as error:
-                if not store.refused(error):
+                if not store.is_refusal(error):
                     raise
                 self._stays(file, error)
                 continue
@@ -199,24 +194,24 @@ class Mirror:
                 self._stays(file, error)
 
     def _stays(self, file: str, error: Exception) -> None:
-        """Pruning is a convenience: said once, and done without."""
+        """Pruning is a convenience: a failure is reported once, and the file stays."""
         if file not in self._warned:
             self._warned.add(file)
             self._note(f"tracking: {file} stays in the mirror: {first_line(error)}")
 
 
 class ThrottledFile(io.FileIO):
-    """A file that is read no faster than `bytes_per_s`, also after a pause: what was late is not made up for.   rest: waits."""
+    """A file that is read no faster than `bytes_per_s`, also after a pause: lost time is not made up for.   throttle: waits."""
 
-    def __init__(self, path: Path, bytes_per_s: float, rest: Callable[[float], object]) -> None:
+    def __init__(self, path: Path, bytes_per_s: float, throttle: Callable[[float], object]) -> None:
         super().__init__(path)
-        self._bytes_per_s, self._rest = bytes_per_s, rest
+        self._bytes_per_s, self._throttle = bytes_per_s, throttle
         self._began, self._read = time.monotonic(), 0
 
     def read(self, size: int | None = -1) -> bytes:
         """The next bytes, after a pause where they come too early."""
         if self._read >= PIECE_BYTES:
-            self._rest(max(0.0, self._read / self._bytes_per_s - (time.monotonic() - self._began)))
+            self._throttle(max(0.0, self._read / self._bytes_per_s - (time.monotonic() - self._began)))
             self._began, self._read = time.monotonic(), 0
         block = super().read(-1 if size is None else size)
         self._read += len(block)

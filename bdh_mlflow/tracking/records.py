@@ -1,16 +1,205 @@
-"""What a run tells, and to whom: a journal on disk at once, an MLflow store in its own time.
+"""What stands in a journal and what a sender reports: one frozen dataclass for each kind, with its form as JSON.
 
-`Tracker` is what the loop and its builder talk to. Every call appends to the journal and returns; one sender (`delivery`), a process of its
-own so that it takes neither the interpreter lock nor the loop's time, reads the journal and delivers it. Around that: which store is meant,
-whether it can be used, and the few questions others ask of it.
+A journal record is what a training wants MLflow to have (`JournalRecord`); a message is what the sender says to the training
+(`Message`). Each is written with its `kind` and the version of the format, `v`. A reader keeps kinds and fields it does not know
+(`Unknown`, `unknown_fields`) and skips them, so a journal of a newer version can still be delivered by an older one. Version 1, journals
+up to commit a152983, had no `v`; it is read as well. Knows nothing of MLflow or of files.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from bdh_mlflow.text import Evaluation
+
+FORMAT = 2
+_ENVELOPE = {"kind", "v", "at_ms"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Something that travels as a JSON object with its `kind`.   unknown_fields: fields of a newer version, kept as they came."""
+
+    kind: ClassVar[str]
+    unknown_fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the names of the fields."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "unknown_fields"}
+        return {**own, **self.unknown_fields}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`.   Raises TypeError or KeyError where a field is missing."""
+        names = {f.name for f in dataclasses.fields(cls)} - {"unknown_fields"}
+        own = {name: value for name, value in tree.items() if name in names}
+        rest = {name: value for name, value in tree.items() if name not in names and name not in _ENVELOPE}
+        return cls(**own, unknown_fields=rest)
+
+
+# ---- journal records -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(_Kind):
+    """A process begins to work on the run: what the sender must know to find or make the run, and what segments.json says of it.
+
+    number: of the segment, from 1.   training: 32 hex digits that all segments of a training share.   continues: MLflow run that is
+    resumed.   wrapper: run that `mlflow run` made for this process.   tracking_uri: credentials masked.   mirror: whether checkpoints are
+    mirrored.   keep: newest checkpoints that retention keeps.   audit: metrics that a replayed step must give again to the bit.
+    first_step: updates completed before this process.
+    """
+
+    kind = "segment"
+    number: int
+    training: str
+    continues: str | None
+    wrapper: str | None
+    experiment: str
+    run_name: str | None
+    user: str
+    tracking_uri: str
+    mirror: bool
+    keep: int | None
+    audit: list[str]
+    host: str
+    pid: int
+    device: str
+    versions: dict[str, str]
+    started_at_ms: int
+    first_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points(_Kind):
+    """A point of each of several metrics."""
+
+    kind = "points"
+    values: dict[str, float]
+    step: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Written out, because the training loop waits for it."""
+        return {"values": self.values, "step": self.step, **self.unknown_fields}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(_Kind):
+    """Settings of the run; MLflow takes each once."""
+
+    kind = "params"
+    params: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags(_Kind):
+    """Tags of the run; later values replace earlier ones."""
+
+    kind = "tags"
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input(_Kind):
+    """A dataset of the run.   source, profile: JSON, as MLflow stores them.   context: training or validation."""
+
+    kind = "input"
+    name: str
+    digest: str
+    source: str
+    profile: str
+    context: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(_Kind):
+    """A small text file among the artifacts.   rows: what it adds to the table of samples, step, prompt and written text each."""
+
+    kind = "text"
+    artifact: str
+    text: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """A journal from before there were several samples a step has one `row`."""
+        row = tree.get("row")
+        return super().from_json({**{k: v for k, v in tree.items() if k != "row"}, **({"rows": [row]} if row else {})})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(_Kind):
+    """A checkpoint that is safe on disk.   path: absolute.   evaluation: of its step, if there was one."""
+
+    kind = "checkpoint"
+    path: str
+    evaluation: Evaluation | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation as its points and their time stamp."""
+        e = self.evaluation
+        values = e and {"step": e.step, "at_ms": e.logged_at_ms, "values": {"val/loss": e.loss, "val/bpb": e.bits_per_byte}}
+        return {"path": self.path, "evaluation": values, **self.unknown_fields}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        e = tree["evaluation"]
+        return super().from_json({**tree, "evaluation": e and Evaluation(e["step"], e["values"]["val/loss"], e["at_ms"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class End(_Kind):
+    """The process has ended the run.   status: FINISHED, FAILED or KILLED.   step: completed updates; None if training had not begun."""
+
+    kind = "end"
+    status: str
+    tags: dict[str, str]
+    step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unknown:
+    """A record of a kind that this version does not know; it stays in the journal and is not delivered."""
+
+    kind: str
+    fields: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it came."""
+        return dict(self.fields)
+
+
+JournalRecord = Segment | Points | Params | Tags | Input | Text | CheckpointSaved | End | Unknown
+
+_RECORDS: dict[str, type[Segment | Points | Params | Tags | Input | Text | CheckpointSaved | End]] = {
+    known.kind: known for known in (Segment, Points, Params, Tags, Input, Text, CheckpointSaved, End)
+}
+POINTS_LANE = frozenset(r.kind for r in (Segment, Params, Tags, Points, Input, End))
+"""Kinds of record that become requests about the run itself."""
+FILES_LANE = frozenset(r.kind for r in (Segment, Text, CheckpointSaved, End))
+"""Kinds of record that become files among the artifacts."""
+
+
+def to_line(record: JournalRecord, at_ms: int) -> dict[str, Any]:
+    """What stands in a line of a journal.   at_ms: Unix time, ms. `kind` comes first: an index reads it without parsing the line."""
+    return {"kind": record.kind, "v": FORMAT, "at_ms": at_ms, **record.to_json()}
+
+
+def from_line(tree: Mapping[str, Any]) -> tuple[JournalRecord, int]:
+    """A record and its time stamp.   Raises KeyError or TypeError for what is no record."""
+    kind, at_ms = tree["kind"], tree["at_ms"]
+    known = _RECORDS.get(kind)
+    if known is None:
+        return Unknown(kind=kind, fields={k: v for k, v in tree.items() if k not in _ENVELOPE}), at_ms
+    return known.from_json(tree), at_ms
+
+
+# ---- messages of a sender --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunIdentity:
     """Which MLflow run a training is.   tracking_uri: credentials masked.   continued: it existed before this process."""
 
@@ -34,4 +223,81 @@ class RunIdentity:
         return self.tracking_uri.startswith(("http://", "https://"))
 
 
-OnMessage = Callable[[dict[str, Any]], None]
+@dataclass(frozen=True, kw_only=True)
+class Note(_Kind):
+    """A line for the user."""
+
+    kind = "note"
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached(_Kind):
+    """The run is known."""
+
+    kind = "attached"
+    run: RunIdentity
+
+    def to_json(self) -> dict[str, Any]:
+        """The identity as an object."""
+        return {"run": vars(self.run), **self.unknown_fields}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return super().from_json({**tree, "run": RunIdentity(**tree["run"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(_Kind):
+    """The store will not have the run, and waiting would not change that."""
+
+    kind = "refused"
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(_Kind):
+    """How far delivery has come.   delivered: offset in the journal, in bytes.   lost: records refused for good."""
+
+    kind = "progress"
+    delivered: int
+    lost: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive(_Kind):
+    """The sender is still at work."""
+
+    kind = "alive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(_Kind):
+    """The sender's last message.   undelivered: records that still wait in the journal.   lost: records refused for good."""
+
+    kind = "finished"
+    undelivered: int
+    lost: int
+
+
+Message = Note | Attached | Refused | Progress | Alive | Finished
+OnMessage = Callable[[Message], None]
+
+_MESSAGES: dict[str, type[Message]] = {known.kind: known for known in (Note, Attached, Refused, Progress, Alive, Finished)}
+
+
+def message_to_json(message: Message) -> dict[str, Any]:
+    """What goes through the pipe, a line each."""
+    return {"kind": message.kind, "v": FORMAT, **message.to_json()}
+
+
+def message_from_json(tree: object) -> Message | None:
+    """A message; None for whatever else a library prints."""
+    known = _MESSAGES.get(str(tree.get("kind"))) if isinstance(tree, Mapping) else None
+    if known is None or not isinstance(tree, Mapping):
+        return None
+    try:
+        return known.from_json(tree)
+    except (TypeError, KeyError):
+        return None

@@ -1,14 +1,13 @@
-"""The run as MLflow has it: found or made once, then told what a journal says, each call one request or a few.
+"""The MLflow run of a training: found or made once, then given what the journal holds, each call one request or a few.
 
-`attach` settles which MLflow run this training is. Points that a resumed training measures again are compared with those the store has
-instead of being logged twice. Calls raise whatever MLflow does and may be repeated; who calls, when and how often is `delivery`'s business.
+`attach` decides which MLflow run the training is. Calls raise whatever MLflow does and may be repeated; who calls, when and how often is
+the business of `lanes`.
 """
 
 import contextlib
-import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlflow import MlflowClient
@@ -19,42 +18,39 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import store
-from bdh_mlflow.tracking.journal import Delivered, Ledger, Record
+from bdh_mlflow.text import Evaluation
+from bdh_mlflow.tracking import segments, store
+from bdh_mlflow.tracking.journal import Entry, SegmentSpan
 from bdh_mlflow.tracking.mirror import Mirror
-from bdh_mlflow.tracking.records import RunIdentity
+from bdh_mlflow.tracking.records import Input, Note, OnMessage, Params, Points, RunIdentity, Segment, Text
+from bdh_mlflow.tracking.replay import Replay, points_of
 
-SEGMENTS = "segments.json"
 SAMPLES = "samples.json"
-AUDIT = "resume/replay_max_abs_diff"
-SHARED_STEPS = ("by_tokens/", "tracker/", "ckpt/")  # curves whose points say nothing of whether a step was replayed
-
-Point = tuple[str, int]
 
 
 class RemoteRun:
-    """One run in one store.
+    """One run in one store.   say: called with messages for the training.   throttle: see `Mirror`."""
 
-    state: what earlier senders have acknowledged.   say: called with what is worth knowing.   rest: see `Mirror`.
-    """
-
-    def __init__(self, uri: str, ledger: Ledger, state: Delivered, say: Callable[..., None], rest: Callable[[float], object]) -> None:
-        self._uri, self._ledger, self._state, self._say, self._rest = uri, ledger, state, say, rest
+    def __init__(self, uri: str, say: OnMessage, throttle: Callable[[float], object]) -> None:
+        self._uri, self._say, self._throttle = uri, say, throttle
         self._client: MlflowClient
-        self._segment: dict[str, Any] = {}
         self._superseded = False
-        self._logged: dict[Point, tuple[float, int]] | None = None
-        self._replay_diff = 0.0
+        self._replay: Replay | None = None
         self._identity: RunIdentity | None = None
         self._mirror: Mirror | None = None
         self.attached = threading.Event()
         """Set when it is known which run this is."""
 
     @property
+    def identity(self) -> RunIdentity:
+        """The run, once attached."""
+        assert self._identity is not None, "attached first"
+        return self._identity
+
+    @property
     def run_id(self) -> str:
         """Id of the run, once attached."""
-        assert self._identity is not None, "attached first"
-        return self._identity.run_id
+        return self.identity.run_id
 
     def connect(self) -> None:
         """Open the store: for a database that takes as long as its server does not answer."""
@@ -73,24 +69,23 @@ class RemoteRun:
         return True
 
     def probe(self) -> None:
-        """Ask for anything, to see whether the store answers."""
+        """Any small request, to see whether the store answers."""
         self._client.search_experiments(max_results=1)
 
-    def attach(self, segment: dict[str, Any], known: str | None, *, again: bool = False) -> None:
+    def attach(self, segment: Segment, known: str | None, furthest: int, *, again: bool = False) -> None:
         """The run to log to: the one continued, else the one `mlflow run` made, else a new one in the named experiment.
 
-        segment: what the trainer said of itself.   known: the run of this journal.   again: an earlier sender has done it for this segment.
-        When a run is continued and `mlflow run` has made another one for this process, that one becomes its child, named `segment k`.
-        Raises TrackingError if the store will not have the run.
+        known: the run of this journal.   furthest: number of the journal's last segment.   again: an earlier sender has done it for this
+        segment. When a run is continued and `mlflow run` has made another one for this process, that one becomes its child, named
+        `segment k`. Raises TrackingError if the store will not have the run.
         """
-        client, wrapper, number = self._client, segment["wrapper"], segment["number"]
-        run = next((run for id in (segment["continues"], known) if id and (run := store.find_run(client, id))), None)
+        client, wrapper, number = self._client, segment.wrapper, segment.number
+        run = next((run for id in (segment.continues, known) if id and (run := store.find_run(client, id))), None)
         continued = run is not None
         if run is None:
             run = (store.find_run(client, wrapper) if wrapper else None) or self._create(segment)
         run_id, later = run.info.run_id, int(run.data.tags.get("bdh.segment", 0))
-        own = max(r.fields["number"] for r in self._ledger.read(0) if r.kind == "segment")
-        self._superseded = later > own  # another machine has gone on since: how the run stands is its to say
+        self._superseded = later > furthest  # another machine has gone on since: the status of the run is its to set
         if not self._superseded and not (again and continued):
             if continued:
                 self._end_killed_children(run, wrapper)
@@ -98,86 +93,70 @@ class RemoteRun:
                 tags = {"mlflow.parentRunId": run_id, "bdh.continues": run_id}
                 client.log_batch(wrapper, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
                 client.update_run(wrapper, name=f"segment {number}")
-            if segment["run_name"] and not continued:
-                client.update_run(run_id, name=segment["run_name"])
+            if segment.run_name and not continued:
+                client.update_run(run_id, name=segment.run_name)
             client.update_run(run_id, status="RUNNING")
             client.log_batch(run_id, tags=[RunTag("bdh.segment", str(number))], synchronous=True)
-        self._segment = segment
-        self._logged = None if continued and max(later, number) > 1 else {}
-        self._replay_diff = 0.0
+        has_points = continued and max(later, number) > 1
+        load = (lambda: points_of(client, client.get_run(run_id))) if has_points else None
+        self._replay = Replay(load, segment.audit, lambda text: self._say(Note(text=text)))
         self._identify(run_id, continued)
 
-    def log(self, batch: list[Record]) -> None:
+    def log(self, batch: list[Entry]) -> None:
         """Neighbouring metrics, params and tags in one request."""
+        assert self._replay is not None, "attached first"
         metrics: list[Metric] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
-        for record in batch:
-            params |= record.fields.get("params", {})
-            tags |= record.fields.get("tags", {})
-            if record.kind == "points":
-                metrics += self._metrics(record)
+        for entry in batch:
+            match entry.record:
+                case Points() as points:
+                    metrics += self._replay.new_points(points, entry.at_ms)
+                case Params() as given:
+                    params |= given.params
+                case other:
+                    tags |= getattr(other, "tags", {})
         if self._superseded:
             tags = {}
         if params:
             known = self._client.get_run(self.run_id).data.params  # written once; `mlflow run` has logged some in its own spelling
             params = {key: value for key, value in params.items() if key not in known}
         if metrics or params or tags:
-            given = [Param(k, v) for k, v in params.items()], [RunTag(k, v) for k, v in tags.items()]
-            self._client.log_batch(self.run_id, metrics, *given, synchronous=True)
+            self._client.log_batch(
+                self.run_id, metrics, [Param(k, v) for k, v in params.items()], [RunTag(k, v) for k, v in tags.items()], synchronous=True
+            )
 
-    def input(self, record: Record) -> None:
+    def input(self, record: Input) -> None:
         """A dataset."""
-        told = record.fields
-        data = Dataset(name=told["name"], digest=told["digest"], source_type="local", source=told["source"], profile=told["profile"])
-        self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", told["context"])])])
+        data = Dataset(name=record.name, digest=record.digest, source_type="local", source=record.source, profile=record.profile)
+        self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", record.context)])])
 
-    def text(self, record: Record) -> None:
+    def text(self, record: Text) -> None:
         """A small text file among the artifacts, and its rows in the table of samples if it has some."""
-        self._client.log_text(self.run_id, record.fields["text"], record.fields["artifact"])
-        told = record.fields
-        rows = [told["row"]] if told.get("row") else told.get("rows")  # a journal of before has one row a step
-        if rows:
-            self._add_samples(rows)
+        self._client.log_text(self.run_id, record.text, record.artifact)
+        if record.rows:
+            self._add_samples(record.rows)
 
-    def _add_samples(self, new: list[dict[str, Any]]) -> None:
-        """The rows of a step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append them twice."""
-        columns, step = list(new[0]), new[0]["step"]
-        rows: list[dict[str, Any]] = []
-        table = self._table(SAMPLES)
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or somebody else's: begun anew
-            there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
-            rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
-        ordered = [[row[key] for key in columns] for row in sorted([*rows, *new], key=lambda row: row["step"])]
-        self._client.log_text(self.run_id, json.dumps({"columns": columns, "data": ordered}), SAMPLES)
-        told = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-        entry = {"path": SAMPLES, "type": "table"}
-        if entry not in told:
-            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*told, entry]))
-
-    def checkpoint(self, saved: Checkpoint, evaluation: dict[str, Any] | None, mirror: bool, keep: int | None, *, newest: bool) -> None:
-        """Mirror a checkpoint.
-
-        evaluation: values of the validation curves at its step, with their time stamp.   newest: no later one is mirrored already.
-        """
+    def checkpoint(self, saved: Checkpoint, evaluation: Evaluation | None, mirror: bool, keep: int | None, *, newest: bool) -> None:
+        """Mirror a checkpoint.   mirror: False only tags the run directory.   keep, newest: see `Mirror.store`."""
         if not mirror or self._mirror is None:
             self._client.set_tag(self.run_id, "bdh.run_dir", saved.path.parent.name)
             return
-        found: list[Metric] = []
+        points: list[Metric] = []
         if evaluation is not None:
-            for key, value in evaluation["values"].items():
-                there = [m for m in self._client.get_metric_history(self.run_id, key) if m.step == saved.manifest.step]
-                told = Metric(key, value, evaluation["at_ms"], saved.manifest.step)
-                found += (there or [told])[:1]  # as the store has it: a replayed evaluation has another time stamp
-        self._mirror.store(saved, keep, found, newest=newest and not self._superseded)
+            for key, value in (("val/loss", evaluation.loss), ("val/bpb", evaluation.bits_per_byte)):
+                there = [m for m in self._client.get_metric_history(self.run_id, key) if m.step == evaluation.step]
+                logged = Metric(key, value, evaluation.logged_at_ms, evaluation.step)
+                points += (there or [logged])[:1]  # as the store has it: a replayed evaluation has another time stamp
+        self._mirror.store(saved, keep, points, newest=newest and not self._superseded)
 
     def end(self, status: str) -> None:
         """Set the run's status."""
         if not self._superseded:
             self._client.set_terminated(self.run_id, status)
 
-    def end_for_the_dead(self, last_step: int) -> None:
-        """The last segment was killed: say so, once."""
+    def mark_killed(self, last_step: int) -> None:
+        """Set status and reason of a run whose last process was killed, once."""
         run = self._client.get_run(self.run_id)
         if self._superseded:
             return
@@ -188,28 +167,29 @@ class RemoteRun:
         self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
         self._client.set_terminated(self.run_id, "KILLED")
 
-    def write_segments(self, up_to: int, training: bool) -> None:
-        """`segments.json`: every process that has worked on the run; those on other machines from the file that is there.
+    def write_segments(self, spans: Iterable[SegmentSpan], *, training: bool) -> None:
+        """Write `segments.json`.   spans: of this journal.   training: whether the last of them is alive."""
+        spans = list(spans)
+        elsewhere = len(spans) < max((span.segment.number for span in spans), default=0) or self._superseded
+        written = self._json(segments.FILE_NAME) if elsewhere else None
+        self._client.log_text(self.run_id, json.dumps(segments.table(spans, written, training), indent=1), segments.FILE_NAME)
 
-        up_to: offset in the journal.   training: whether the last of them is alive.
-        """
-        rows = {row["segment"]: row for row in segments_of(self._ledger.read(0, up_to))}
-        last = max(rows, default=0)
-        if len(rows) < last or self._superseded:
-            written = self._table(SEGMENTS)
-            with contextlib.suppress(KeyError, TypeError):  # none, or somebody else's
-                for row in written:
-                    rows.setdefault(row["segment"], row)
-        ordered = [rows[number] for number in sorted(rows)]
-        for before, row in itertools.pairwise(ordered):
-            ended = before["ended_at_ms"] or before["last_seen_ms"]
-            row["downtime_s"] = round(max(0, row["started_at_ms"] - ended) / 1000, 1)
-            before["reason"] = before["reason"] or "killed"
-        if ordered and ordered[-1]["reason"] is None and not training:
-            ordered[-1]["reason"] = "killed"
-        self._client.log_text(self.run_id, json.dumps(ordered, indent=1), SEGMENTS)
+    def _add_samples(self, new: list[dict[str, Any]]) -> None:
+        """The rows of a step in a table that the UI shows, in the form of `MlflowClient.log_table`, which would append them twice."""
+        columns, step = list(new[0]), new[0]["step"]
+        rows: list[dict[str, Any]] = []
+        table = self._json(SAMPLES)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or somebody else's: begun anew
+            there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+            rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
+        ordered = [[row[key] for key in columns] for row in sorted([*rows, *new], key=lambda row: row["step"])]
+        self._client.log_text(self.run_id, json.dumps({"columns": columns, "data": ordered}), SAMPLES)
+        listed = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        entry = {"path": SAMPLES, "type": "table"}
+        if entry not in listed:
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*listed, entry]))
 
-    def _table(self, name: str) -> Any:
+    def _json(self, name: str) -> Any:
         """What a JSON file at the top of the run's artifacts holds; None if there is no such file, or it is something else."""
         if not any(f.path == name for f in self._client.list_artifacts(self.run_id)):
             return None
@@ -231,13 +211,12 @@ class RemoteRun:
             artifact_uri=run.info.artifact_uri,
             continued=continued,
         )
-        self._mirror = Mirror(self._client, self._identity, lambda text: self._say(note=text), self._rest)
+        self._mirror = Mirror(self._client, self._identity, lambda text: self._say(Note(text=text)), self._throttle)
         self.attached.set()
-        self._say(attached=vars(self._identity))
 
-    def _create(self, segment: dict[str, Any]) -> Run:
+    def _create(self, segment: Segment) -> Run:
         """A new run, or the one that an attempt without an answer has made."""
-        client, name, training = self._client, segment["experiment"], segment["training"]
+        client, name = self._client, segment.experiment
         experiment_id = store.experiment_of(client, name)
         if experiment_id is None:
             try:
@@ -245,11 +224,11 @@ class RemoteRun:
             except MlflowException as error:  # another run was quicker
                 if error.error_code != "RESOURCE_ALREADY_EXISTS" or (experiment_id := store.experiment_of(client, name)) is None:
                     raise
-        made = client.search_runs([experiment_id], f"tags.`bdh.training` = '{training}'", max_results=1)
+        made = client.search_runs([experiment_id], f"tags.`bdh.training` = '{segment.training}'", max_results=1)
         if made:
             return made[0]
-        tags = {"mlflow.user": segment["user"], "mlflow.source.name": "bdh-mlflow train", "bdh.training": training}
-        return client.create_run(experiment_id, run_name=segment["run_name"], tags=tags, start_time=segment["started_at_ms"])
+        tags = {"mlflow.user": segment.user, "mlflow.source.name": "bdh-mlflow train", "bdh.training": segment.training}
+        return client.create_run(experiment_id, run_name=segment.run_name, tags=tags, start_time=segment.started_at_ms)
 
     def _end_killed_children(self, run: Run, wrapper: str | None) -> None:
         """Children of earlier segments that a hard kill left RUNNING: there is one process at a time, so theirs is gone."""
@@ -257,65 +236,3 @@ class RemoteRun:
         for child in children:
             if child.info.status == "RUNNING" and child.info.run_id != wrapper and "bdh.continues" in child.data.tags:
                 self._client.set_terminated(child.info.run_id, "KILLED")
-
-    def _metrics(self, record: Record) -> Iterable[Metric]:
-        """Points to log; those of a replayed step are compared with the ones the store has."""
-        values, step = record.fields["values"], record.fields["step"]
-        if self._logged is None:
-            self._logged = _points_of(self._client, self._client.get_run(self.run_id))
-        logged, new, replayed = self._logged, {}, False
-        for key, value in values.items():
-            before = logged.get((key, step))
-            if before is None:
-                new[key] = value
-            elif before[1] != record.at_ms:
-                replayed = replayed or not key.startswith(SHARED_STEPS)
-                if key in self._segment["audit"]:
-                    self._compare(key, step, before[0], value)
-        audit = AUDIT, step
-        if replayed and (audit not in logged or logged[audit][1] == record.at_ms):
-            logged.setdefault(audit, (self._replay_diff, record.at_ms))
-            new[AUDIT] = logged[audit][0]  # as it was said first: the value is part of what makes a point another one
-        return [Metric(key, value, record.at_ms, step) for key, value in new.items()]
-
-    def _compare(self, key: str, step: int, before: float, now: float) -> None:
-        diff = abs(before - now)
-        if diff > self._replay_diff:
-            self._say(note=f"step {step}: {key} was {before!r} before the interruption and is {now!r} now")
-            self._replay_diff = diff
-
-
-def segments_of(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-    """A row for each process in a journal: where it ran, from which step to which, how it ended (reason None: it has not said)."""
-    row: dict[str, Any] | None = None
-    for record in records:
-        if record.kind == "segment":
-            if row:
-                yield row
-            told = record.fields
-            row = {
-                "segment": told["number"],
-                **{key: told[key] for key in ("host", "pid", "device", "versions", "started_at_ms", "first_step")},
-                "last_step": told["first_step"],
-                "ended_at_ms": None,
-                "last_seen_ms": record.at_ms,
-                "reason": None,
-                "downtime_s": 0.0,
-                "mlflow_run": told["wrapper"],
-            }
-        elif row:
-            row["last_seen_ms"] = record.at_ms
-            if record.kind == "points" and "train/loss" in record.fields["values"]:
-                row["last_step"] = max(row["last_step"], record.fields["step"])
-            elif record.kind == "end":
-                row["ended_at_ms"] = record.at_ms
-                row["reason"] = record.fields["tags"].get("bdh.stop_reason", record.fields["status"])
-                row["last_step"] = record.fields["step"] if record.fields["step"] is not None else row["last_step"]
-    if row:
-        yield row
-
-
-def _points_of(client: MlflowClient, run: Run) -> dict[Point, tuple[float, int]]:
-    """Points of a run by metric and step, with their time stamps; system metrics are counted on, not replayed."""
-    keys = [key for key in run.data.metrics if not key.startswith("system/")]
-    return {(key, m.step): (m.value, m.timestamp) for key in keys for m in client.get_metric_history(run.info.run_id, key)}

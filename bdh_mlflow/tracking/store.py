@@ -1,8 +1,7 @@
-"""What a run tells, and to whom: a journal on disk at once, an MLflow store in its own time.
+"""The MLflow store of a run: which one is meant, whether it can be used, and which of its errors are permanent.
 
-`Tracker` is what the loop and its builder talk to. Every call appends to the journal and returns; one sender (`delivery`), a process of its
-own so that it takes neither the interpreter lock nor the loop's time, reads the journal and delivers it. Around that: which store is meant,
-whether it can be used, and the few questions others ask of it.
+Every call names its store by a client or a URI; nothing here sets or relies on a process-wide tracking URI. `connect` and `probe_store`
+are the only ways to a client that has been tried.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from bdh_mlflow.errors import BdhError, TrackingError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 
-DOOR_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
+PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
@@ -35,7 +34,7 @@ RETRIES_GIVEN = RETRIES in os.environ
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """What the store said when it was asked first.   reachable: it answered.   run: the one to be continued, if it is there."""
+    """Result of the first request to a store.   reachable: it answered.   run: the one to be continued, if the store has it."""
 
     tracking_uri: str
     reachable: bool
@@ -65,35 +64,34 @@ def connect(tracking: TrackingConfig) -> MlflowClient:
 
 
 def client_of(uri: str) -> MlflowClient:
-    """A client, with patience inside one call bounded; nothing is asked yet."""
+    """A client of the store at a URI, with the retries inside one call bounded; no request is made yet."""
     os.environ.setdefault(RETRIES, HTTP_RETRIES)
-    mlflow.set_tracking_uri(uri)
     return MlflowClient(uri)
 
 
 def probe_store(tracking: TrackingConfig, continues: str | None) -> StoreStatus:
-    """Ask the store, for a few seconds, whether the run can be made there. Writes nothing.
+    """Find out, within a few seconds, whether the run can be made in this store. Writes nothing.
 
     continues: id of the run being resumed.   Raises TrackingError for what waiting would not mend.
     """
     uri = tracking_uri(tracking)
     answers: list[StoreStatus | TrackingError] = []
 
-    def ask() -> None:
+    def probe() -> None:
         try:
-            answers.append(_ask(uri, tracking, continues))
+            answers.append(_status(uri, tracking, continues))
         except TrackingError as error:
             answers.append(error)
 
-    asking = threading.Thread(target=ask, name="knocking", daemon=True)
-    asking.start()
-    asking.join(DOOR_S if uri.startswith(("http://", "https://")) else DATABASE_S)
+    probing = threading.Thread(target=probe, name="store probe", daemon=True)
+    probing.start()
+    probing.join(PROBE_S if uri.startswith(("http://", "https://")) else DATABASE_S)
     if answers and isinstance(answers[0], TrackingError):
         raise answers[0]
     return answers[0] if answers and isinstance(answers[0], StoreStatus) else StoreStatus(uri, False, None)
 
 
-def _ask(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreStatus:
+def _status(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreStatus:
     wrapper = os.environ.get("MLFLOW_RUN_ID")
     with reported(f"tracking store {masked(uri)} cannot be used"):
         client = client_of(uri)
@@ -104,7 +102,7 @@ def _ask(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreStat
             elif run is None:
                 experiment_of(client, tracking.experiment)
         except Exception as error:  # requests', SQLAlchemy's and OS errors pass through MLflow
-            if isinstance(error, TrackingError) or refused(error) or not _may_come_back(uri, error):
+            if isinstance(error, TrackingError) or is_refusal(error) or not _may_come_back(uri, error):
                 raise
             return StoreStatus(uri, False, None)
     return StoreStatus(uri, True, run)
@@ -160,24 +158,24 @@ def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
 
 
 def small_artifact(client: MlflowClient, run_id: str, path: str) -> bytes:
-    """What a file among a run's artifacts holds, to the byte."""
+    """The bytes of a file among a run's artifacts."""
     with tempfile.TemporaryDirectory(prefix="artifact-") as folder:
         return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
 
 
-def refused(error: BaseException) -> bool:
-    """Whether the store has understood and said no, so that asking again is of no use."""
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store understood the request and refused it, so that the same request would be refused again."""
     codes = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED", "BAD_REQUEST"}
     return isinstance(error, MlflowException) and error.error_code in codes
 
 
-def invalid(error: BaseException) -> bool:
-    """Whether what was told is itself at fault; a run that is deleted is not, it can be restored."""
+def is_invalid(error: BaseException) -> bool:
+    """Whether the content of the request is at fault; not so for a deleted run, which can be restored."""
     return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
 
 
 def _may_come_back(uri: str, error: BaseException) -> bool:
-    """Whether a store that failed so may answer later; a wrong password, another web server or a file that cannot be opened will not."""
+    """Whether a store that failed like this may answer later; a wrong password, another server or an unreadable file will stay."""
     if uri.startswith("sqlite:"):
         return "locked" in str(error)
     status = re.search(r"error code (\d{3})", str(error))
@@ -186,7 +184,7 @@ def _may_come_back(uri: str, error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Errors of MLflow as one line of ours."""
+    """Turn whatever MLflow raises in the body into a TrackingError of one line that begins with `what`."""
     try:
         yield
     except BdhError:

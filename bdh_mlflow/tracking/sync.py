@@ -1,24 +1,20 @@
-"""One sender a run: it reads the journal and has MLflow told, in order, with no end to its patience while training goes on.
-
-`python -m bdh_mlflow.delivery FOLDER` is the sender beside a training; `bdh-mlflow sync` is the same sender afterwards. Two lanes drain one
-journal, so that an upload does not hold up the curves: points (the run itself, params, tags, metrics, status) and files (texts,
-checkpoints). Each acknowledges by offset; what was sent but not acknowledged is sent again, which the store recognises by its time stamp.
-What MLflow is told for each record is in `remote`. When the trainer is gone without a word, the sender delivers what it left and ends the
-run for it.
-"""
+"""Delivery after a training has ended: what waits in its journal is sent by the same code as beside it."""
 
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import journal, records, store
-from bdh_mlflow.tracking.delivery import Sender, training, waiting
-from bdh_mlflow.tracking.journal import Delivered, Ledger
+from bdh_mlflow.tracking import journal, store
+from bdh_mlflow.tracking.delivery import Delivery
+from bdh_mlflow.tracking.journal import Delivered, JournalReader
+from bdh_mlflow.tracking.lanes import Patience
+from bdh_mlflow.tracking.records import Message, Note, Refused
 
 
 class SyncResult(NamedTuple):
@@ -28,42 +24,49 @@ class SyncResult(NamedTuple):
     left: int
 
 
-def sync(folder: Path, uri: str | None, heard: records.OnMessage) -> SyncResult:
-    """Deliver what an ended training has left.   uri: None for where it meant to.   Raises TrackingError where that cannot be said."""
-    ledger = Ledger(folder)
+def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: Patience | None = None) -> SyncResult:
+    """Deliver what an ended training has left.
+
+    uri: None for the store that the training named.   note: called with lines for the user. Raises TrackingError where the store cannot
+    be named, FileNotFoundError where there is no journal.
+    """
+    reader = JournalReader(folder)
     try:
-        before = waiting(ledger, ledger.delivered())
-        rows = [r.fields for r in ledger.read(0) if r.kind == "segment"]
-        if training(ledger):
+        before, segments = reader.index.waiting(reader.delivered()), reader.index.segments
+        if reader.is_training():
             return SyncResult("its training is running, and delivers by itself", 0)
     finally:
-        ledger.close()
-    if not rows:
+        reader.close()
+    if not segments:
         return SyncResult("an empty journal", 0)
 
-    def listen(said: dict[str, Any]) -> None:
-        heard({"note": f"tracking: {said['refused']}"} if "refused" in said else said)
+    def show(message: Message) -> None:
+        match message:
+            case Note(text=text):
+                note(text)
+            case Refused(reason=reason):
+                note(f"tracking: {reason}")
 
     os.environ.setdefault(store.RETRIES, "0")  # as beside a training
-    sender = Sender(folder, _address(rows[-1]["tracking_uri"], uri), listen)
-    sender.close()
-    left = sender.run()
+    delivery = Delivery(folder, _address(segments[-1].tracking_uri, uri), show, patience)
+    delivery.close()
+    left = delivery.run()
     done = journal.delivered(folder) or Delivered()
-    if sender.held and not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
-        shutil.rmtree(folder, ignore_errors=True)  # it never saved a checkpoint, and has nothing more to tell
+    if delivery.held and not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
+        shutil.rmtree(folder, ignore_errors=True)  # it never saved a checkpoint, and has nothing left to deliver
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
     run = f"MLflow run {done.run_id}" if done.run_id else "no MLflow run yet"
     return SyncResult(f"{before - left} records delivered, {left} left, {done.lost} refused for good; {run}", left)
 
 
-def _address(meant: str, given: str | None) -> str:
-    """Where to deliver: what is given, else where the training meant to; its credentials come from the environment."""
+def _address(named: str, given: str | None) -> str:
+    """Where to deliver: the given URI, else the one the training named; its credentials come from the environment."""
     if given:
         return given
     here = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if masked(here) == meant:
+    if masked(here) == named:
         return here
-    if "***" in meant:
-        raise TrackingError(f"the run was to go to {meant}: set MLFLOW_TRACKING_URI to that with its credentials, or give --tracking-uri")
-    return meant
+    if "***" in named:
+        raise TrackingError(f"the run was to go to {named}: set MLFLOW_TRACKING_URI to that with its credentials, or give --tracking-uri")
+    return named

@@ -1,7 +1,4 @@
-"""The machine a run is on and the checkout it comes from: commit, uncommitted changes, packages, and how busy it all is.
-
-Knows nothing of a run: facts go out as text and numbers.
-"""
+"""Use of CPU, memory, disk, network and GPU while a training runs, sampled with MLflow's own monitors."""
 
 import contextlib
 import importlib.util
@@ -10,18 +7,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SAMPLE_EVERY_S = 10.0  # MLflow's own default interval
+SAMPLE_INTERVAL_S = 10.0  # MLflow's own default interval
 
 
 class SystemMetrics:
     """Samples CPU, memory, disk, network and GPU use with MLflow's own monitors until closed.
 
-    MLflow's own thread talks to the server and ends with the first call that fails; here samples go to `told` and nowhere else.
+    MLflow's own thread makes requests and ends with the first that fails; here samples go to `log`, which is the journal.
     started_at: Unix time that `step`, the number of the sample, is counted from, so that a later process goes on counting.
     """
 
-    def __init__(self, told: Callable[[dict[str, float], int], object], started_at: float, interval_s: float = SAMPLE_EVERY_S) -> None:
-        self._told, self._started_at, self._interval_s = told, started_at, interval_s
+    def __init__(self, log: Callable[[dict[str, float], int], object], started_at: float, interval_s: float = SAMPLE_INTERVAL_S) -> None:
+        self._log, self._started_at, self._interval_s = log, started_at, interval_s
         self._closing = threading.Event()
         self._monitors = _monitors()
         self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
@@ -44,13 +41,13 @@ class SystemMetrics:
                 except Exception:  # a driver or sensor that has gone: its curves end, training does not
                     self._monitors.remove(monitor)
             if values:
-                self._told(values, int((time.time() - self._started_at) / self._interval_s))
+                self._log(values, int((time.time() - self._started_at) / self._interval_s))
             if last:
                 return
 
 
 def why_unavailable() -> str | None:
-    """Why the machine cannot be sampled, None if it can."""
+    """Why this machine cannot be sampled, None if it can."""
     return None if importlib.util.find_spec("psutil") else "psutil is not installed: pip install psutil"
 
 

@@ -1,37 +1,121 @@
-"""From a configuration to the first step: fresh, resumed or warm-started; every part is built here and handed to the trainer.
+"""The parts of a training, built from a configuration: data, network, optimizer, sampler, and the trainer over them.
 
-The order is that of trust: what can be refused is refused first (configuration, folder, checkpoint, data, one whole batch), and only
-then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
+Everything that can be refused is refused here, before a run begins: the last part of it is that the first batch is read.
 """
 
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bdh_mlflow.config import Config, Problem
+from bdh_mlflow.config.resolve import resolve
 from bdh_mlflow.data import order, prepare
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
+from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import Sample, decode
 from bdh_mlflow.training import optim
-from bdh_mlflow.training.trainer import Progress
+from bdh_mlflow.training.origin import Origin, find_origin, load_warm, position_of
+from bdh_mlflow.training.stop import StopRequest
+from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
 
-RECOMPUTE_ABOVE_BYTES = 2 * 2**30  # activations up to this much are kept for the backward pass
 PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
-SAMPLE_BYTES = 128
+SAMPLE_BYTES = 128  # written for each
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
 
 
 def problems(config: Config) -> Iterable[Problem]:
-    """What the configuration asks of number formats, optimizer and compilation that this machine or version cannot do."""
+    """Configured number formats, optimizer and compilation that this machine or these versions cannot do."""
     yield from optim.problems(config)
     yield from precision.problems(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """Everything that a run needs before it begins.
+
+    config: resolved.   facts: tags that say how the network and its optimizer are computed.   peak_flops: the fastest matrix product
+    measured in the dtype of the matmuls, FLOP/s.
+    """
+
+    config: Config
+    origin: Origin
+    device: torch.device
+    runs: Precision
+    peak_flops: float
+    text: ParquetText
+    batches: Iterator[Batch]
+    validation: list[torch.Tensor]
+    network: BDH
+    optimizer: torch.optim.Optimizer
+    facts: dict[str, str]
+
+
+def build(config: Config, progress: Progress, fork: bool) -> Built:
+    """Everything up to the first batch.   Raises InputError for whatever the configuration, the checkpoint or the data do not allow."""
+    device = precision.pick_device()
+    machine = precision.machine(device)
+    origin = find_origin(config, machine, progress, fork)
+    config, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
+    runs = Precision.from_config(config, device)
+    peak_flops = precision.gemm_peak(runs.dtype, device)
+    text = open_text(config, progress)
+    batches = build_batches(config, text, position_of(origin, config, text, progress), device)
+    training = config.training
+    validation = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
+    torch.manual_seed(training.seed)
+    network, optimizer, facts = build_network(config, why, runs, device)
+    if origin.kind == "warm":
+        load_warm(network, origin)
+    return Built(
+        config=config,
+        origin=origin,
+        device=device,
+        runs=runs,
+        peak_flops=peak_flops,
+        text=text,
+        batches=shown(batches, progress) if training.debug else batches,
+        validation=validation,
+        network=network,
+        optimizer=optimizer,
+        facts=facts,
+    )
+
+
+def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progress, stop: StopRequest) -> Trainer:
+    """The loop over the parts, at the state of the checkpoint where there is one."""
+    config = built.config
+    parts = Parts(
+        model=built.network,
+        optimizer=built.optimizer,
+        schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
+        scaler=built.runs.scaler(),
+        autocast=built.runs.autocast,
+        formats=built.runs,
+        device=built.device,
+        batches=built.batches,
+        validation=built.validation,
+        samples=build_sampler(built.network, built.validation, config.training.seed, built.device),
+        observed=built.network.observed,
+        peak_tokens_per_s=built.peak_flops / bdh.useful_flops(built.network.config, config.training.block_size),
+        saver=saver,
+        tracker=tracker,
+        progress=progress,
+        stop=stop,
+    )
+    trainer = Trainer(parts, config.training)
+    if built.origin.state is not None:
+        trainer.load_state_dict(built.origin.state)
+        for group in built.optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
+            group["weight_decay"] = config.training.weight_decay
+    return trainer
 
 
 def open_text(config: Config, progress: Progress) -> ParquetText:
@@ -45,7 +129,7 @@ def open_text(config: Config, progress: Progress) -> ParquetText:
 
 
 def build_batches(config: Config, text: ParquetText, position: order.Position | None, device: torch.device) -> Iterator[Batch]:
-    """Training batches from a position on; the first one is read now, so that what is wrong with the data shows now."""
+    """Training batches from a position on; the first one is read now, so that unreadable data fails here."""
     batches = TrainingBatches(
         text,
         lanes=config.dataset.max_cached_files,
@@ -59,40 +143,41 @@ def build_batches(config: Config, text: ParquetText, position: order.Position | 
 
 
 def build_network(
-    config: Config, runs: Precision, device: torch.device, form: bdh.Form, why_form: str
+    config: Config, why: Mapping[str, str], runs: Precision, device: torch.device
 ) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
-    """The network on its device, its optimizer, and what was decided about how it is computed, as tags."""
-    shape = config.to_bdh_config()
-    network = BDH(shape).to(device)
-    itemsize = runs.dtype.itemsize
-    kept = bdh.activation_bytes(shape, config.training.batch_size, config.training.block_size, itemsize)
-    engine = config.low_precision.use_fp8 and not config.fp8.emulate  # recomputed products would leave its region
-    network.recompute = kept > RECOMPUTE_ABOVE_BYTES and not engine
-    compiled, why = precision.compiles(config, device)
-    network.use(form, compiled)
-    how = "neurons lit again in the backward pass"
-    if form == "reference":
-        how = f"activations {'recomputed' if network.recompute else 'kept'}, {kept / 2**30:.1f} GiB if kept"
-    bits = config.low_precision.optimizer_bits
+    """The network on its device, its optimizer, and how both are computed, as tags.   config, why: resolved."""
+    training, bits = config.training, config.low_precision.optimizer_bits
     assert bits is not None, "the configuration is resolved before it gets here"
-    optimizer = optim.build_optimizer(network.parameters(), config.training, bits)
-    return (
-        network,
-        optimizer,
-        {
-            "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
-            "bdh.optimizer": optim.described(list(network.parameters()), bits),
-            "bdh.layer_form": f"{form} ({why_form}; {how})",
-            "bdh.compiled": f"{'yes' if compiled else 'no'} ({why})",
-        },
-    )
+    assert training.layer_form != "auto"
+    assert isinstance(training.compile, bool)
+    assert isinstance(training.recompute, bool)
+    network = BDH(config.to_bdh_config()).to(device)
+    network.recompute = training.recompute
+    network.use(training.layer_form, training.compile)
+    optimizer = optim.build_optimizer(network.parameters(), training, bits)
+    form_why, compile_why = (why.get(f"training.{key}", "as configured") for key in ("layer_form", "compile"))
+    facts = {
+        "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
+        "bdh.optimizer": optim.described(list(network.parameters()), bits),
+        "bdh.layer_form": f"{training.layer_form} ({form_why}; {_activations(config, why)})",
+        "bdh.compiled": f"{'yes' if training.compile else 'no'} ({compile_why})",
+    }
+    return network, optimizer, facts
+
+
+def _activations(config: Config, why: Mapping[str, str]) -> str:
+    """What becomes of them between forward and backward pass."""
+    if not config.training.recompute:
+        return f"activations kept, {config.activation_bytes / 2**30:.1f} GiB"
+    reason = why.get("training.recompute") if config.training.layer_form == "reference" else None
+    return "activations recomputed in the backward pass" + (f": {reason}" if reason else "")
 
 
 def build_sampler(
     network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device
 ) -> Callable[[Callable[[], bool]], list[Sample]]:
-    """Continues pieces of the validation text, always the same with the same random numbers, so that the samples of a run compare."""
+    """Continues always the same pieces of the validation text with the same random numbers, so that the samples of a run are comparable."""
     if not validation:
         return lambda stopped: []
     prompts = torch.cat(validation)[:PROMPTS, 1 : PROMPT_BYTES + 1].long().to(device)  # windows lie in random order
@@ -102,7 +187,7 @@ def build_sampler(
         training = network.training
         network.eval()
         written = []
-        for tokens in network.stream(prompts, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, generator=generator):
+        for tokens in network.stream(prompts, SAMPLE_BYTES, Sampler(SAMPLE_TEMPERATURE, SAMPLE_TOP_K), generator=generator):
             if stopped():
                 break
             written.append(tokens)

@@ -1,8 +1,4 @@
-"""The loop: accumulate, guard, update, and then whatever it is time for.
-
-Parts are handed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
-the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
-"""
+"""Validation loss of a model, with its training state left as it was."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +16,7 @@ def evaluate(
     device: torch.device,
     stopped: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss over (B, T + 1) windows in nats per token; None if `stopped` said so on the way. Draws no random number."""
+    """Mean loss over (B, T + 1) windows in nats per token; None if `stopped` became true on the way. Draws no random numbers."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0

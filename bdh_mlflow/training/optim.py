@@ -1,8 +1,8 @@
 """The optimizer and its learning rate.
 
-AdamW with states of 32, 8 or 4 bits, and a learning rate that is recomputed from the step each time rather than remembered; only
-`plateau`, which listens to the validation loss, has a small state to save. Whatever their bits, states are saved as plain tensors. Knows
-nothing of the loop.
+AdamW with states of 32, 8 or 4 bits, and a learning rate that is recomputed from the step each time rather than stored; only `plateau`,
+which depends on the validation loss, has a small state to save. Whatever their bits, states are saved as plain tensors. Knows nothing of
+the loop.
 """
 
 import functools
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bdh_mlflow import host
-from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig
+from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig, resolve
 
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as improvement; torch's ReduceLROnPlateau
 SMALLEST_QUANTISED = 4096  # elements; both libraries keep smaller tensors' states in fp32
@@ -30,8 +30,8 @@ torch.sqrt(torch.zeros(1))  # as `layer` does with cos and sin: the low-bit opti
 
 
 def problems(config: Config) -> Iterable[Problem]:
-    """What the configuration asks of the optimizer that cannot be had here."""
-    bits = config.resolved().low_precision.optimizer_bits
+    """What the configuration asks of the optimizer that this machine or model cannot do."""
+    bits = resolve(config).config.low_precision.optimizer_bits
     if bits not in LIBRARIES:
         return
     key = "low_precision.use_4bit_optimizer" if config.low_precision.use_4bit_optimizer else "low_precision.optimizer_bits"
@@ -66,14 +66,14 @@ def build_optimizer(parameters: Iterable[nn.Parameter], training: TrainingConfig
 
 
 def described(parameters: Sequence[Tensor], bits: int) -> str:
-    """What truly runs, in a sentence, counted."""
+    """A sentence about what runs, counted."""
     if bits == 32:
         return "AdamW with 32-bit states (torch, fused), 8.00 bytes a parameter"
     low = [p.numel() for p in parameters if _quantised(p.numel(), bits)]
-    whole = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters)
     # bitsandbytes: two codes, and an fp32 scale for each 256; torchao: two codes of half a byte, and an fp32 scale for each 128
     each = 2 + 8 / 256 if bits == 8 else 1 + 8 / BLOCK_4BIT
-    mean = (each * sum(low) + 8 * (whole - sum(low))) / whole
+    mean = (each * sum(low) + 8 * (total - sum(low))) / total
     how = "" if bits == 8 or host.compiler() else ", not compiled (no C++ compiler): slower"
     return (
         f"AdamW with {bits}-bit states ({LIBRARIES[bits]}{how}) in {len(low)} of {len(parameters)} parameters, {mean:.2f} bytes a parameter"
@@ -156,7 +156,7 @@ def _adamw_4bit() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Notes of the libraries about kernels that are not used here; errors stay."""
+    """Silences the libraries' notes about kernels that are not used here; errors stay."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -203,7 +203,7 @@ class LearningRate:
         return c.min_lr + (self._peak - c.min_lr) * share
 
     def observe(self, val_loss: float) -> None:
-        """Hear a validation loss; plateau cuts the rate after more than `patience` evaluations without improvement."""
+        """Take note of a validation loss; plateau cuts the rate after more than `patience` evaluations without improvement."""
         if val_loss < self._best * (1 - PLATEAU_THRESHOLD):
             self._best, self._bad_evaluations = val_loss, 0
             return

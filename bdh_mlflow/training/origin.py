@@ -1,7 +1,7 @@
-"""From a configuration to the first step: fresh, resumed or warm-started; every part is built here and handed to the trainer.
+"""Where a training begins (fresh, resumed, forked, or from weights of another program), and proof that its configuration may begin there.
 
-The order is that of trust: what can be refused is refused first (configuration, folder, checkpoint, data, one whole batch), and only
-then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
+A resumed run must follow the trajectory it would have had without the interruption, so a setting that would change it is refused; which
+ones do, each field of the configuration says (`config.Role`).
 """
 
 import dataclasses
@@ -12,33 +12,26 @@ from typing import Any, Literal
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Manifest, RunDirectory
-from bdh_mlflow.config import Config, ModelConfig, changes_trajectory
+from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, resolve, role_of
 from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import locate
+from bdh_mlflow.training import build
 from bdh_mlflow.training.trainer import Progress
-
-SHAPES = frozenset(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)) - {"model.dropout", "model.n_layer"} | {
-    "low_precision.optimizer_bits",
-    "low_precision.use_4bit_optimizer",
-}
-"""Settings that weights and optimizer states depend on; even a fork cannot change them."""
-ORDER = frozenset({"training.seed", "training.block_size", "dataset.max_cached_files", "dataset.text_column", "dataset.val_fraction"})
-"""Settings that a position in the data depends on."""
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a training begins.
 
-    fresh: random weights.   resumed: a checkpoint of ours, whose run goes on.   forked: a checkpoint of ours, in a new run that may differ
-    from the old one.   warm: weights of another program.   saved: the checkpoint's configuration, for resumed and forked.
+    fresh: random weights.   resumed: one of our checkpoints, in its run.   forked: one of our checkpoints, in a new run whose settings may
+    differ.   warm: weights of another program.   saved: the checkpoint's configuration, resolved, for resumed and forked.
     """
 
     kind: Literal["fresh", "resumed", "forked", "warm"]
-    found: locate.Found | None = None
+    found: locate.ResolvedCheckpoint | None = None
     saved: Config | None = None
 
     @property
@@ -55,51 +48,65 @@ class Origin:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What is known of the checkpoint."""
+        """What the checkpoint's manifest says."""
         return self.found.checkpoint.manifest if self.found and self.found.checkpoint else None
 
 
 def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
-    """The directory of the run that goes on, or a new one."""
+    """The directory of the resumed run, or a new one."""
     if origin.kind != "resumed" or origin.found is None or origin.manifest is None:
         return RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
     folder = origin.found.path.absolute().parent
-    if folder.name != origin.manifest.run_dir:  # a copy that lies elsewhere: its neighbours are none of this run's business
+    if folder.name != origin.manifest.run_dir:  # a copy elsewhere, among files of other runs
         folder = checkpoint_dir / origin.manifest.run_dir
     return RunDirectory(folder, config.to_yaml())
 
 
-def find_origin(config: Config, checkpoint_dir: Path, progress: Progress, fork: bool) -> Origin:
-    """What training begins from, and proof that this configuration may."""
+def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool) -> Origin:
+    """What training begins from.   Raises ResumeError if this configuration may not go on from there, with both values of each setting."""
     target = config.training.resume_from_checkpoint
     if not target or target == "none":
         if fork:
             raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")
         return Origin("fresh")
-    found = locate.find(target, checkpoint_dir, config.tracking)
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     for note in found.notes:
-        progress.note(f"passed over {note}")
+        progress.note(f"skipped {note}")
     if found.checkpoint is None:
         return Origin("warm", found)
     settings = found.state["config"]
     settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
-    saved = Config.from_dict(settings, origin=f"{found.path} (its configuration)").resolved()
-    changes = [d for d in saved.differences(config.resolved(None if fork else saved)) if changes_trajectory(d, saved)]
-    if fork:
-        changes = [d for d in changes if d.key in SHAPES]
+    saved = resolve(Config.from_dict(settings, origin=f"{found.path} (its configuration)"), machine).config
+    changes = _refused_changes(saved, config, machine, fork)
     if changes:
         lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
-        shapes = " Shapes are fixed for the life of a run." if any(d.key in SHAPES for d in changes) else ""
+        shapes = " Shapes are fixed for the life of a run." if any(role_of(d.key) is Role.SHAPE for d in changes) else ""
         ways = "start a new run" if shapes else "begin a new run from this checkpoint with --fork"
         raise ResumeError(
             "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
             + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or {ways}"
         )
+    if not fork and (unable := list(build.problems(resolve(config, machine, saved).config))):
+        raise ResumeError(
+            "\n  ".join(
+                [f"cannot resume {found.path} on this machine: what the run was trained with does not work here", *map(str, unable)]
+            )
+            + "\nMake it work, or begin a new run from this checkpoint with --fork, in which `auto` is settled for this machine"
+        )
     return Origin("forked" if fork else "resumed", found, saved)
 
 
+def _refused_changes(saved: Config, config: Config, machine: Machine, fork: bool) -> list[Difference]:
+    """What a resumed or forked run may not change. `debug` may come and go although nothing is compiled under it."""
+    alike = dataclasses.replace(config, training=dataclasses.replace(config.training, debug=saved.training.debug))
+    changes = saved.differences(resolve(alike, machine, None if fork else saved).config)
+    if fork:
+        return [d for d in changes if role_of(d.key) is Role.SHAPE]
+    return [d for d in changes if changes_trajectory(d, saved)]
+
+
 def position_of(origin: Origin, config: Config, text: ParquetText, progress: Progress) -> order.Position | None:
-    """Where in the data to go on: where the checkpoint was, unless a fork reads other data or in another order."""
+    """Where to continue in the data: where the checkpoint was, unless a fork reads other data or in another order."""
     if origin.state is None or origin.saved is None or origin.manifest is None or origin.found is None:
         return None
     position: order.Position = origin.state["data_position"]
@@ -110,7 +117,7 @@ def position_of(origin: Origin, config: Config, text: ParquetText, progress: Pro
             f"(digest {text.digest[:12]}, was {origin.manifest.data_digest[:12]}). "
             f"Restore it, or begin a new run from the checkpoint with --fork"
         )
-    if same_data and not any(d.key in ORDER for d in origin.saved.differences(config)):
+    if same_data and not any(role_of(d.key) is Role.ORDER for d in origin.saved.differences(config)):
         return position
     progress.note("fork: other data or another order of it, so it is read from its beginning")
     return None

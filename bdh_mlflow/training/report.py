@@ -1,77 +1,68 @@
-"""From a configuration to the first step: fresh, resumed or warm-started; every part is built here and handed to the trainer.
-
-The order is that of trust: what can be refused is refused first (configuration, folder, checkpoint, data, one whole batch), and only
-then is an MLflow run begun. Afterwards the run is told how it ended, whatever happened.
-"""
+"""What MLflow is told about a run as a whole: the segment, tags, params and datasets at its start, system metrics, and how it ended."""
 
 import contextlib
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from bdh_mlflow import __version__, checkpoint, host, redact
-from bdh_mlflow.checkpoint import Provenance
-from bdh_mlflow.config import Config
-from bdh_mlflow.data.parquet import ParquetText
-from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.tracking import journal, store, tracker
-from bdh_mlflow.tracking.tracker import Tracker
-from bdh_mlflow.training.origin import Origin
+from bdh_mlflow.tracking import system_metrics as system
+from bdh_mlflow.tracking.records import RunIdentity, Segment
+from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
+from bdh_mlflow.training.build import Built
+from bdh_mlflow.training.stop import StopRequest
+from bdh_mlflow.training.trainer import Ending
 
 
-def segment_of(config: Config, origin: Origin, door: store.StoreStatus, folder: Path, device: str) -> dict[str, Any]:
-    """What the sender must know of this process to find or make its run, and what `segments.json` says of it."""
-    earlier = [r.fields for r in journal.read(folder) if r.kind == "segment"]
-    tags = door.run.data.tags if door.run else {}
+def segment_of(built: Built, status: store.StoreStatus, folder: Path) -> Segment:
+    """What the sender must know of this process to find or make its run, and what `segments.json` says of it.   folder: of the journal."""
+    config, origin = built.config, built.origin
+    with journal.reading(folder) as reader:
+        earlier = reader.index.segments if reader else []
+    tags = status.run.data.tags if status.run else {}
     saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
-    number = 1 + max(saved, int(tags.get("bdh.segment", 0)), earlier[-1]["number"] if earlier else 0)
-    training = earlier[0]["training"] if earlier else tags.get("bdh.training", uuid.uuid4().hex)
     audit = list(tracker.REPLAYED)
     if origin.saved:  # a mean over other spans is another number
         for key, metric in (("log_freq", "train/loss"), ("test_iters", "val/loss")):
             if getattr(origin.saved.training, key) != getattr(config.training, key):
                 audit.remove(metric)
-    return {
-        "number": number,
-        "training": training,
-        "continues": origin.run_id if origin.kind == "resumed" else None,
-        "wrapper": os.environ.get("MLFLOW_RUN_ID"),
-        "experiment": config.tracking.experiment,
-        "run_name": config.tracking.run_name,
-        "user": os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
-        "tracking_uri": redact.masked(door.tracking_uri),
-        "mirror": config.tracking.mirror_checkpoints,
-        "keep": config.training.keep_checkpoints,
-        "audit": audit,
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "device": device,
-        "versions": versions(),
-        "started_at_ms": int(time.time() * 1000),
-        "first_step": origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
-    }
+    return Segment(
+        number=1 + max(saved, int(tags.get("bdh.segment", 0)), earlier[-1].number if earlier else 0),
+        training=earlier[0].training if earlier else tags.get("bdh.training", uuid.uuid4().hex),
+        continues=origin.run_id if origin.kind == "resumed" else None,
+        wrapper=os.environ.get("MLFLOW_RUN_ID"),
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name,
+        user=os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        tracking_uri=redact.masked(status.tracking_uri),
+        mirror=config.tracking.mirror_checkpoints,
+        keep=config.training.keep_checkpoints,
+        audit=audit,
+        host=platform.node(),
+        pid=os.getpid(),
+        device=built.facts["bdh.device"],
+        versions=versions(),
+        started_at_ms=int(time.time() * 1000),
+        first_step=origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
+    )
 
 
-def introduce(
-    tracker: Tracker,
-    config: Config,
-    text: ParquetText,
-    facts: Mapping[str, str],
-    provenance: Provenance,
-    patch: str,
-    origin: Origin,
-) -> None:
-    """Everything about the run that is known before its first step."""
+def introduce(tracker: Tracker, built: Built, provenance: Provenance, patch: str) -> None:
+    """Record everything about the run that is known before its first step.   patch: uncommitted changes of the source, empty for none."""
+    config, origin, text = built.config, built.origin, built.text
     tags = {
         **config.tracking.tags,
-        **facts,
+        **built.facts,
         "bdh.version": __version__,
         "bdh.host": platform.node(),
         "bdh.git_dirty": str(provenance.git_dirty).lower(),
@@ -95,31 +86,25 @@ def introduce(
     if patch:
         tracker.text(patch, "code/uncommitted.patch")
     profile = {"num_rows": text.rows, "files": len(text.files), "bytes": text.bytes, "val_fraction": text.val_fraction}
-    tracker.dataset(text.root.name, text.digest, str(text.root.absolute()), profile, "training")
+    names = {"training": text.root.name}
     if text.val_fraction:  # under a name of its own: a run lists a dataset of one name and digest once
-        tracker.dataset(f"{text.root.name} (validation)", text.digest, str(text.root.absolute()), profile, "validation")
+        names["validation"] = f"{text.root.name} (validation)"
+    for context, name in names.items():
+        folder = str(text.root.absolute())
+        tracker.dataset(DatasetFacts(name=name, digest=text.digest, folder=folder, profile=profile, context=context))
 
 
-def headline(
-    network: BDH,
-    config: Config,
-    text: ParquetText,
-    facts: Mapping[str, str],
-    tracker: Tracker,
-    door: store.StoreStatus,
-    origin: Origin,
-    segment: int,
-) -> str:
+def headline(built: Built, identity: RunIdentity | None, status: store.StoreStatus, segment: int) -> str:
     """What is about to be trained, in a few lines."""
-    parameters = sum(p.numel() for p in network.parameters())
-    tokens = config.training.batch_size * config.training.block_size * config.training.gradient_accumulation_steps
-    identity, uri = tracker.identity, redact.masked(door.tracking_uri)
+    config, origin, text, facts = built.config, built.origin, built.text, built.facts
+    uri = redact.masked(status.tracking_uri)
     lines = [
-        f"BDH with {parameters / 1e6:.2f} M parameters, {tokens:,} tokens a step; {facts['bdh.precision']}; {facts['bdh.optimizer']}",
+        f"BDH with {config.parameters / 1e6:.2f} M parameters, {config.tokens_per_step:,} tokens a step; {facts['bdh.precision']}; "
+        f"{facts['bdh.optimizer']}",
         f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
         if identity
-        else f"MLflow: {uri} {'has not named the run yet' if door.reachable else 'does not answer'}; training goes on, "
+        else f"MLflow: {uri} {'has not named the run yet' if status.reachable else 'does not answer'}; training goes on, "
         f"everything is journalled and delivered when it does",
     ]
     if origin.found is not None:
@@ -140,3 +125,56 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+@contextlib.contextmanager
+def system_metrics(built: Built, tracker: Tracker, folder: Path, status: store.StoreStatus, note: Callable[[str], None]) -> Iterator[None]:
+    """Sample the machine while the body runs, if configured; samples are numbered from the beginning of the first segment."""
+    if not built.config.tracking.log_system_metrics:
+        yield
+        return
+    if missing := system.why_unavailable():
+        note(f"no system metrics: {missing}")
+        yield
+        return
+    with journal.reading(folder) as reader:
+        first = reader.index.segments[0].started_at_ms if reader and reader.index.segments else None
+    if status.run is not None:
+        first = min(first or status.run.info.start_time, status.run.info.start_time)
+    samples = system.SystemMetrics(tracker.metrics, (first or 1000 * time.time()) / 1000)
+    try:
+        yield
+    finally:
+        samples.close()
+
+
+@dataclass
+class FinalReport:
+    """What MLflow is told at the end of a run.   refused: the store did not take the run.   step: tells the completed updates."""
+
+    ending: Ending | None = None
+    undelivered: int = 0
+    refused: bool = False
+    step: Callable[[], int] | None = None
+
+
+@contextlib.contextmanager
+def report_ending(tracker: Tracker, stop: StopRequest, run_dir: RunDirectory) -> Iterator[FinalReport]:
+    """However the body ends, the run's status says how. A run directory with nothing saved and nothing left to deliver is removed."""
+    report = FinalReport()
+    status, tags = "FAILED", {}
+    try:
+        yield report
+        assert report.ending is not None
+        status = "FINISHED" if report.ending.reason == "finished" else "KILLED"
+        tags = {"bdh.stop_reason": report.ending.reason, "bdh.stop_step": str(report.ending.step)}
+    except BaseException as error:
+        killed = stop.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        reason = killed.name if killed and status == "KILLED" else type(error).__name__
+        tags = {"bdh.stop_reason": reason, "bdh.stop_message": str(error)[:500] or reason}
+        raise
+    finally:
+        report.undelivered = tracker.close(status, tags, report.step() if report.step else None)
+        if not report.undelivered or report.refused:
+            run_dir.discard()

@@ -1,8 +1,4 @@
-"""The loop: accumulate, guard, update, and then whatever it is time for.
-
-Parts are handed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
-the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
-"""
+"""How a signal, or a study that prunes a trial, ends a training after the update at hand."""
 
 import signal
 from dataclasses import dataclass
@@ -11,17 +7,18 @@ from types import FrameType
 
 @dataclass(frozen=True)
 class StopReason:
-    """A reason to end that is no signal: `pruned`."""
+    """Why a training was stopped, where no signal did it: `pruned`."""
 
     name: str
 
 
 @dataclass
 class StopRequest:
-    """Whether a signal or somebody asked the run to end; the loop looks between batches.
+    """Whether the run is to end, by a signal or by `ask`; the loop looks between updates.
 
-    Until the run has begun there is nothing to save, so the signal ends the program where it is. Later signals change nothing: Ctrl-C
-    under `mlflow run` arrives as SIGINT and then SIGTERM, and the second must not cut off the save.
+    received: the first reason; None until there is one.   begun: whether there is a run to end properly. Before that, nothing could be
+    saved, and a signal ends the program where it is. A second signal changes nothing: Ctrl-C under `mlflow run` arrives as SIGINT and then
+    SIGTERM, and the second must not interrupt the save.
     """
 
     received: signal.Signals | StopReason | None = None
@@ -30,13 +27,14 @@ class StopRequest:
     def install(self) -> None:
         """Handle SIGINT and SIGTERM from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            signal.signal(number, self.handle)
 
     def ask(self, reason: str) -> None:
-        """End after this step, as after a signal; one that has come counts more."""
+        """End after this update, as after a signal; a reason already received stays."""
         self.received = self.received or StopReason(reason)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """What a signal does.   Raises KeyboardInterrupt for the first one if the run has not begun."""
         first = self.received is None
         if not isinstance(self.received, signal.Signals):
             self.received = signal.Signals(number)

@@ -1,10 +1,11 @@
-"""The loop: accumulate, guard, update, and then whatever it is time for.
+"""The loop: accumulate gradients, check them, update, and then whatever is due at this step: log, evaluate, save.
 
-Parts are handed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
+Parts are passed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
 the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
+An update that fails, or whose numbers are not finite, leaves that state as it was before.
 """
 
-import copy
+import math
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.errors import BdhError, InputError, NonFiniteError, SaveError, StoppedError
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
+from bdh_mlflow.training.interval import Interval
 from bdh_mlflow.training.stop import StopRequest
 
 State = dict[str, Any]
@@ -27,7 +29,7 @@ SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scali
 
 
 class Item(Protocol):
-    """A batch: tokens (B, T + 1), where the next one starts, and how often the data has been passed over."""
+    """A batch: tokens (B, T + 1), where the next one starts, and how many passes over the data are behind it."""
 
     @property
     def tokens(self) -> Tensor:  # noqa: D102
@@ -49,7 +51,7 @@ class Schedule(Protocol):
         """Rate of the update after `step` others."""
 
     def observe(self, val_loss: float) -> None:
-        """Hear an evaluation."""
+        """Take note of a validation loss."""
 
     def state_dict(self) -> State:
         """What `at` cannot compute from the step."""
@@ -68,8 +70,15 @@ class Stateful(Protocol):
         """Continue from `state`."""
 
 
+class NumberFormats(Stateful, Protocol):
+    """State of the number formats, FP8 scales for instance, which every pass changes."""
+
+    def savepoint(self) -> Callable[[], None]:
+        """Called between updates: the function returned brings back the state of now. As cheap as the formats allow."""
+
+
 class Tracker(Protocol):
-    """Who is told about the run. Calls return at once and never fail."""
+    """Receives the points and samples of the run. Calls return at once and never fail."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> int:
         """Points of several curves.   Returns their time stamp, Unix time in ms."""
@@ -79,20 +88,20 @@ class Tracker(Protocol):
 
 
 class Saver(Protocol):
-    """Who keeps states, behind the loop. An error of one save is raised by the next call."""
+    """Writes checkpoints in the background. An error of one save is raised by the next call."""
 
     def save(self, state: State, evaluation: Evaluation | None) -> None:
-        """Keep what `state` holds now; it may change as soon as this returns.   evaluation: of this very step, if there was one."""
+        """Save what `state` holds now; it may change as soon as this returns.   evaluation: of this very step, if there was one."""
 
     def check(self) -> None:
         """Raise what went wrong since the last call."""
 
     def finish(self) -> None:
-        """Wait until everything is kept."""
+        """Wait until everything is saved."""
 
 
 class Progress(Protocol):
-    """Who watches."""
+    """Shows the training to a user."""
 
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
         """An update was made."""
@@ -104,20 +113,9 @@ class Progress(Protocol):
         """Something worth a line."""
 
 
-class NullTracker:
-    """A tracker that tells nobody."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> int:
-        """Nothing."""
-        return 0
-
-    def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Nothing."""
-
-
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended without failing: `finished`, or what asked it to stop (SIGTERM, pruned)."""
+    """How a run ended without failing: `finished`, or what stopped it (SIGTERM, pruned)."""
 
     reason: str
     step: int
@@ -127,23 +125,23 @@ class Ending:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the loop works with."""
+    """Everything the loop works with."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
     autocast: Callable[[], AbstractContextManager[Any]]
-    formats: Stateful
+    formats: NumberFormats
     device: torch.device
     batches: Iterator[Item]
     validation: list[Tensor]
     samples: Callable[[Callable[[], bool]], Sequence[Sample]]
-    """What the model writes now; empty if it is asked to stop."""
+    """Text that the model continues now; empty if it is told to stop on the way."""
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
-    """Around an evaluation: what else was seen of the model, complete at its end."""
+    """Around an evaluation: further metrics of the model, complete at its end."""
     peak_tokens_per_s: float
-    """If the machine did nothing but the model's useful arithmetic, at the fastest it was seen to do any."""
+    """Speed if the machine did nothing but the model's useful arithmetic, at the fastest rate measured on it; 100 % of perf/mfu_pct."""
     saver: Saver
     tracker: Tracker
     progress: Progress
@@ -151,7 +149,7 @@ class Parts:
 
 
 class Trainer:
-    """Trains until `max_iters` updates are made, a signal asks to stop, or a number is no longer one."""
+    """Trains until `max_iters` updates are made, a stop is requested, or a loss or gradient is not finite."""
 
     def __init__(self, parts: Parts, config: TrainingConfig) -> None:
         self._parts = parts
@@ -159,14 +157,9 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self._position: State | None = None
-        self._epoch = 0.0
         self._loss: float | None = None
-        self._loss_sum = 0.0
-        self._loss_count = 0
         self._grad_norm = 0.0
-        self._step_s = 0.0
-        self._new_steps = 0
-        self._new_tokens = 0
+        self._interval = Interval()
         self._saved_step: int | None = None
         self._evaluation: Evaluation | None = None
         self._evaluated_step = 0
@@ -177,7 +170,7 @@ class Trainer:
         config, stop = self._config, self._parts.stop
         try:
             if self.step % config.test_freq == 0 and self._evaluated_step != self.step:
-                self._evaluate()  # the interruption came before it; a plateau schedule has yet to hear of it
+                self._evaluate()  # the interruption came before it, and a plateau schedule depends on it
             while self.step < config.max_iters and not stop.received:
                 self._parts.saver.check()
                 if not self._update():
@@ -212,10 +205,10 @@ class Trainer:
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
             "precision_state_dict": parts.formats.state_dict(),
-            "rng": self._rng(),
+            "rng": _rng_state(parts.device),
             "data_position": self._position,
             "loss": self._loss,
-            "accumulators": {"loss_sum": self._loss_sum, "loss_count": self._loss_count, "epoch": self._epoch},
+            "accumulators": self._interval.state_dict(),
             "evaluated_step": self._evaluated_step,
         }
 
@@ -225,57 +218,40 @@ class Trainer:
         parts.model.load_state_dict(state["model_state_dict"])
         parts.optimizer.load_state_dict(state["optimizer_state_dict"])
         parts.schedule.load_state_dict(state["scheduler_state_dict"])
-        if state["scaler_state_dict"]:  # empty where losses were not scaled, as before a fork to float16
+        if state["scaler_state_dict"]:  # empty where the loss was not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])
         parts.formats.load_state_dict(state.get("precision_state_dict", {}))  # empty without FP8; older checkpoints have none
-        self._set_rng(state["rng"])
+        _set_rng_state(parts.device, state["rng"])
         self.step = self._saved_step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self._evaluated_step = state["evaluated_step"]
         self._position = state["data_position"]
         self._loss = state["loss"]
-        accumulators = state["accumulators"]
-        self._loss_sum, self._loss_count, self._epoch = accumulators["loss_sum"], accumulators["loss_count"], accumulators["epoch"]
-
-    def _rng(self) -> State:
-        rng = {"cpu": torch.get_rng_state()}
-        if self._parts.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self._parts.device)
-        return rng
-
-    def _set_rng(self, rng: State) -> None:
-        torch.set_rng_state(rng["cpu"])
-        if self._parts.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self._parts.device)
+        self._interval.load_state_dict(state["accumulators"])
 
     def _update(self) -> bool:
-        """One optimizer update; False if float16 gradients overflowed and the update was left out."""
-        rng, formats = self._rng(), copy.deepcopy(self._parts.formats.state_dict())
+        """One optimizer update; False if float16 gradients overflowed and the update was skipped."""
+        parts = self._parts
+        rng, restore_formats = _rng_state(parts.device), parts.formats.savepoint()
         try:
             return self._try_update()
         except BdhError:
-            self._set_rng(rng)  # what is saved now is the state before this update, whole
-            self._parts.formats.load_state_dict(formats)
+            _set_rng_state(parts.device, rng)  # what is saved now is the state before this update, all of it
+            restore_formats()
             raise
 
     def _try_update(self) -> bool:
-        parts, config = self._parts, self._config
+        parts = self._parts
         started = time.perf_counter()
-        parts.model.train()
-        loss, tokens = 0.0, 0
-        for _ in range(config.gradient_accumulation_steps):
-            batch = next(parts.batches)
-            idx, targets = self._split(batch.tokens)
-            with parts.autocast():
-                _, batch_loss = parts.model(idx, targets)
-            parts.scaler.scale(batch_loss / config.gradient_accumulation_steps).backward()
-            loss += batch_loss.item() / config.gradient_accumulation_steps
-            tokens += targets.numel()
+        batch, losses, tokens = self._accumulate()
         parts.scaler.unscale_(parts.optimizer)
-        limit = config.grad_clip or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(parts.model.parameters(), limit).item()
+        norm = nn.utils.clip_grad_norm_(parts.model.parameters(), self._config.grad_clip or float("inf"))
+        *values, grad_norm = torch.stack([*losses, norm]).tolist()  # the loop waits for the device here, once an update
+        loss = 0.0
+        for value in values:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
+            loss += value / len(values)
         self._guard(loss, grad_norm)
-        self._position, self._epoch = batch.position, batch.epoch
+        self._position, self._interval.epoch = batch.position, batch.epoch
         rate = parts.schedule.at(self.step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
@@ -284,63 +260,77 @@ class Trainer:
         parts.optimizer.zero_grad(set_to_none=True)
         self.tokens_seen += tokens
         elapsed_s = time.perf_counter() - started
-        self._step_s += elapsed_s
-        self._new_steps += 1
-        self._new_tokens += tokens
-        if not _finite(grad_norm):
+        self._interval.add_attempt(tokens, elapsed_s)
+        if not math.isfinite(grad_norm):
             return False
         self.step += 1
         self._loss, self._grad_norm = loss, grad_norm
-        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        self._interval.add_loss(loss)
         parts.progress.advance(self.step, loss, tokens / elapsed_s)
         return True
 
+    def _accumulate(self) -> tuple[Item, list[Tensor], int]:
+        """Gradients of all passes of an update.   Returns the last batch, the loss of each pass, still on the device, and the tokens."""
+        parts, passes = self._parts, self._config.gradient_accumulation_steps
+        parts.model.train()
+        losses, tokens = [], 0
+        for _ in range(passes):
+            batch = next(parts.batches)
+            windows = batch.tokens.to(parts.device, non_blocking=True).long()
+            idx, targets = windows[:, :-1], windows[:, 1:]
+            with parts.autocast():
+                _, loss = parts.model(idx, targets)
+            parts.scaler.scale(loss / passes).backward()
+            losses.append(loss.detach())
+            tokens += targets.numel()
+        return batch, losses, tokens
+
     def _guard(self, loss: float, grad_norm: float) -> None:
-        """Stop before numbers that are none reach the weights. Under loss scaling an overflow of gradients is let pass: it only skips."""
+        """Stop before non-finite values reach the weights. Under loss scaling an overflow of gradients only skips the update."""
+        finite_loss = math.isfinite(loss)
+        if finite_loss and math.isfinite(grad_norm):
+            return
         scaler = self._parts.scaler
-        scaled = scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE
-        if _finite(loss) and (_finite(grad_norm) or scaled):
+        if finite_loss and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE:
             return
         self._parts.optimizer.zero_grad(set_to_none=True)
-        what = f"gradient norm {grad_norm}" if _finite(loss) else f"loss {loss}"
+        what = f"gradient norm {grad_norm}" if finite_loss else f"loss {loss}"
         raise NonFiniteError(
             f"update {self.step + 1}: {what}; it was not applied. Weights of step {self.step} are good. "
             f"Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
         )
 
     def _log(self) -> None:
-        parts, step = self._parts, self.step
-        tokens_per_s = self._new_tokens / max(self._step_s, 1e-9)
+        parts, step, interval = self._parts, self.step, self._interval
         values = {
-            "train/loss": self._loss_sum / max(1, self._loss_count),
+            "train/loss": interval.loss,
             "optim/lr": parts.optimizer.param_groups[0]["lr"],
             "optim/grad_norm": self._grad_norm,
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/mfu_pct": 100 * tokens_per_s / parts.peak_tokens_per_s,
-            "perf/step_ms": 1e3 * self._step_s / max(1, self._new_steps),
+            "perf/tokens_per_s": interval.tokens_per_s,
+            "perf/mfu_pct": 100 * interval.tokens_per_s / parts.peak_tokens_per_s,
+            "perf/step_ms": interval.step_ms,
             "mem/peak_gib": peak_gib(parts.device),
             "progress/tokens_seen": self.tokens_seen,
-            "progress/epoch": self._epoch,
+            "progress/epoch": interval.epoch,
         }
         if parts.scaler.is_enabled():
             values["optim/loss_scale"] = parts.scaler.get_scale()
         parts.tracker.metrics(values, step)
         parts.tracker.metrics({"by_tokens/train_loss": values["train/loss"]}, self.tokens_seen // 1000)
         parts.progress.point(values, step)
-        if step % self._config.log_freq == 0:  # the point of an odd last step is extra: means go on as if it had not been asked for
-            self._loss_sum, self._loss_count = 0.0, 0
-            self._step_s, self._new_steps, self._new_tokens = 0.0, 0, 0
+        if step % self._config.log_freq == 0:  # the extra point of a last step that is no multiple leaves the interval open
+            interval.reset()
 
     def _evaluate(self) -> None:
         parts, step = self._parts, self.step
         if not parts.validation:
             return
-        with parts.observed() as seen:
+        with parts.observed() as observed:
             val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped)
         if val_loss is None:
             return
         values = {"val/loss": val_loss, "val/bpb": bits_per_byte(val_loss)}
-        logged_at_ms = parts.tracker.metrics({**values, **seen}, step)
+        logged_at_ms = parts.tracker.metrics({**values, **observed}, step)
         self._evaluation, self._evaluated_step = Evaluation(step, val_loss, logged_at_ms), step
         parts.tracker.metrics({"by_tokens/val_loss": val_loss, "by_tokens/val_bpb": values["val/bpb"]}, self.tokens_seen // 1000)
         parts.progress.point(values, step)
@@ -366,10 +356,6 @@ class Trainer:
     def _stopped(self) -> bool:
         return self._parts.stop.received is not None
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = tokens.to(self._parts.device, non_blocking=True).long()
-        return tokens[:, :-1], tokens[:, 1:]
-
 
 def peak_gib(device: torch.device) -> float:
     """Most memory held so far, in GiB: of the device for CUDA, of the process otherwise."""
@@ -379,5 +365,15 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
+def _rng_state(device: torch.device) -> State:
+    """Random number generators that a pass may draw from. Copied at every update: 5 KB and 1 us, of CUDA 16 bytes that the host holds."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    return rng
+
+
+def _set_rng_state(device: torch.device, rng: State) -> None:
+    torch.set_rng_state(rng["cpu"])
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], device)

@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it changes nothing."""
+"""`doctor`: what it finds, and what it says to do."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import RunDirectory
 from bdh_mlflow.cli import doctor
 from bdh_mlflow.tracking import journal
+from bdh_mlflow.tracking.records import Tags
 from tests.conftest import run_cli, tiny_config, train
 
 
@@ -17,39 +18,39 @@ def found(what: str) -> doctor.Finding:
     return finding
 
 
-def test_everything_in_order_ends_with_what_to_type(store: MlflowClient, text: Path, tiny: Path) -> None:
+def test_setup_without_problems_ends_with_what_to_type(store: MlflowClient, text: Path, tiny: Path) -> None:
     assert train(tiny).exit_code == 0
     result = run_cli("doctor", "--config", str(tiny))
     assert result.exit_code == 0, result.output
     assert "Next: mlflow run . --env-manager local" in result.output
     assert found("tracking URI").found == f"{store.tracking_uri} (MLFLOW_TRACKING_URI)"
     assert found("checkpoints").found.endswith("checkpoints: 1 runs")
-    assert "the UI shows them on this machine" in found("artifact root").found
+    assert "the UI on this machine shows them" in found("artifact root").found
 
 
-def test_store_that_does_not_answer_is_not_in_order(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+def test_store_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     result = run_cli("doctor", "--config", str(tiny))
     assert result.exit_code == 1
-    assert "Not in order: tracking store" in result.output
+    assert "Problems: tracking store" in result.output
     assert "secret" not in result.output
 
 
-def test_what_waits_is_named_with_the_command_that_delivers_it(store: MlflowClient) -> None:
+def test_undelivered_journal_is_named_with_the_command_that_delivers_it(store: MlflowClient) -> None:
     run = RunDirectory(Path("checkpoints/run_20251108_143022"), "")
-    told = journal.Journal(run.folder)
-    told.append("tags", tags={})
-    assert "being trained" in found("journal").found
+    records = journal.Journal(run.folder)
+    records.append(Tags(tags={}))
+    assert "training now" in found("journal").found
     run.close()
     (folder,) = checkpoint.pending(Path("checkpoints"))
     finding = found("journal")
     assert (finding.good, finding.do) == (False, f"bdh-mlflow sync {folder}")
 
 
-def test_artifacts_that_a_server_elsewhere_cannot_show_are_not_in_order() -> None:
+def test_artifacts_that_a_server_elsewhere_cannot_show_are_a_problem() -> None:
     from mlflow.entities import Experiment
 
     experiment = Experiment("1", "bdh", "file:///tmp/here", "active")
-    assert not doctor._artifacts(experiment, "http://server:5000").good
-    assert doctor._artifacts(experiment, "sqlite:////tmp/m.db").good
+    assert not doctor.artifact_root(experiment, "http://server:5000").good
+    assert doctor.artifact_root(experiment, "sqlite:////tmp/m.db").good

@@ -1,13 +1,11 @@
 """Configuration: defaults, reading, problems."""
 
-import ast
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bdh_mlflow.config import SECTIONS, BDHConfig, Config, Difference, Problem, changes_trajectory, documentation
-from bdh_mlflow.config.settings import HARMLESS
+from bdh_mlflow.config import BDHConfig, Config, Difference, Problem, Role, changes_trajectory, documentation, role_of
 from bdh_mlflow.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -32,6 +30,7 @@ DEFAULTS = {
         "resume_from_checkpoint": None,
         "compile": "auto",
         "layer_form": "auto",
+        "recompute": "auto",
         "debug": False,
     },
     "scheduler": {
@@ -95,16 +94,6 @@ def test_shipped_configurations_name_every_setting_with_a_comment(path: Path) ->
     assert {s: set(keys) for s, keys in yaml.safe_load(path.read_text()).items()} == {s: set(keys) for s, keys in DEFAULTS.items()}
     settings = [line for line in path.read_text().splitlines() if line.startswith("  ")]
     assert [line for line in settings if "  # " not in line] == []
-
-
-def test_every_setting_is_read_by_some_code() -> None:
-    read = set()
-    for file in (PROJECT / "bdh_mlflow").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name | ast.Attribute):
-                read.add(node.attr)
-    settings = {f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys}
-    assert {s for s in settings if s.partition(".")[2] not in read} == set()
 
 
 def test_every_setting_is_documented() -> None:
@@ -218,15 +207,38 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 
 
 def test_saved_yaml_reads_back_to_the_same_configuration() -> None:
-    config = Config.from_dict({"tracking": {"tags": {"a": "b"}, "run_name": "7"}, "training": {"learning_rate": 3e-4}}).resolved()
+    config = Config.from_dict({"tracking": {"tags": {"a": "b"}, "run_name": "7"}, "training": {"learning_rate": 3e-4}})
     assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
     assert config.digest() != Config().digest()
 
 
-def test_decay_ends_with_the_first_segment_and_is_not_bent_by_a_longer_one() -> None:
-    first = Config.from_dict({"training": {"max_iters": 100}}).resolved()
-    longer = Config.from_dict({"training": {"max_iters": 200}}).resolved(first)
-    assert (first.scheduler.decay_steps, longer.scheduler.decay_steps) == (100, 100)
+def test_replaced_takes_values_and_leaves_the_rest() -> None:
+    before = Config.from_dict({"training": {"seed": 7}, "tracking": {"tags": {"a": "1"}}})
+    after = before.replaced(
+        {"training.max_iters": 5, "training.keep_checkpoints": None, "scheduler.min_lr": 1e-5, "tracking.tags.b.c": "2"}
+    )
+    assert after.differences(before) == [
+        Difference("training.max_iters", 5, 3000),
+        Difference("scheduler.min_lr", 1e-5, 0.0),
+        Difference("tracking.tags.b.c", "2", None),
+    ]
+    assert before.tracking.tags == {"a": "1"}
+
+
+def test_replaced_refuses_what_a_file_could_not_say() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*training\.max_iter: unknown key.*optimizer_bits: found 16"):
+        Config().replaced({"training.max_iter": 5, "low_precision.optimizer_bits": 16})
+    with pytest.raises(ConfigError, match=r"training\.seed\.x: unknown key"):
+        Config().replaced({"training.seed.x": 5})
+    with pytest.raises(ConfigError, match=r"trainin: unknown section"):
+        Config().replaced({"trainin.max_iters": 5})
+    with pytest.raises(ConfigError, match=r"min_lr: 1.0 is above training.learning_rate"):
+        Config().replaced({"scheduler.min_lr": 1.0})
+
+
+def test_derived_numbers_are_those_of_the_published_network() -> None:
+    config = Config.from_dict({"training": {"gradient_accumulation_steps": 3}})
+    assert (config.tokens_per_step, config.neurons, config.parameters) == (3 * 8 * 512, 8192, 25_296_896)
 
 
 def test_differences_name_the_setting_and_both_values() -> None:
@@ -242,9 +254,34 @@ def test_evaluation_cadence_matters_to_a_plateau_schedule_only() -> None:
     assert changes_trajectory(difference, Config.from_dict({"scheduler": {"type": "plateau"}}))
 
 
-def test_harmless_settings_exist() -> None:
-    assert {key for key in HARMLESS if key not in Config().flat()} == set()
-    assert set(SECTIONS) == set(DEFAULTS)
+def keys_of(role: Role) -> set[str]:
+    return {f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys if role_of(f"{section}.{key}") is role}
+
+
+def test_setting_says_whether_a_resume_may_change_it() -> None:
+    assert keys_of(Role.SHAPE) == {
+        "model.n_embd",
+        "model.n_head",
+        "model.mlp_internal_dim_multiplier",
+        "model.vocab_size",
+        "low_precision.use_4bit_optimizer",
+        "low_precision.optimizer_bits",
+    }
+    assert keys_of(Role.ORDER) == {
+        "training.block_size",
+        "training.seed",
+        "dataset.text_column",
+        "dataset.max_cached_files",
+        "dataset.val_fraction",
+    }
+    assert {"training.max_iters", "dataset.parquet_dir", "dataloader.num_workers", "tracking.tags"} <= keys_of(Role.FREE)
+    assert {"model.n_layer", "training.learning_rate", "training.layer_form", "fp8.format"} <= keys_of(Role.TRAJECTORY)
+
+
+def test_one_tag_has_the_role_of_all_tags_and_an_unknown_setting_none() -> None:
+    assert role_of("tracking.tags.team") is Role.FREE
+    with pytest.raises(KeyError):
+        role_of("training.learning_rat")
 
 
 def test_network_configuration_is_the_published_one() -> None:

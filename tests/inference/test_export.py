@@ -13,7 +13,6 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import CheckpointError
 from bdh_mlflow.inference import export, generate, load
 from bdh_mlflow.model.bdh import PROJECTIONS
-from bdh_mlflow.model.fourbit import pack_4bit, round_to_4bit, unpack_4bit
 from tests.conftest import run_cli, train
 
 CONFIG = ("--config", "tiny.yaml")
@@ -34,20 +33,7 @@ def exported(saved: Path, kind: str) -> Path:
     return Path(f"out.{kind}.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("size", [64 * 64, 100, 18], ids=["blocks", "a short last block", "less than a block"])
-def test_packed_weights_are_the_rounded_ones_to_the_bit(kind: str, nested: bool, size: int) -> None:
-    weight = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02
-    assert torch.equal(unpack_4bit(pack_4bit(weight, kind, nested)), round_to_4bit(weight, kind, nested))
-
-
-def test_large_weights_take_4_13_bits() -> None:
-    parts = pack_4bit(torch.randn(2**20), "nf4", True)
-    assert 8 * sum(t.numel() * t.element_size() for t in parts.values()) / 2**20 == pytest.approx(4.13, abs=0.01)
-
-
-def test_4bit_file_is_the_model_that_training_saw(trained: Path) -> None:
+def test_4bit_file_is_the_model_that_training_evaluated(trained: Path) -> None:
     path = exported(trained, "4bit")
     run, file = (load.load(str(p), Path("checkpoints"), TrackingConfig()) for p in (trained, path))
     assert path.stat().st_size < 0.3 * sum(p.numel() * 4 for p in run.model.parameters())
@@ -60,7 +46,7 @@ def test_4bit_file_is_the_model_that_training_saw(trained: Path) -> None:
     assert "".join(generate.write(file, "def ", 12, greedy)) == "".join(generate.write(run, "def ", 12, greedy))
 
 
-def test_commands_take_the_file_and_say_what_it_is(trained: Path) -> None:
+def test_commands_accept_the_file_and_describe_it(trained: Path) -> None:
     result = run_cli("checkpoints", "export", str(trained), "--format", "4bit", *CONFIG)
     path = trained.with_name("checkpoint_6.4bit.safetensors")
     assert f"{path}: " in result.output
@@ -69,7 +55,7 @@ def test_commands_take_the_file_and_say_what_it_is(trained: Path) -> None:
     assert of_run == of_file
     assert run_cli("generate", str(path), "--prompt", "def ", "--max-new-tokens", "3", *CONFIG).exit_code == 0
     assert "whole" in run_cli("checkpoints", "verify", str(trained.parent), *CONFIG).output, (
-        "the file stands beside checkpoints and is none"
+        "an exported file next to checkpoints is not taken for one"
     )
 
 
@@ -107,7 +93,7 @@ def test_file_of_another_architecture_is_refused(trained: Path) -> None:
         facts = json.loads(file.metadata()[export.HEADER])
     facts["config"]["model"]["n_embd"] = 32
     header, tensors = json.dumps(facts), load_file(path)
-    save_file(tensors, path, metadata={export.HEADER: header, export.DIGEST: export._digest(header, tensors)})
+    save_file(tensors, path, metadata={export.HEADER: header, export.DIGEST: export.digest(header, tensors)})
     with pytest.raises(CheckpointError, match="of another architecture than its configuration\n  decoder: "):
         export.read(path)
 
@@ -121,7 +107,7 @@ def test_foreign_and_missing_files_are_refused(tiny: Path, tmp_path: Path) -> No
         assert "Traceback" not in result.output
 
 
-def test_run_that_was_not_trained_for_4bit_is_exported_with_a_word_of_warning(store: MlflowClient, text: Path, tiny: Path) -> None:
+def test_run_that_was_not_trained_for_4bit_is_exported_with_a_warning(store: MlflowClient, text: Path, tiny: Path) -> None:
     train(tiny)
     result = run_cli("checkpoints", "export", "latest", "--format", "4bit", *CONFIG)
     assert result.exit_code == 0

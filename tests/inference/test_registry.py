@@ -62,6 +62,7 @@ def test_registered_model_is_small_safe_and_answers_as_generation_does(store: Ml
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert not [f for f in files if f.suffix in (".pkl", ".pt", ".pth")], "nothing that unpickles"
     assert [f.suffix for f in (folder / "artifacts").iterdir()] == [".safetensors"]
+    assert (folder / "code" / "bdh_mlflow" / "inference" / "pyfunc.py").is_file(), "a copy of the package, not of a part of it"
     needed = (folder / "requirements.txt").read_text().split()
     assert all("==" in line for line in needed)
     assert not {line.split("==")[0] for line in needed} & {"pyarrow", "torchao", "matplotlib", "rich"}
@@ -105,8 +106,8 @@ def test_served_model_answers_many_at_once_and_refuses_with_a_reason(registered:
         status, answer = _ask(port, {"inputs": {"prompt": ["def ", "x"]}, "params": GREEDY})
         assert (status, answer["predictions"]) == (200, expected)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            asked = {"dataframe_split": {"columns": ["prompt"], "data": [["def "]]}, "params": GREEDY}
-            answers = list(pool.map(lambda _: _ask(port, asked), range(16)))
+            request = {"dataframe_split": {"columns": ["prompt"], "data": [["def "]]}, "params": GREEDY}
+            answers = list(pool.map(lambda _: _ask(port, request), range(16)))
         assert answers == 16 * [(200, {"predictions": expected[:1]})]
         for wrong, reason in (
             ({"inputs": {"prompt": ["x"]}, "params": {"temperature": -1.0}}, "temperature: -1.0; accepted: 0 to inf"),
@@ -159,14 +160,14 @@ def _ask(port: int, body: dict[str, Any]) -> tuple[int, Any]:
 )
 def test_parameters_out_of_range_are_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(MlflowException, match=message):
-        pyfunc.asked(params)
+        pyfunc.parse_parameters(params)
 
 
 def test_parameters_of_the_signature_are_those_of_a_request() -> None:
     schema = registry.signature().params
     assert schema is not None
     assert {p.name: p.default for p in schema.params} == pyfunc.DEFAULTS
-    assert pyfunc.asked({}) == (256, Sampling())
+    assert pyfunc.parse_parameters({}) == (256, Sampling())
 
 
 def test_what_cannot_be_registered_is_refused(store: MlflowClient, text: Path, tiny: Path) -> None:

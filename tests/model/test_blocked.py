@@ -11,12 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdh_mlflow import host
-from bdh_mlflow.model import (
-    blocked,
-    layer,
-)
+from bdh_mlflow.model import blocked, blocks, layer
 from bdh_mlflow.model.bdh import BDH, BDHConfig
-from bdh_mlflow.model.blocked import Plan
+from bdh_mlflow.model.blocks import Plan, arrange, plan_blocks
 from bdh_mlflow.model.layer import LayerWeights
 from tests.model.test_bdh import relative_error
 
@@ -53,10 +50,10 @@ def results(given: tuple[Any, ...], run: Any) -> dict[str, Tensor]:
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, given[4].to(out.dtype))), strict=True))
 
 
-def by_blocks(dropout: float = 0.0, dtype: torch.dtype | None = None, compiled: bool = False) -> Any:
-    def run(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
-        cut = blocked.plan(x.shape[0], x.shape[2], x.shape[3], weights.encoder.shape[2], CPU)
-        return blocked.blocked_layer(x, blocked.arrange(weights, dtype or x.dtype, cut), table, dropout, compiled=compiled)
+def by_blocks(plan: Plan | None = None, *, dropout: float = 0.0, dtype: torch.dtype | None = None, compiled: bool = False) -> Any:
+    def run(x: Tensor, weights: LayerWeights, table: layer.RopeTable | None) -> Tensor:
+        cut = plan or plan_blocks(x.shape[0], x.shape[2], x.shape[3], weights.encoder.shape[2], CPU)
+        return blocked.blocked_layer(x, arrange(weights, dtype or x.dtype, cut), table, dropout, compiled=compiled)
 
     return run
 
@@ -77,23 +74,19 @@ PLANS = [None, Plan(2, 64, 64, 30), Plan(3, 64, 64, 4), Plan(1, 12, 4, 8), Plan(
 """Neurons in one block, in blocks that leave a shorter one, and texts in one chunk, in chunks of one span and of several."""
 
 
-@pytest.mark.parametrize("cut", PLANS, ids=str)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 1, 1), (5, 3, 2), (1, 3, 33), (5, 1, 33)])
-def test_values_and_every_gradient_are_those_of_the_definition(
-    batch: int, heads: int, tokens: int, cut: Plan | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if cut is not None:
-        monkeypatch.setattr(blocked, "plan", lambda *args: cut)
+def test_values_and_every_gradient_are_those_of_the_definition(batch: int, heads: int, tokens: int, plan: Plan | None) -> None:
     given = inputs(batch, heads, tokens)
-    found = errors(results(given, by_blocks()), results(given, by_definition))
+    found = errors(results(given, by_blocks(plan)), results(given, by_definition))
     assert max(found.values()) < FP64, found
 
 
 @pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 1, 511), (5, 3, 1000), (1, 3, 1000)])
 def test_lengths_that_divide_by_nothing_in_fp32(batch: int, heads: int, tokens: int) -> None:
-    """Against the definition in fp64. With D = 24 the longer ones go by chunks and a state."""
+    """Against the definition in fp64. With D = 24 the longer ones are cut into chunks with a state."""
     given = inputs(batch, heads, tokens)
-    assert (blocked.plan(batch, tokens, 24, 30, CPU).chunk < tokens) == (tokens > 4 * 24)
+    assert (plan_blocks(batch, tokens, 24, 30, CPU).chunk < tokens) == (tokens > 4 * 24)
     exact = results(given, by_definition)
     found = errors(results(tuple(t.float() for t in given), by_blocks()), exact)
     assert max(found.values()) < FP32, found
@@ -116,41 +109,40 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_published_form(tokens: i
     assert distances["out"][0] < 0.006, distances  # bf16 has 8 bits: half a unit is 0.002
 
 
-@pytest.mark.parametrize("cut", [Plan(2, 9, 9, 8), Plan(1, 6, 3, 30)], ids=str)
-def test_dropout_is_the_same_mask_forward_and_backward(cut: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the definition, handed the mask in the published order."""
-    monkeypatch.setattr(blocked, "plan", lambda *args: cut)
+@pytest.mark.parametrize("plan", [Plan(2, 9, 9, 8), Plan(1, 6, 3, 30)], ids=str)
+def test_dropout_is_the_same_mask_forward_and_backward(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition, given the mask in the published order."""
     given = inputs(3, 2, 9)
     torch.manual_seed(5)
-    found = results(given, by_blocks(dropout=0.3))
+    found = results(given, by_blocks(plan, dropout=0.3))
     torch.manual_seed(5)
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    whole = torch.full((3, 2, 9, 30), torch.nan, dtype=torch.float64)
-    for block, head, rows in cut.blocks(3, 2):
-        for start, first in itertools.product(range(0, 9, cut.span), range(0, 30, cut.neurons)):
-            part = whole[rows, head, start : start + cut.span, first : first + cut.neurons]
-            mask = blocked.keep_mask(tuple(part.shape), 0.3, seed + (block * 9 + start) * 30 + first, part)
+    full = torch.full((3, 2, 9, 30), torch.nan, dtype=torch.float64)
+    for block, head, rows in plan.blocks(3, 2):
+        for start, first in itertools.product(range(0, 9, plan.span), range(0, 30, plan.neurons)):
+            part = full[rows, head, start : start + plan.span, first : first + plan.neurons]
+            mask = blocks.keep_mask(tuple(part.shape), 0.3, seed + (block * 9 + start) * 30 + first, part)
             part.copy_(torch.stack(mask.chunk(2, -1), -1).flatten(-2))
-    assert 0.6 < (whole > 0).double().mean() < 0.8
-    assert set(whole.unique().tolist()) == {0.0, 1 / 0.7}
-    assert not torch.equal(whole[0], whole[1])
-    monkeypatch.setattr(layer.F, "dropout", lambda neurons, p: neurons * whole)
+    assert 0.6 < (full > 0).double().mean() < 0.8
+    assert set(full.unique().tolist()) == {0.0, 1 / 0.7}
+    assert not torch.equal(full[0], full[1])
+    monkeypatch.setattr(layer.F, "dropout", lambda neurons, p: neurons * full)
     assert max(errors(found, results(given, by_definition)).values()) < FP64
 
 
-@pytest.mark.parametrize(("tokens", "cut"), [(5, Plan(2, 5, 5, 4)), (7, Plan(1, 4, 2, 6))], ids=str)
-def test_gradients_are_finite_differences(tokens: int, cut: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "plan", lambda *args: cut)
+@pytest.mark.parametrize(("tokens", "plan"), [(5, Plan(2, 5, 5, 4)), (7, Plan(1, 4, 2, 6))], ids=str)
+def test_gradients_are_finite_differences(tokens: int, plan: Plan) -> None:
     x, *weights, _ = inputs(2, 2, tokens, width=4, neurons=6)
     table = layer.rope_table(0, tokens, 6, CPU)
 
     def run(*leaves: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return by_blocks(dropout=0.2)(leaves[0], LayerWeights(*leaves[1:]), table)
+        return by_blocks(plan, dropout=0.2)(leaves[0], LayerWeights(*leaves[1:]), table)
 
     assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in (x, *weights)))
 
 
+@pytest.mark.slow  # compiles the fused passes with a C++ compiler
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
 def test_fused_passes_give_the_same_values() -> None:
@@ -159,12 +151,12 @@ def test_fused_passes_give_the_same_values() -> None:
     assert max(found.values()) < FP32, found
 
 
-def test_turns_made_span_by_span_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "plan", lambda *args: Plan(1, 12, 4, 8))
-    given = inputs(2, 2, 33)
+def test_rotations_computed_span_by_span_give_the_same_values() -> None:
+    given, run = inputs(2, 2, 33), by_blocks(Plan(1, 12, 4, 8))
 
     def without_table(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
-        return blocked.blocked_layer(x, blocked.arrange(weights, x.dtype, blocked.plan()), None, 0.0)  # type: ignore[call-arg]
+        out: Tensor = run(x, weights, None)
+        return out
 
     assert max(errors(results(given, without_table), results(given, by_definition)).values()) < FP64
 
@@ -178,9 +170,9 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
         first.sum().backward()
 
 
-def test_weights_and_texts_are_free_after_the_backward_pass() -> None:
+def test_copies_of_the_weights_are_freed_by_the_backward_pass() -> None:
     x, *weights, grad = inputs(1, 1, 4)
-    arranged = blocked.arrange(LayerWeights(*(w.requires_grad_() for w in weights)), torch.float32, blocked.plan(1, 4, 24, 30, CPU))
+    arranged = arrange(LayerWeights(*(w.requires_grad_() for w in weights)), torch.float32, plan_blocks(1, 4, 24, 30, CPU))
     copy = weakref.ref(arranged.compute[0])
     out = blocked.blocked_layer(x, arranged, layer.rope_table(0, 4, 30, CPU), 0.0)
     del arranged
@@ -203,6 +195,7 @@ def test_activity_is_counted_as_in_the_definition() -> None:
     assert all(0 < seen[0][f"bdh/active_{name}_l1"] < 1 for name in ("x", "xy"))
 
 
+@pytest.mark.slow  # that differences do not grow; single steps are quick tests
 def test_curves_of_a_hundred_steps_are_those_of_the_definition() -> None:
     """In fp64: in fp32 two orders of one sum come apart by more than the forms do."""
     torch.use_deterministic_algorithms(False)
@@ -238,19 +231,56 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("tokens", [64, 512])
 def test_no_tensor_holds_the_neurons_of_all_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(blocked.BLOCK_TOKENS, "cpu", 128)
+    monkeypatch.setitem(blocks.BLOCK_TOKENS, "cpu", 128)
     given = inputs(4, 4, tokens, width=16, neurons=512, dtype=torch.float32)
-    with _Largest() as blocks:
+    with _Largest() as in_blocks:
         results(given, by_blocks())
     with _Largest() as definition:
         results(given, by_definition)
     assert definition.elements == 4 * 4 * tokens * 512
-    assert blocks.elements <= max(4 * 4 * tokens * 64, 256 * 512)  # scores of all heads and texts; neurons of one head for a block
+    assert in_blocks.elements <= max(4 * 4 * tokens * 64, 256 * 512)  # scores of all heads and texts; activations of one head for a block
 
 
-def test_long_texts_are_cut_where_a_state_is_cheaper_than_all_pairs() -> None:
-    assert blocked.plan(8, 1024, 256, 8192, CPU) == Plan(1, 1024, 1024, 1024)
-    assert blocked.plan(8, 1025, 256, 8192, CPU) == Plan(1, 1024, 256, 1024)
-    assert blocked.plan(8, 512, 256, 8192, CPU) == Plan(1, 512, 512, 2048)
-    assert blocked.plan(8, 128, 96, 384, CPU) == Plan(4, 128, 128, 384)
-    assert blocked.plan(64, 512, 256, 8192, torch.device("cuda")) == Plan(64, 512, 512, 8192)
+class _Products(TorchDispatchMode):
+    """FLOPs of all matrix products."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        factors = {"mm": args[:2], "bmm": args[:2], "addmm_": args[1:3], "baddbmm_": args[1:3]}.get(func.overloadpacket.__name__)
+        if factors:
+            self.flops += 2 * factors[0].numel() * factors[1].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_flops_are_those_of_the_derivation() -> None:
+    """The table in the docstring of `blocked`, for two rows and two heads. Chunks save the products with the first and the last state."""
+    tokens, width, neurons, step = 512, 128, 256, 128
+    projections, square = tokens * neurons * width, tokens**2
+    expected = {
+        by_definition: (6 * projections + 2 * square * (neurons + width), 12 * projections + 4 * square * (neurons + width)),
+        by_blocks(): (
+            6 * projections + tokens * (tokens + step) * neurons + 2 * square * width,
+            16 * projections + 2 * square * neurons + 4 * square * width,
+        ),
+        by_blocks(Plan(1, 256, 128, 128)): (
+            10 * projections + tokens * (128 + step) * neurons + 2 * tokens * 128 * width - 4 * 128 * neurons * width,
+            26 * projections + 2 * tokens * 128 * neurons + 4 * tokens * 128 * width - 10 * 128 * neurons * width,
+        ),
+    }
+    x, *weights, grad = inputs(2, 2, tokens, width, neurons, torch.float32)
+    for run, (forward, backward) in expected.items():
+        with _Products() as products:
+            out = run(x.requires_grad_(), LayerWeights(*(w.requires_grad_() for w in weights)), layer.rope_table(0, tokens, neurons, CPU))
+        assert products.flops == 4 * forward, run
+        with _Products() as products:
+            out.backward(grad)
+        assert products.flops == 4 * backward, run
+
+
+def test_long_texts_are_cut_into_chunks() -> None:
+    assert plan_blocks(8, 1024, 256, 8192, CPU) == Plan(1, 1024, 1024, 1024)
+    assert plan_blocks(8, 1025, 256, 8192, CPU) == Plan(1, 1024, 256, 1024)
+    assert plan_blocks(8, 512, 256, 8192, CPU) == Plan(1, 512, 512, 2048)
+    assert plan_blocks(8, 128, 96, 384, CPU) == Plan(4, 128, 128, 384)
+    assert plan_blocks(64, 512, 256, 8192, torch.device("cuda")) == Plan(64, 512, 512, 8192)

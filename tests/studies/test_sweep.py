@@ -1,4 +1,4 @@
-"""A study of real, tiny trainings: children of one run, pruned, cut off and taken up again."""
+"""A study of real, tiny trainings: children of one run, pruned, interrupted and continued."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from bdh_mlflow.cli import console
 from bdh_mlflow.errors import ConfigError, NonFiniteError
 from bdh_mlflow.studies import sweep
 from bdh_mlflow.studies.sweep import Space
@@ -47,7 +48,7 @@ def parent(store: MlflowClient) -> Any:
 
 
 @pytest.mark.slow
-def test_trials_are_children_of_one_run_that_shows_what_was_found(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+def test_trials_are_children_of_one_run_that_shows_the_best_settings(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
     result = swept(tiny, tmp_path, 3)
     assert result.exit_code == 0, result.output
     assert "3 complete, 0 pruned, 0 fail" in result.output
@@ -61,7 +62,7 @@ def test_trials_are_children_of_one_run_that_shows_what_was_found(store: MlflowC
     files = {f.path for f in store.list_artifacts(parent(store).info.run_id, "sweep")}
     assert files == {f"sweep/{name}" for name in ("space.yaml", "trials.json", "importance.png", "parallel_coordinates.png")}
     again = swept(tiny, tmp_path, 4)
-    assert "study tiny goes on: 3 trials so far" in again.output
+    assert "study tiny continues after 3 trials" in again.output
     assert len(children(store)) == 4
     table = mlflow.artifacts.load_dict(f"{parent(store).info.artifact_uri}/sweep/trials.json")
     assert [row[0] for row in table["data"]] == [0, 1, 2, 3]
@@ -89,7 +90,7 @@ def test_hopeless_trial_is_pruned_and_diverged_one_has_failed(
 
 
 @pytest.mark.slow
-def test_killed_sweep_goes_on_with_the_trial_it_was_at(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+def test_killed_sweep_continues_the_interrupted_trial(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
     long = {"training.max_iters": 100_000, "training.test_freq": 50, "training.checkpoint_freq": 50}
     space = written(tmp_path, settings=long)
     command = [sys.executable, "-m", "bdh_mlflow", "sweep", "--config", str(tiny), "--space", space, "--trials", "2"]
@@ -104,30 +105,30 @@ def test_killed_sweep_goes_on_with_the_trial_it_was_at(store: MlflowClient, text
     study.write_text(text_of.replace("100000", str(steps + 20)))  # the same space, with an end in sight
     result = swept(tiny, tmp_path, 2, settings={**long, "training.max_iters": steps + 20})
     assert result.exit_code == 0, result.output
-    assert "trial 0 was cut off; it goes on as trial 1" in result.output
+    assert "trial 0 was interrupted; it continues as trial 1" in result.output
     assert "2 complete, 0 pruned, 0 fail" in result.output
     assert len(list(folder.glob("run_*"))) == 1
-    assert len(children(store)) == 2, "the trial that was cut off went on in its own run"
+    assert len(children(store)) == 2, "the interrupted trial continued in its own run"
 
 
 @pytest.mark.slow
 def test_signal_ends_a_sweep_after_a_checkpoint(
     store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = sweep._Judge.point
+    real = console.PlainLines.point
 
     def interrupting(self: Any, values: Any, step: int) -> None:
         real(self, values, step)
         if step == 2 and "val/loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sweep._Judge, "point", interrupting)
+    monkeypatch.setattr(console.PlainLines, "point", interrupting)
     result = swept(tiny, tmp_path, 2)
     assert result.exit_code == 143, result.output
     assert parent(store).info.status == "KILLED"
-    monkeypatch.setattr(sweep._Judge, "point", real)
+    monkeypatch.setattr(console.PlainLines, "point", real)
     again = swept(tiny, tmp_path, 1)
-    assert "trial 0 was cut off" in again.output
+    assert "trial 0 was interrupted" in again.output
     (run,) = children(store)
     assert run.info.status == "FINISHED"
 
@@ -157,6 +158,7 @@ def test_faulty_space_is_refused_before_anything_is_made(
     assert store.get_experiment_by_name("bdh") is None
 
 
+@pytest.mark.slow  # a refusal, after two trials
 def test_other_space_under_the_same_name_is_refused(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
     assert swept(tiny, tmp_path, 1).exit_code == 0
     result = swept(tiny, tmp_path, 2, parameters={"model.dropout": {"choices": [0.0, 0.1]}})
@@ -164,8 +166,15 @@ def test_other_space_under_the_same_name_is_refused(store: MlflowClient, text: P
     assert "holds one with another space; give this one another name" in result.output
 
 
-def test_shipped_space_is_sound() -> None:
+def test_shipped_space_is_valid() -> None:
     space = Space.from_yaml(str(Path(__file__).parents[2] / "configs/sweep.yaml"))
     assert space.parameters
+
+
+def test_space_files_are_read_as_configurations_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         Space.from_yaml("absent.yaml")
+    path = tmp_path / "space.yaml"
+    path.write_text("study: a\nstudy: b\n")
+    with pytest.raises(ConfigError, match=r"space.yaml, line 2, column 1: not valid YAML: key `study` is given twice"):
+        Space.from_yaml(str(path))

@@ -1,4 +1,4 @@
-"""Exactness, by the command that users have for it, and that the command would notice."""
+"""`verify-resume`: configurations resume exactly, and a difference would be found."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def verified(config: Config, tmp_path: Path, *, steps: int = 12, interruptions: 
     folder = tmp_path / "verify"
     folder.mkdir()
     rows = verify.verify(config, steps, interruptions, folder, lambda text: None)
-    assert len(rows) == len(verify.PIECES) + len(verify.CURVES) + 1
+    assert len(rows) == len(verify.PARTS) + len(verify.CURVES) + 1
     return {row.what: row.difference for row in rows if row.difference}
 
 
@@ -57,7 +57,7 @@ def test_resume_with_4bit_states_is_bit_exact(text: Path, tmp_path: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("piece", "sections", "steps", "seen_in"),
+    ("part", "sections", "steps", "seen_in"),
     [
         ("model_state_dict", {}, 12, "weights"),
         ("optimizer_state_dict", {}, 12, "optimizer"),
@@ -70,13 +70,13 @@ def test_resume_with_4bit_states_is_bit_exact(text: Path, tmp_path: Path, monkey
         ("accumulators", {"training": {"log_freq": 3}}, 26, "curve train/loss"),
     ],
 )
-def test_any_piece_of_state_that_is_not_restored_is_noticed(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: str, sections: dict[str, Any], steps: int, seen_in: str
+def test_any_part_of_the_state_that_is_not_restored_is_noticed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, sections: dict[str, Any], steps: int, seen_in: str
 ) -> None:
-    if piece == "data_position":
+    if part == "data_position":
         monkeypatch.setattr(start, "position_of", lambda *_: None)
     else:
-        _do_not_restore(piece, monkeypatch)
+        _do_not_restore(part, monkeypatch)
     different = verified(tiny_config(**sections), tmp_path, steps=steps, interruptions=1)
     assert seen_in in different
 
@@ -89,25 +89,27 @@ def test_evaluation_that_is_repeated_after_a_kill_is_noticed(text: Path, tmp_pat
     assert "scheduler" in verified(tiny_config(**sections), tmp_path)
 
 
-def _do_not_restore(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _do_not_restore(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Trainer.load_state_dict
 
     def partly(self: Trainer, state: dict[str, Any]) -> None:
-        real(self, {**state, piece: self.state_dict()[piece]})
+        real(self, {**state, part: self.state_dict()[part]})
 
     monkeypatch.setattr(Trainer, "load_state_dict", partly)
 
 
+@pytest.mark.slow  # the command around what is tested above
 def test_command_prints_the_table_and_leaves_nothing_behind(text: Path, tiny: Path, tmp_path: Path) -> None:
     before = sorted(p.name for p in tmp_path.iterdir())
     result = run_cli("verify-resume", "--config", str(tiny), "--steps", "6", "--interruptions", "1")
     assert result.exit_code == 0, result.output
-    rows = len(verify.PIECES) + len(verify.CURVES) + 1
+    rows = len(verify.PARTS) + len(verify.CURVES) + 1
     assert len(re.findall(r"│ equal +│", result.output)) == rows
     assert result.output.endswith(f"Exact: {rows} of {rows} rows equal to the bit\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow  # its exit code
 def test_command_fails_if_one_bit_differs(text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _do_not_restore("tokens_seen", monkeypatch)
     result = run_cli("verify-resume", "--config", str(tiny), "--steps", "6", "--interruptions", "1")
@@ -116,8 +118,8 @@ def test_command_fails_if_one_bit_differs(text: Path, tiny: Path, monkeypatch: p
 
 
 def test_interruptions_are_spread_and_inside_the_training() -> None:
-    assert verify._moments(40, 5) == [6, 13, 20, 26, 33]
-    assert verify._moments(3, 2) == [1, 2]
+    assert verify.interruption_steps(40, 5) == [6, 13, 20, 26, 33]
+    assert verify.interruption_steps(3, 2) == [1, 2]
 
 
 def test_difference_is_found_down_to_the_bit() -> None:
@@ -125,7 +127,7 @@ def test_difference_is_found_down_to_the_bit() -> None:
     assert bitwise_difference(a, {"x": [torch.tensor([1.0, float("nan")]), 3]}) == ""
     assert bitwise_difference(torch.tensor([0.0]), torch.tensor([-0.0])) != ""
     assert bitwise_difference(a, {"x": [torch.tensor([1.5, float("nan")]), 3]}).startswith("/x/0: values differ")
-    assert bitwise_difference({"a": 1}, {"b": 1}) == ": other keys"
+    assert bitwise_difference({"a": 1}, {"b": 1}) == ": different keys"
     assert bitwise_difference([1], [1, 2]) == ": 1 and 2 items"
     assert bitwise_difference(1, 1.0) == ": int and float"
     assert bitwise_difference({"n": 1}, {"n": 2}) == "/n: 1 and 2"

@@ -13,7 +13,7 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.model.bdh import BDH, BDHConfig
-from bdh_mlflow.tracking import locate
+from bdh_mlflow.tracking.locate import Locator, ResolvedCheckpoint
 from bdh_mlflow.training import start
 from tests.checkpoint.test_files import Evil
 from tests.conftest import history, only_run, run_cli, train
@@ -80,10 +80,10 @@ def test_form_of_the_layers_stays_that_of_the_run(
     store: MlflowClient, text: Path, tiny: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(tiny, "training.layer_form=reference", "training.max_iters=3").exit_code == 0
-    real = locate.find
+    real = Locator.find
 
-    def find(*args: Any) -> locate.Found:
-        found = real(*args)
+    def find(self: Locator, target: str) -> ResolvedCheckpoint:
+        found = real(self, target)
         if not named:
             del found.state["config"]["training"]["layer_form"]
             del found.state["config"]["low_precision"]["optimizer_bits"]
@@ -91,9 +91,9 @@ def test_form_of_the_layers_stays_that_of_the_run(
             del found.state["precision_state_dict"]
         return found
 
-    monkeypatch.setattr(locate, "find", find)
+    monkeypatch.setattr(Locator, "find", find)
     assert train(tiny, resume="latest").exit_code == 0
-    assert only_run(store).data.tags["bdh.layer_form"].startswith("reference (as configured")
+    assert only_run(store).data.tags["bdh.layer_form"].startswith("reference (as in the resumed run;")
     assert loaded(6)["config"]["training"]["layer_form"] == "reference"
 
 
@@ -125,15 +125,15 @@ def test_step_of_a_run_is_found_or_its_steps_are_listed(store: MlflowClient, tex
     target = {"latest": "latest", "run id": run_id, "directory": str(run_dir())}[form]
     if not local:
         shutil.rmtree(CHECKPOINTS)
-    found = locate.find(f"{target}:3", CHECKPOINTS, config)
+    found = Locator(CHECKPOINTS, config).find(f"{target}:3")
     assert (found.state["step"], found.path.name) == (3, "checkpoint_3.pt")
     assert [p.name for p in sorted(run_dir().glob("*.pt"))] == ["checkpoint_3.pt"] + ["checkpoint_6.pt"] * local, "nothing else is fetched"
     with pytest.raises(ResumeError, match="no checkpoint of step 4; it has 3, 6"):
-        locate.find(f"{target}:4", CHECKPOINTS, config)
+        Locator(CHECKPOINTS, config).find(f"{target}:4")
     with pytest.raises(ResumeError, match="nowhere: no such folder"):
-        locate.find("nowhere:3", CHECKPOINTS, config)
+        Locator(CHECKPOINTS, config).find("nowhere:3")
     with pytest.raises(ResumeError, match="one step already"):
-        locate.find(f"{run_dir() / 'checkpoint_3.pt'}:3", CHECKPOINTS, config)
+        Locator(CHECKPOINTS, config).find(f"{run_dir() / 'checkpoint_3.pt'}:3")
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
@@ -142,13 +142,13 @@ def test_damaged_step_of_a_run_is_taken_from_the_mirror_or_named(store: MlflowCl
     last = run_dir() / "checkpoint_3.pt"
     replaced(last, b"x" * last.stat().st_size)
     with pytest.raises(CheckpointError, match="damaged"):
-        locate.find("latest:3", CHECKPOINTS, TrackingConfig())
+        Locator(CHECKPOINTS, TrackingConfig()).find("latest:3")
     target = f"{only_run(store).info.run_id}:3"
     if mirrored:
-        assert locate.find(target, CHECKPOINTS, TrackingConfig()).state["step"] == 3
+        assert Locator(CHECKPOINTS, TrackingConfig()).find(target).state["step"] == 3
     else:
         with pytest.raises(CheckpointError, match="damaged"):
-            locate.find(target, CHECKPOINTS, TrackingConfig())
+            Locator(CHECKPOINTS, TrackingConfig()).find(target)
 
 
 def replaced(path: Path, content: bytes) -> None:
@@ -163,13 +163,13 @@ def test_furthest_copy_wins_and_a_damaged_one_is_named_and_passed_over(store: Ml
     raw = bytearray(last.read_bytes())
     raw[len(raw) // 2] ^= 1
     replaced(last, raw)
-    found = locate.find(run_id, CHECKPOINTS, TrackingConfig())
+    found = Locator(CHECKPOINTS, TrackingConfig()).find(run_id)
     assert found.checkpoint is not None
     assert found.checkpoint.manifest.step == 6  # the mirrored copy, put in the damaged one's place
     assert len(found.notes) == 1
     assert "checkpoint_6.pt: damaged" in found.notes[0]
     replaced(last, raw)
-    found = locate.find(str(run_dir()), CHECKPOINTS, TrackingConfig())
+    found = Locator(CHECKPOINTS, TrackingConfig()).find(str(run_dir()))
     assert found.checkpoint is not None
     assert found.checkpoint.manifest.step == 3
 
@@ -337,6 +337,7 @@ def test_copy_of_a_checkpoint_elsewhere_continues_in_the_runs_own_directory(stor
     assert only_run(store).data.tags["bdh.latest_checkpoint"] == f"checkpoints/{directory.name}/checkpoint_6.pt"
 
 
+@pytest.mark.slow  # float16 on a CPU; other forks are quick tests
 def test_fork_may_change_number_format_and_schedule(store: MlflowClient, tiny: Path, half: Any) -> None:
     changed = ("low_precision.compute_dtype=float16", "scheduler.type=cosine", "scheduler.warmup_steps=6", "training.max_iters=12")
     result = train(tiny, *changed, "tracking.experiment=forks", resume="latest", fork=True)

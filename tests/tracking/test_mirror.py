@@ -15,43 +15,38 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.text import bits_per_byte
 from bdh_mlflow.tracking import (
-    delivery,
-    locate,
     mirror,
     store,
     sync,
 )
 from bdh_mlflow.tracking.mirror import link_or_copy
+from bdh_mlflow.tracking.mirrored import MirrorReader
 from bdh_mlflow.tracking.store import local_path
+from bdh_mlflow.tracking.tracker import DatasetFacts
 from tests.checkpoint.test_files import state
-from tests.tracking.test_delivery import PROVENANCE, Told, quiet
+from tests.tracking.tracked import PROVENANCE, TrackedRun, quiet
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "FIRST_RETRY_S", 0.01)
-
-
-def mirrored(store: MlflowClient, told: Told) -> Path:
-    uri = store.get_run(told.run_id).info.artifact_uri
+def mirrored(store: MlflowClient, tracked: TrackedRun) -> Path:
+    uri = store.get_run(tracked.run_id).info.artifact_uri
     folder = local_path(uri)
     assert folder is not None
-    return folder / "checkpoints" / told.directory.path.name
+    return folder / "checkpoints" / tracked.directory.path.name
 
 
 def test_checkpoint_is_linked_verified_and_then_called_the_latest(store: MlflowClient, tmp_path: Path) -> None:
-    told = Told(tmp_path)
+    tracked = TrackedRun(tmp_path)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
-        told.save(step, loss)
-    assert told.close() == 0
-    folder = f"checkpoints/{told.directory.path.name}"
-    tags = store.get_run(told.run_id).data.tags
-    assert tags["bdh.run_dir"] == told.directory.path.name
+        tracked.save(step, loss)
+    assert tracked.close() == 0
+    folder = f"checkpoints/{tracked.directory.path.name}"
+    tags = store.get_run(tracked.run_id).data.tags
+    assert tags["bdh.run_dir"] == tracked.directory.path.name
     assert tags["bdh.latest_checkpoint"] == f"{folder}/checkpoint_3.pt"
     assert tags["bdh.best_checkpoint"] == f"{folder}/checkpoint_2.pt"
-    for file in told.directory.path.glob("c*"):
-        assert (mirrored(store, told) / file.name).read_bytes() == file.read_bytes()
-    assert (mirrored(store, told) / "checkpoint_3.pt").samefile(told.directory.path / "checkpoint_3.pt")
+    for file in tracked.directory.path.glob("c*"):
+        assert (mirrored(store, tracked) / file.name).read_bytes() == file.read_bytes()
+    assert (mirrored(store, tracked) / "checkpoint_3.pt").samefile(tracked.directory.path / "checkpoint_3.pt")
 
 
 def test_other_file_system_gets_a_copy(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +54,10 @@ def test_other_file_system_gets_a_copy(store: MlflowClient, tmp_path: Path, monk
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", across)
-    told = Told(tmp_path)
-    saved = told.save(1)
-    assert told.close() == 0
-    copy = mirrored(store, told) / saved.path.name
+    tracked = TrackedRun(tmp_path)
+    saved = tracked.save(1)
+    assert tracked.close() == 0
+    copy = mirrored(store, tracked) / saved.path.name
     assert not copy.samefile(saved.path)
     assert copy.read_bytes() == saved.path.read_bytes()
 
@@ -74,18 +69,18 @@ def test_copy_that_arrives_damaged_is_not_called_the_latest_and_is_made_again(
 
     def damaging(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        attempts.append(store.get_run(told.run_id).data.tags.get("bdh.latest_checkpoint"))
+        attempts.append(store.get_run(tracked.run_id).data.tags.get("bdh.latest_checkpoint"))
         content = bytearray(source.read_bytes())
         content[9] ^= len(attempts) < 3
         target.write_bytes(content)
 
     monkeypatch.setattr(mirror, "link_or_copy", damaging)
-    told = Told(tmp_path)
-    saved = told.save(1)
-    assert told.close() == 0
+    tracked = TrackedRun(tmp_path)
+    saved = tracked.save(1)
+    assert tracked.close() == 0
     assert attempts == [None, None, None]
-    assert "arrived damaged" in told.notes[0]
-    assert store.get_run(told.run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
+    assert "arrived damaged" in tracked.notes[0]
+    assert store.get_run(tracked.run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
 
 
 def test_link_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -98,39 +93,39 @@ def test_link_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) ->
 
 
 def test_retention_prunes_the_mirror_and_the_list_of_models(store: MlflowClient, tmp_path: Path) -> None:
-    told = Told(tmp_path, keep=1)
+    tracked = TrackedRun(tmp_path, keep=1)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 3.0)):
-        told.save(step, loss)
-    assert told.close() == 0
-    assert told.notes == []
+        tracked.save(step, loss)
+    assert tracked.close() == 0
+    assert tracked.notes == []
     wanted = ["checkpoint_2.json", "checkpoint_2.pt", "checkpoint_4.json", "checkpoint_4.pt", "config.yaml"]
-    assert sorted(p.name for p in mirrored(store, told).iterdir()) == wanted
-    assert [m.step for m in locate.search(TrackingConfig(), told.run_id, best=False)] == [2, 4]
+    assert sorted(p.name for p in mirrored(store, tracked).iterdir()) == wanted
+    assert [m.step for m in MirrorReader(TrackingConfig()).search(tracked.run_id, best=False)] == [2, 4]
 
 
 def test_checkpoint_that_retention_removed_before_it_was_mirrored_is_passed_over(store: MlflowClient, tmp_path: Path) -> None:
-    told = Told(tmp_path, keep=1)
-    first = told.directory.save(state(1), PROVENANCE, None)
+    tracked = TrackedRun(tmp_path, keep=1)
+    first = tracked.directory.save(state(1), PROVENANCE, None)
     checkpoint.remove(first)
-    told.tracker.checkpoint(first.path, None)
-    told.losses(1)
-    assert told.close() == 0
-    assert told.notes == []
+    tracked.tracker.checkpoint(first.path, None)
+    tracked.losses(1)
+    assert tracked.close() == 0
+    assert tracked.notes == []
 
 
 def test_best_checkpoint_of_all_runs_is_one_query(store: MlflowClient, tmp_path: Path) -> None:
     runs = []
     for number, losses in enumerate(((3.0, 2.0), (2.5, 1.5, 1.75))):
-        told = Told(tmp_path / str(number), training=str(number) * 32, run_name=f"run {number}")
-        told.tracker.dataset("text (validation)", "d" * 32, "/data", {}, "validation")
+        tracked = TrackedRun(tmp_path / str(number), training=str(number) * 32, run_name=f"run {number}")
+        tracked.tracker.dataset(DatasetFacts(name="text (validation)", digest="d" * 32, folder="/data", profile={}, context="validation"))
         for step, loss in enumerate(losses, start=1):
-            told.save(step, loss)
-        assert told.close() == 0
-        runs.append(told)
-    (best,) = locate.search(TrackingConfig(), None, best=True)
+            tracked.save(step, loss)
+        assert tracked.close() == 0
+        runs.append(tracked)
+    (best,) = MirrorReader(TrackingConfig()).search(None, best=True)
     assert (best.step, best.val_loss, best.run_name) == (2, 1.5, "run 1")
-    assert best.checkpoint == f"runs:/{runs[1].run_id}/checkpoints/{runs[1].directory.path.name}/checkpoint_2.pt"
-    assert [m.val_loss for m in locate.search(TrackingConfig(), None, best=False)] == [1.5, 1.75, 2.0, 2.5, 3.0]
+    assert best.uri == f"runs:/{runs[1].run_id}/checkpoints/{runs[1].directory.path.name}/checkpoint_2.pt"
+    assert [m.val_loss for m in MirrorReader(TrackingConfig()).search(None, best=False)] == [1.5, 1.75, 2.0, 2.5, 3.0]
     experiment = store.get_experiment_by_name("bdh")
     assert experiment is not None
     (model,) = store.search_logged_models([experiment.experiment_id], "name = 'bdh-step-3'")
@@ -142,18 +137,18 @@ def test_best_checkpoint_of_all_runs_is_one_query(store: MlflowClient, tmp_path:
 
 
 def test_mirror_is_made_once_though_its_record_is_read_twice(store: MlflowClient, tmp_path: Path) -> None:
-    told = Told(tmp_path)
-    told.save(1, 1.0)
-    told.close()
-    state_file = told.directory.path / "journal.json"
+    tracked = TrackedRun(tmp_path)
+    tracked.save(1, 1.0)
+    tracked.close()
+    state_file = tracked.directory.path / "journal.json"
     state_file.write_text(
         state_file.read_text().replace('"files": ', '"files": 0, "lost": 0, "segment": 1, "x": ').replace(', "x": ', ', "points": ')
     )
-    before = store.get_run(told.run_id)
-    assert sync.sync(told.directory.path, None, quiet).left == 0
-    after = store.get_run(told.run_id)
+    before = store.get_run(tracked.run_id)
+    assert sync.sync(tracked.directory.path, None, quiet).left == 0
+    after = store.get_run(tracked.run_id)
     assert (after.data.metrics, after.outputs) == (before.data.metrics, before.outputs)
-    assert len(store.get_metric_history(told.run_id, "ckpt/upload_s")) == 1
+    assert len(store.get_metric_history(tracked.run_id, "ckpt/upload_s")) == 1
 
 
 def test_rewound_checkpoint_of_the_same_size_replaces_the_one_that_is_there(
@@ -161,18 +156,18 @@ def test_rewound_checkpoint_of_the_same_size_replaces_the_one_that_is_there(
 ) -> None:
     """Through the client, as with any store that is not a folder here."""
     monkeypatch.setattr(mirror, "local_path", lambda uri: None)
-    told = Told(tmp_path)
-    told.save(1)
-    told.save(2)
-    run_id = told.run_id
-    told.close("KILLED")
-    again = Told(tmp_path, path=told.directory.path, number=2)
+    tracked = TrackedRun(tmp_path)
+    tracked.save(1)
+    tracked.save(2)
+    run_id = tracked.run_id
+    tracked.close("KILLED")
+    again = TrackedRun(tmp_path, path=tracked.directory.path, number=2)
     assert again.run_id == run_id
     other = {**state(1), "loss": 3.5}
     saved = again.directory.save(other, PROVENANCE, None)
     again.tracker.checkpoint(saved.path, None)
     assert again.close() == 0
-    copied = Path(store.download_artifacts(run_id, f"checkpoints/{told.directory.path.name}", str(tmp_path)))
+    copied = Path(store.download_artifacts(run_id, f"checkpoints/{tracked.directory.path.name}", str(tmp_path)))
     checkpoint.verify(checkpoint.describe(copied / "checkpoint_1.pt"))
     assert (copied / "checkpoint_1.pt").read_bytes() == saved.path.read_bytes()
     assert store.get_run(run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_1.pt")
@@ -191,12 +186,12 @@ def test_checkpoint_that_is_offered_again_late_is_not_called_the_latest(
         real(source, target)
 
     monkeypatch.setattr(mirror, "link_or_copy", picky)
-    told = Told(tmp_path)
-    told.save(1)
-    told.save(2)
-    assert told.close() == 0  # the first was offered again at the end
-    assert {m.step for m in locate.search(TrackingConfig(), told.run_id, best=False)} == {1, 2}
-    assert store.get_run(told.run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_2.pt")
+    tracked = TrackedRun(tmp_path)
+    tracked.save(1)
+    tracked.save(2)
+    assert tracked.close() == 0  # the first was offered again at the end
+    assert {m.step for m in MirrorReader(TrackingConfig()).search(tracked.run_id, best=False)} == {1, 2}
+    assert store.get_run(tracked.run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_2.pt")
 
 
 def test_upload_beside_a_training_keeps_its_pace_and_after_a_training_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

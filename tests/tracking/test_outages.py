@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,19 @@ from mlflow.artifacts import load_text
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
-from bdh_mlflow.text import Sample
+from bdh_mlflow.text import Sample, bits_per_byte
 from bdh_mlflow.tracking import (
-    delivery,
     journal,
-    locate,
     mirror,
     sync,
 )
+from bdh_mlflow.tracking.mirrored import MirrorReader
+from bdh_mlflow.tracking.records import Points
+from bdh_mlflow.tracking.tracker import DatasetFacts
 from scripts.relay import Answer, Relay
 from scripts.servers import Server, serving
 from tests.conftest import history, run_cli
-from tests.tracking.test_delivery import PROVENANCE, Told, quiet
+from tests.tracking.tracked import HURRY, PROVENANCE, TrackedRun, entries, quiet
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 60
@@ -52,8 +53,6 @@ def relay(shared: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
     relay = Relay(shared.port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for name, value in (("FIRST_RETRY_S", 0.05), ("LAST_RETRY_S", 0.2)):
-        monkeypatch.setattr(delivery, name, value)
     yield relay
     relay.close()
 
@@ -79,29 +78,28 @@ def exactly_once(store: MlflowClient, run_id: str, steps: int) -> None:
 
 @pytest.mark.parametrize("status", [500, 502, 503, 429])
 def test_server_that_answers_with_an_error_gets_everything_later(shared: Server, relay: Relay, tmp_path: Path, status: int) -> None:
-    told = Told(tmp_path, training=f"{status}" * 8, experiment=f"answers {status}")
-    run_id = told.run_id
+    tracked = TrackedRun(tmp_path, training=f"{status}" * 8, experiment=f"answers {status}")
+    run_id = tracked.run_id
     relay.trouble = first(4, Answer(status))
-    told.losses(*range(1, 200))
-    saved = told.save(199, 1.0)
-    told.losses(200)
-    assert told.close() == 0
+    tracked.losses(*range(1, 200))
+    saved = tracked.save(199, 1.0)
+    tracked.losses(200)
+    assert tracked.close() == 0
     exactly_once(shared.client, run_id, 200)
     assert shared.client.get_run(run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
-    assert any("does not answer" in note for note in told.notes)
+    assert any("does not answer" in note for note in tracked.notes)
 
 
 def test_slow_server_gets_few_requests(shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "BATCH_INTERVAL_S", 1.0)
-    told = Told(tmp_path, experiment="slow")
-    run_id = told.run_id
+    tracked = TrackedRun(tmp_path, experiment="slow", patience=replace(HURRY, batch_interval_s=1.0))
+    run_id = tracked.run_id
     relay.delay_s = 0.2
     relay.requests.clear()
     started = time.monotonic()
     for step in range(1, 301):
-        told.losses(step)
+        tracked.losses(step)
         time.sleep(0.01)
-    told.close()
+    tracked.close()
     batches = [line for line in relay.requests if "log-batch" in line]
     assert len(batches) <= 3 + (time.monotonic() - started)
     exactly_once(shared.client, run_id, 300)
@@ -111,21 +109,18 @@ def test_any_request_whose_answer_is_lost_may_be_made_again(
     shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a server leaves it that is killed after the work and before the word: each request of a training, a few at a time."""
-    for name, value in (("BATCH_INTERVAL_S", 0.01), ("FIRST_RETRY_S", 0.01)):
-        monkeypatch.setattr(delivery, name, value)
     lost = list[str]()
     for number in itertools.count():
         before = len(lost)
         relay.trouble = losing(lost)
-        told = Told(tmp_path / str(number), training=f"{number:032}", experiment="answers lost")
-        told.tracker.params({"seed": 1})
-        told.tracker.dataset("text (validation)", "d" * 32, "/data", {}, "validation")
-        told.losses(1)
-        told.tracker.metrics({"val/loss": 2.0, "val/bpb": 3.0}, 1)
-        told.tracker.samples([Sample("a", "b")], 1)
-        told.save(1, 2.0)
-        assert told.close() == 0, (number, told.notes)
-        whole(shared.client, told, number)
+        tracked = TrackedRun(tmp_path / str(number), training=f"{number:032}", experiment="answers lost")
+        tracked.tracker.params({"seed": 1})
+        tracked.tracker.dataset(DatasetFacts(name="text (validation)", digest="d" * 32, folder="/data", profile={}, context="validation"))
+        tracked.losses(1)
+        tracked.tracker.samples([Sample("a", "b")], 1)
+        tracked.save(1, 2.0)
+        assert tracked.close() == 0, (number, tracked.notes)
+        whole(shared.client, tracked, number)
         if len(lost) == before:
             break
     for request in ("runs/create", "log-batch", "log-inputs", "logged-models ", "runs/outputs", ".pt ", ".json ", "samples/step_1.txt"):
@@ -166,71 +161,71 @@ def losing(lost: list[str]) -> Callable[[str], Answer | None]:
 def test_pruning_is_done_again_or_given_up_but_holds_nothing_up(
     shared: Server, relay: Relay, tmp_path: Path, answer: Answer, request_: str, kept: set[int]
 ) -> None:
-    told = Told(tmp_path, experiment="prunes", training=f"{answer.status:03}{request_}".rjust(32), keep=1)
-    told.save(1, 2.0)
-    pointed = f"checkpoints/{told.directory.path.name}/checkpoint_1.pt"
-    wait_for(lambda: shared.client.get_run(told.run_id).data.tags.get("bdh.latest_checkpoint") == pointed)
+    tracked = TrackedRun(tmp_path, experiment="prunes", training=f"{answer.status:03}{request_}".rjust(32), keep=1)
+    tracked.save(1, 2.0)
+    pointed = f"checkpoints/{tracked.directory.path.name}/checkpoint_1.pt"
+    wait_for(lambda: shared.client.get_run(tracked.run_id).data.tags.get("bdh.latest_checkpoint") == pointed)
     relay.requests.clear()
     refuses = answer.status != 0
     relay.trouble = first(9 if refuses else 1, answer, lambda line: request_ in line and (line.startswith("DELETE") or "search" in line))
-    told.save(2, 1.0)
-    assert told.close() == 0, told.notes
-    files = {Path(f.path).name for f in shared.client.list_artifacts(told.run_id, f"checkpoints/{told.directory.path.name}")}
+    tracked.save(2, 1.0)
+    assert tracked.close() == 0, tracked.notes
+    files = {Path(f.path).name for f in shared.client.list_artifacts(tracked.run_id, f"checkpoints/{tracked.directory.path.name}")}
     assert {f"checkpoint_{step}.pt" for step in kept} == {name for name in files if name.endswith(".pt")}
-    assert sum("stays in the mirror" in note for note in told.notes) == int(refuses)
+    assert sum("stays in the mirror" in note for note in tracked.notes) == int(refuses)
 
 
-def whole(store: MlflowClient, told: Told, number: int) -> None:
+def whole(store: MlflowClient, tracked: TrackedRun, number: int) -> None:
     """The training of the test above is there, each thing once."""
-    runs = store.search_runs([store.get_run(told.run_id).info.experiment_id], f"tags.`bdh.training` = '{number:032}'")
-    assert [run.info.run_id for run in runs] == [told.run_id], number
+    runs = store.search_runs([store.get_run(tracked.run_id).info.experiment_id], f"tags.`bdh.training` = '{number:032}'")
+    assert [run.info.run_id for run in runs] == [tracked.run_id], number
     (run,) = runs
     assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "1"}), number
-    for key, value in (("train/loss", 1.0), ("val/loss", 2.0), ("val/bpb", 3.0)):
-        assert history(store, told.run_id, key) == [(1, value)], (number, key)
-    folder = f"checkpoints/{told.directory.path.name}"
+    for key, value in (("train/loss", 1.0), ("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0))):
+        assert history(store, tracked.run_id, key) == [(1, value)], (number, key)
+    folder = f"checkpoints/{tracked.directory.path.name}"
     assert run.data.tags["bdh.latest_checkpoint"] == run.data.tags["bdh.best_checkpoint"] == f"{folder}/checkpoint_1.pt", number
-    files = {Path(f.path).name for f in store.list_artifacts(told.run_id, folder)}
+    files = {Path(f.path).name for f in store.list_artifacts(tracked.run_id, folder)}
     assert files == {"config.yaml", "checkpoint_1.json", "checkpoint_1.pt"}, number
-    models = store.search_logged_models([run.info.experiment_id], f"source_run_id = '{told.run_id}'")
+    models = store.search_logged_models([run.info.experiment_id], f"source_run_id = '{tracked.run_id}'")
     assert [(m.name, str(m.status)) for m in models] == [("bdh-step-1", "READY")], number
-    assert {(m.key, m.value) for m in models[0].metrics or []} == {("val/loss", 2.0), ("val/bpb", 3.0)}, number
+    assert {(m.key, m.value) for m in models[0].metrics or []} == {("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0))}, number
     assert len(run.inputs.dataset_inputs) == 1, number
-    rows = json.loads(load_text(f"runs:/{told.run_id}/samples.json"))["data"]
+    rows = json.loads(load_text(f"runs:/{tracked.run_id}/samples.json"))["data"]
     assert [row[0] for row in rows] == [1], number
 
 
 def test_upload_that_is_cut_off_is_made_again_and_verified(shared: Server, relay: Relay, tmp_path: Path) -> None:
-    told = Told(tmp_path, experiment="cut")
-    run_id = told.run_id
+    tracked = TrackedRun(tmp_path, experiment="cut")
+    run_id = tracked.run_id
     relay.trouble = first(2, Answer(cut_after=200_000), uploading)
-    large(told)
-    told.losses(1)
-    assert told.close() == 0
+    large(tracked)
+    tracked.losses(1)
+    assert tracked.close() == 0
     exactly_once(shared.client, run_id, 1)
     result = run_cli("checkpoints", "verify", run_id, "--config", str(written_config(tmp_path)))
-    assert (result.exit_code, "1 whole, 0 not" in result.output) == (0, True), result.output
+    assert (result.exit_code, "1 intact, 0 damaged" in result.output) == (0, True), result.output
 
 
 def test_upload_is_not_held_back_once_training_is_over(
     shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "SAME_HOST_UPLOAD_BYTES_PER_S", 100.0)  # hours
-    told = Told(tmp_path, experiment="paced")
-    saved = large(told)
+    tracked = TrackedRun(tmp_path, experiment="paced")
+    saved = large(tracked)
     pointed = "bdh.latest_checkpoint"
     wait_for(lambda: any(uploading(line) for line in relay.requests))
     time.sleep(0.5)
-    assert pointed not in shared.client.get_run(told.run_id).data.tags
-    assert told.close() == 0
-    assert shared.client.get_run(told.run_id).data.tags[pointed] == saved.manifest.artifact_path
+    assert pointed not in shared.client.get_run(tracked.run_id).data.tags
+    assert tracked.close() == 0
+    assert shared.client.get_run(tracked.run_id).data.tags[pointed] == saved.manifest.artifact_path
 
 
-def large(told: Told) -> Checkpoint:
+def large(tracked: TrackedRun) -> Checkpoint:
     """A checkpoint of 2 MB, handed over."""
     weights = {"encoder": torch.randn(500_000)}
-    saved = told.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": weights}, PROVENANCE, None)
-    told.tracker.checkpoint(saved.path, 1)
+    saved = tracked.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": weights}, PROVENANCE, None)
+    tracked.tracker.checkpoint(saved.path, None)
     return saved
 
 
@@ -245,18 +240,18 @@ def test_upload_that_a_proxy_refuses_is_named_with_what_helps_and_kept_for_sync(
 ) -> None:
     monkeypatch.setattr(mirror, "LARGE_BYTES", 1)
     relay.trouble = lambda line: Answer(413) if uploading(line) else None
-    told = Told(tmp_path, experiment="refuses")
-    run_id = told.run_id
-    saved = told.save(1)
-    told.losses(1)
-    assert told.close() == 1
-    text = "\n".join(told.notes)
+    tracked = TrackedRun(tmp_path, experiment="refuses")
+    run_id = tracked.run_id
+    saved = tracked.save(1)
+    tracked.losses(1)
+    assert tracked.close() == 1
+    text = "\n".join(tracked.notes)
     assert "client_max_body_size" in text
     assert "checkpoint_1.pt was refused and stays here" in text
     assert shared.client.get_run(run_id).info.status == "FINISHED"
     assert "bdh.latest_checkpoint" not in shared.client.get_run(run_id).data.tags
     relay.trouble = lambda line: None
-    assert sync.sync(told.directory.path, None, quiet).left == 0
+    assert sync.sync(tracked.directory.path, None, quiet).left == 0
     assert shared.client.get_run(run_id).data.tags["bdh.latest_checkpoint"] == saved.manifest.artifact_path
 
 
@@ -264,20 +259,19 @@ def test_server_with_a_full_disk_gets_the_checkpoint_when_there_is_room(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A limit on the size of its files stands for the disk: the same error at the same place in the real server."""
-    monkeypatch.setattr(delivery, "FIRST_RETRY_S", 0.05)
     with serving(empty_store, tmp_path / "server") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        told = Told(tmp_path)
-        run_id = told.run_id
+        tracked = TrackedRun(tmp_path)
+        run_id = tracked.run_id
         size = 3_000_000
         server.limit_files(size)
-        told.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": {"w": torch.randn(size)}}, PROVENANCE, None)
-        told.tracker.checkpoint(told.directory.path / "checkpoint_1.pt", 1)
-        told.losses(*range(1, 50))
-        wait_for(lambda: "does not answer" in "".join(told.notes))
+        tracked.directory.save({"step": 1, "tokens_seen": 1, "loss": 1.0, "model_state_dict": {"w": torch.randn(size)}}, PROVENANCE, None)
+        tracked.tracker.checkpoint(tracked.directory.path / "checkpoint_1.pt", None)
+        tracked.losses(*range(1, 50))
+        wait_for(lambda: "does not answer" in "".join(tracked.notes))
         wait_for(lambda: len(history(server.client, run_id, "train/loss")) == 49)  # points do not wait behind the file
         server.limit_files(resource.RLIM_INFINITY)
-        assert told.close() == 0
+        assert tracked.close() == 0
         exactly_once(server.client, run_id, 49)
         assert server.client.get_run(run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_1.pt")
 
@@ -292,14 +286,14 @@ def wait_for(found: Callable[[], Any]) -> None:
 def test_server_that_is_stopped_and_goes_on_misses_nothing(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(empty_store, tmp_path / "server") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        told = Told(tmp_path)
-        run_id = told.run_id
-        told.losses(*range(1, 11))
+        tracked = TrackedRun(tmp_path)
+        run_id = tracked.run_id
+        tracked.losses(*range(1, 11))
         server.signal(signal.SIGSTOP)
-        told.losses(*range(11, 21))
+        tracked.losses(*range(11, 21))
         time.sleep(0.5)
         server.signal(signal.SIGCONT)
-        assert told.close() == 0
+        assert tracked.close() == 0
         exactly_once(server.client, run_id, 20)
 
 
@@ -315,7 +309,9 @@ class Program:
     def senders(self) -> list[int]:
         """Process ids; each thread has the children that it started."""
         lists = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")]
-        return [int(pid) for line in lists for pid in line.split() if "delivery" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return [
+            int(pid) for line in lists for pid in line.split() if "bdh_mlflow.tracking.sender" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
 
     def kill_all(self) -> None:
         """The trainer and its sender, as a power switch would."""
@@ -360,7 +356,7 @@ def test_training_begins_and_ends_without_a_server_and_sync_delivers_the_whole(
         assert run.data.params["training.max_iters"] == "6"
         assert run.data.tags["bdh.latest_checkpoint"].endswith("checkpoint_9.pt")
         verified = run_cli("checkpoints", "verify", run.info.run_id, "--config", str(tiny))
-        assert "3 whole, 0 not" in verified.output
+        assert "3 intact, 0 damaged" in verified.output
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -422,10 +418,10 @@ def test_kills_of_everything_with_the_server_down_half_of_the_time_lose_nothing(
         (folder,) = checkpoint.list_all(Path("checkpoints"))
         assert sync.sync(folder, None, quiet).left == 0
         journalled = {
-            (key, record.fields["step"])
-            for record in journal.read(folder)
-            if record.kind == "points"
-            for key in record.fields["values"]
+            (key, entry.record.step)
+            for entry in entries(folder)
+            if isinstance(entry.record, Points)
+            for key in entry.record.values
             if not key.startswith(("by_tokens/", "system/", "tracker/"))
         }
         run = the_run(server)
@@ -454,12 +450,12 @@ def test_sender_outlives_a_killed_trainer_and_ends_the_run(
     trained.process.kill()
     trained.process.communicate()
     (folder,) = checkpoint.pending(Path("checkpoints"))
-    told = max(r.fields["step"] for r in journal.read(folder) if r.kind == "points")
+    tracked = max(e.record.step for e in entries(folder) if isinstance(e.record, Points))
     experiment = client.get_experiment_by_name("bdh")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     wait_for(lambda: client.get_run(run.info.run_id).info.status == "KILLED")
-    assert [s for s, _ in history(client, run.info.run_id, "train/loss")] == list(range(1, told + 1))
+    assert [s for s, _ in history(client, run.info.run_id, "train/loss")] == list(range(1, tracked + 1))
     assert run_cli("sync", str(folder)).exit_code == 0
     assert checkpoint.pending(Path("checkpoints")) == []
 
@@ -479,4 +475,4 @@ def test_sender_that_is_killed_is_replaced(store: MlflowClient, text: Path, tiny
     assert state is not None
     assert state.points == state.files == (folder / journal.FILE_NAME).stat().st_size
     tracking = TrackingConfig()
-    assert len(locate.search(tracking, state.run_id, best=False)) == 1
+    assert len(MirrorReader(tracking).search(state.run_id, best=False)) == 1

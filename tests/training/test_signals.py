@@ -13,7 +13,7 @@ from bdh_mlflow.checkpoint import BackgroundWriter
 from bdh_mlflow.data import parquet
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking.tracker import Tracker
-from bdh_mlflow.training import start
+from bdh_mlflow.training.trainer import Trainer
 from tests.conftest import only_run, train
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -75,7 +75,7 @@ def test_in_preparation_nothing_is_left(
         ("accumulation", BDH, "forward", 5, 2),
         ("evaluation", BDH, "forward", 10, 3),
         ("sampling", BDH, "stream", 1, 3),
-        ("save", start.Trainer, "_save", 1, 3),
+        ("save", Trainer, "state_dict", 1, 3),
         ("copy", BackgroundWriter, "save", 1, 3),
     ],
     ids=["compile", "accumulation", "evaluation", "sampling", "save", "copy"],

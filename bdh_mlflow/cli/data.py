@@ -1,0 +1,63 @@
+"""The group `bdh-mlflow data`: make parquet files of text, and look into them."""
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, mlflow_run, print_table
+from bdh_mlflow.config import Config
+from bdh_mlflow.text import decode
+
+SHOWN_SKIPPED = 10
+
+
+@click.group()
+def data() -> None:
+    """Prepare text for training, or inspect it."""
+
+
+@data.command("prepare")
+@click.argument("source")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--column", default="text", show_default=True, help="Field or column of jsonl and parquet sources, and of the result.")
+def data_prepare(source: str, folder: str, column: str) -> None:
+    """Turn SOURCE into parquet files in FOLDER.
+
+    SOURCE is python-stdlib (the sources of this Python), a txt, jsonl or parquet file, or a folder of them or of source code.
+    """
+    from bdh_mlflow.data.prepare import prepare
+
+    out = Console(file=sys.stderr)
+    with out.status("reading") as status:
+        done = prepare(source, Path(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
+    for name, reason in done.skipped[:SHOWN_SKIPPED]:
+        click.echo(f"skipped {name}: {reason}")
+    if len(done.skipped) > SHOWN_SKIPPED:
+        click.echo(f"... and {len(done.skipped) - SHOWN_SKIPPED} more")
+    click.echo(f"{done.folder}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
+    click.echo(f"Next: {mlflow_run(DEFAULT_CONFIG, {'dataset.parquet_dir': str(done.folder)})}")
+
+
+@data.command("inspect")
+@click.argument("folder", type=click.Path())
+@click.option("--column", default="text", show_default=True, help="Column of the documents.")
+@click.option("--val-fraction", default=0.01, show_default=True, help="Share of the documents kept for validation.")
+def data_inspect(folder: str, column: str, val_fraction: float) -> None:
+    """Show what the parquet files in FOLDER hold and how training would split them."""
+    from bdh_mlflow.data.parquet import ParquetText
+
+    tree = {"dataset": {"parquet_dir": folder, "text_column": column, "val_fraction": val_fraction}}
+    text = ParquetText(Config.from_dict(tree, origin="options").dataset)
+    first = text.row_groups[0]
+    training, validation = text.training_bytes(first), text.validation_bytes(first)
+    rows = [
+        ["files", f"{len(text.files):,} ({text.bytes / 1e6:,.1f} MB)"],
+        ["row groups", f"{len(text.row_groups):,}"],
+        ["documents", f"{text.rows:,}"],
+        ["digest", text.digest],
+        ["first row group", f"{first.rows:,} documents, {len(training):,} training and {len(validation):,} validation bytes"],
+        ["begins", decode(training[:200].tolist())],
+    ]
+    print_table(["", str(text.root)], rows)

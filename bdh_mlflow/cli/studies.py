@@ -1,0 +1,132 @@
+"""Commands about several trainings: compare, sweep, verify-resume."""
+
+import functools
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from bdh_mlflow.cli.common import (
+    ACCEPTS_SETTINGS,
+    config_option,
+    dotted_options,
+    exit_stopped_early,
+    mlflow_run,
+    print_table,
+    set_option,
+)
+from bdh_mlflow.config import Config
+from bdh_mlflow.errors import InputError
+
+SHOWN_RUNS = 8  # columns of runs that a terminal holds
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@config_option
+@click.option(
+    "--out",
+    default="compare.html",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="Report to write; its plots are written beside it.",
+)
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Plot this metric as well; repeatable.")
+@click.option("--log/--no-log", default=True, show_default=True, help="Also store the report among the first run's artifacts.")
+def compare(runs: tuple[str, ...], config_path: str, out: str, metrics: tuple[str, ...], log: bool) -> None:
+    """Compare trained runs side by side.
+
+    Prints which settings differ between RUNS and where each stands, and writes a report with their samples and their curves over steps,
+    tokens and time in training.
+
+    A run is given by id, by name or as `latest`. The name of an experiment means all its runs; a filter such as "metrics.`val/loss` < 2"
+    or "params.`model.n_layer` = '6'" means all runs that match.
+    """
+    from bdh_mlflow.studies import compare as study
+    from bdh_mlflow.studies import report
+
+    tracking, path = Config.from_yaml(config_path).tracking, Path(out)
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}")
+    comparison = study.read(_split(runs, study.FILTER), tracking, metrics)
+    shown = comparison.runs[:SHOWN_RUNS]
+    print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in study.rows(comparison)])
+    if len(shown) < len(comparison.runs):
+        click.echo(f"... and {len(comparison.runs) - len(shown)} more runs in the report")
+    files = report.write(comparison, path)
+    if log:
+        report.log(comparison, files, tracking)
+    click.echo(f"Report with curves: {path.absolute()}")
+
+
+def _split(runs: Sequence[str], filters: re.Pattern[str]) -> list[str]:
+    """One name per run, also where `mlflow run` passes them all in one parameter.   filters: what contains spaces and is one name."""
+    return [word for run in runs for word in ([run] if filters.search(run) else run.split())]
+
+
+@click.command(context_settings=ACCEPTS_SETTINGS)
+@config_option
+@set_option
+@click.option("--space", "space_path", default="configs/sweep.yaml", show_default=True, help="YAML file of what is searched.")
+@click.option("--trials", default=20, show_default=True, type=click.IntRange(1), help="Trials in all, those of earlier calls included.")
+@click.pass_context
+def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], space_path: str, trials: int) -> None:
+    """Search for good settings.
+
+    Trains once per trial and judges trials by val/loss; hopeless ones are pruned. All are children of one parent run. Called again,
+    it continues the study of the same name, including a trial that was interrupted.
+    """
+    from bdh_mlflow.cli import console
+    from bdh_mlflow.studies import sweep as study
+    from bdh_mlflow.tracking.sender import SubprocessSender
+    from bdh_mlflow.training.stop import StopRequest
+
+    given, space = [*overrides, *dotted_options(ctx)], study.Space.from_yaml(space_path)
+    config, stop = Config.from_yaml(config_path, given), StopRequest()
+    stop.install()
+    try:
+        controls = study.Controls(stop, functools.partial(console.watching, sys.stdout), click.echo, ctx.obj or SubprocessSender)
+        result = study.sweep(config, space, trials, controls)
+    except KeyboardInterrupt:
+        exit_stopped_early(ctx, stop)
+    counts = ", ".join(f"{count} {state}" for state, count in result.counts.items())
+    click.echo(f"{counts}; parent run {result.parent_run_id}; study {result.journal}")
+    if result.best is not None:
+        number, value, found = result.best
+        shared = dict(override.split("=", 1) for override in given)
+        click.echo(f"Best: trial {number}, val/loss {value:.4f}")
+        click.echo(f"Next: {mlflow_run(config_path, {**shared, **space.settings, **found})}")
+    if result.stopped:
+        ctx.exit(128 + signal.Signals[result.stopped])
+
+
+@click.command("verify-resume", context_settings=ACCEPTS_SETTINGS)
+@config_option
+@set_option
+@click.option("--steps", default=40, show_default=True, type=click.IntRange(2), help="Optimizer updates to train, twice.")
+@click.option("--interruptions", default=5, show_default=True, type=click.IntRange(1), help="Stops and kills in the second training.")
+@click.pass_context
+def verify_resume(ctx: click.Context, config_path: str, overrides: tuple[str, ...], steps: int, interruptions: int) -> None:
+    """Prove that a configuration resumes exactly.
+
+    Trains it twice, with and without interruptions, and compares every bit of the last checkpoint and of the curves. Exit code 1 if
+    anything differs.
+    """
+    from bdh_mlflow.studies import verify
+    from bdh_mlflow.training import build
+
+    config = Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)], checks=(build.problems,))
+    if interruptions >= steps:
+        raise click.UsageError("--interruptions must be fewer than --steps", ctx)
+    with tempfile.TemporaryDirectory(prefix="verify-resume-") as folder:
+        rows = verify.verify(config, steps, interruptions, Path(folder), lambda text: click.echo(text, err=True))
+    print_table([f"compared after step {steps}", ""], [[row.what, row.difference or "equal"] for row in rows])
+    different = [row.what for row in rows if row.difference]
+    if different:
+        click.echo(f"Not exact: {', '.join(different)}")
+        ctx.exit(1)
+    click.echo(f"Exact: {len(rows)} of {len(rows)} rows equal to the bit")

@@ -1,0 +1,148 @@
+"""How a layer is cut into blocks: their sizes, the order of neurons in them, and what one block works on.
+
+A block must be small enough for a CPU's caches and large enough to fill a GPU. Sizes depend on shapes and device only, so the same training
+is cut the same way on every machine of a kind. `blocked` visits the blocks and does the arithmetic.
+
+B rows, T tokens, D n_embd, H n_head, N neurons per head; R rows, S tokens and M neurons of a block, C tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bdh_mlflow.model.kernels import Buffers, Kernels, halves_first, ranges
+from bdh_mlflow.model.layer import ACTIVITY_STRIDE, LayerWeights, RopeTable, rope_table
+
+STATE_FROM = 4
+"""Texts of more than this many times D tokens are cut into chunks with a state. By FLOPs the two ways meet between 5 D and 6 D (see
+`blocked`); the state form needs less memory for scores from the first chunk on."""
+BLOCK_TOKENS = {"cpu": 2**9, "cuda": 2**15}
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+"""Tokens, and tokens times neurons, of a block. CPU: 4 MiB of float32, what the cores' caches hold. CUDA: enough to fill the GPU, an
+estimate that was not measured."""
+
+
+class Block(NamedTuple):
+    """One head of some rows.   number: of the block, from 0; the dropout masks of a block are derived from it."""
+
+    number: int
+    head: int
+    rows: slice
+
+
+class Plan(NamedTuple):
+    """rows, span, neurons: sizes of a block (R, S, M).   chunk: tokens that attend to each other directly (C); S is a multiple of C."""
+
+    rows: int
+    span: int
+    chunk: int
+    neurons: int
+
+    def blocks(self, batch: int, heads: int) -> Iterator[Block]:
+        """Heads and rows in the order in which they are computed."""
+        groups = range(0, batch, self.rows)
+        for head in range(heads):
+            for group, first in enumerate(groups):
+                yield Block(head * len(groups) + group, head, slice(first, min(first + self.rows, batch)))
+
+
+def plan_blocks(batch: int, tokens: int, width: int, neurons: int, device: torch.device) -> Plan:
+    """Block sizes for T tokens in B rows of width D and N neurons a head."""
+    chunk = span = max(1, tokens)
+    if tokens > STATE_FROM * width:
+        chunk = -(-width // ACTIVITY_STRIDE) * ACTIVITY_STRIDE
+        span = STATE_FROM * chunk
+    rows = max(1, min(batch, BLOCK_TOKENS.get(device.type, BLOCK_TOKENS["cpu"]) // span))
+    block = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"]) // (rows * span) // 2 * 2
+    return Plan(rows, span, chunk, max(2, min(block, neurons)))
+
+
+class Arranged(NamedTuple):
+    """Projections as the blocks read them.
+
+    encoder, encoder_v: (H, D, N).   decoder: (H, N, D).   All with even neurons first in each block, in the parameters' dtype and with
+    their gradients.   compute: the same three in the dtype of the matmuls, detached.   cut: the block sizes.
+    """
+
+    encoder: Tensor
+    encoder_v: Tensor
+    decoder: Tensor
+    compute: tuple[Tensor, Tensor, Tensor]
+    cut: Plan
+
+
+def arrange(weights: LayerWeights, dtype: torch.dtype, cut: Plan) -> Arranged:
+    """Once per forward pass: neurons in the order of the blocks, and a copy in the dtype of the matmuls."""
+    encoder, encoder_v = (halves_first(w, -1, cut.neurons) for w in weights[:2])
+    decoder = halves_first(weights.decoder.view(encoder.mT.shape), -2, cut.neurons)
+    return Arranged(
+        encoder, encoder_v, decoder, (encoder.detach().to(dtype), encoder_v.detach().to(dtype), decoder.detach().to(dtype)), cut
+    )
+
+
+class Task(NamedTuple):
+    """The inputs of one layer.   x: (B, T, D).   compute: E (H, D, N), F (H, D, N) and G (H, N, D) as `Arranged` holds them."""
+
+    x: Tensor
+    compute: tuple[Tensor, Tensor, Tensor]
+    table: RopeTable | None
+    cut: Plan
+    kernels: Kernels
+    dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def last_chunk(self) -> int:
+        """Where the last chunk begins."""
+        return (self.x.shape[1] - 1) // self.cut.chunk * self.cut.chunk
+
+    def buffers(self, per_head: int) -> Buffers:
+        """Two buffers for the neurons of a block, and `per_head` for all neurons of a head."""
+        tokens = self.cut.rows * min(self.cut.span, self.x.shape[1])
+        return Buffers(self.compute[0], tokens, (self.compute[0].shape[2], self.cut.neurons), per_head, 2)
+
+    def span(self, block: Block, start: int, stop: int, values: Tensor, buffers: Buffers) -> "Span":
+        """values: x in the dtype of the matmuls."""
+        v = values[block.rows, start:stop].contiguous()
+        if self.table is None:
+            rope = rope_table(start, stop, self.compute[0].shape[2], self.x.device)
+        else:
+            rope = RopeTable(self.table.cos[start:stop], self.table.sin[start:stop])
+        return Span(block, start, stop, v, rope, buffers)
+
+    def mask(self, span: "Span", first: int, like: Tensor) -> Tensor:
+        """Dropout's mask for a span's neurons from `first` on."""
+        place = (span.block.number * self.x.shape[1] + span.start) * self.compute[0].shape[2] + first
+        return keep_mask(tuple(like.shape), self.dropout, self.seed + place, like)
+
+    def neuron_blocks(self) -> list[tuple[int, int]]:
+        """(first, end) of each block of neurons."""
+        return list(ranges(0, self.compute[0].shape[2], self.cut.neurons))
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of one block: the unit of work.   v: (R, S, D), x in the dtype of the matmuls.   rope: S positions."""
+
+    block: Block
+    start: int
+    stop: int
+    v: Tensor
+    rope: RopeTable
+    buffers: Buffers
+
+    def of(self, t: Tensor) -> Tensor:
+        """This span's part of a (B, H, T, ...) tensor, (R, S, ...), the same memory."""
+        return t[self.block.rows, self.block.head, self.start : self.stop]
+
+    def chunks(self, size: int) -> list[tuple[slice, int]]:
+        """Each chunk's tokens, counted from the span's start, and where it begins in the text."""
+        return [(slice(begin - self.start, end - self.start), begin) for begin, end in ranges(self.start, self.stop, size)]
+
+
+def keep_mask(shape: tuple[int, ...], dropout: float, seed: int, like: Tensor) -> Tensor:
+    """What dropout multiplies activations by: 0 or 1 / (1 - dropout), the same for the same seed."""
+    generator = torch.Generator(like.device).manual_seed(seed % 2**63)
+    mask = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)

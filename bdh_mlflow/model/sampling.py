@@ -1,0 +1,35 @@
+"""How the next token is chosen from logits: greedily, or drawn after temperature, top-k and top-p."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GREEDY_BELOW_TEMPERATURE = 1e-6  # dividing logits by less can overflow float32
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """temperature: 0 always takes the likeliest.   top_k: draw among the k likeliest only.   top_p: among the likeliest that together
+    reach this probability; at least one.   None: no such limit.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Next token of each row.   logits: (B, V).   generator: torch's global one if None.   Returns (B, 1)."""
+        if self.temperature < GREEDY_BELOW_TEMPERATURE:
+            return logits.argmax(dim=-1, keepdim=True)
+        logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        if self.top_k is not None:
+            kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        likelihood = logits.softmax(dim=-1)
+        if self.top_p is not None:
+            ordered, order = likelihood.sort(dim=-1, descending=True)
+            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p
+            beyond[:, 0] = False
+            likelihood = likelihood.masked_fill(beyond.scatter(-1, order, beyond), 0)
+        return torch.multinomial(likelihood, 1, generator=generator)

@@ -1,0 +1,167 @@
+"""One run read back from MLflow: settings in their declared types, curves and their axes, segments, samples.
+
+Files that are missing or malformed count as absent: a run may be young, or logged by another program.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from bdh_mlflow.config import SECTIONS, Problem
+from bdh_mlflow.config.reading import with_overrides
+from bdh_mlflow.text import Sample
+from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.mlflow_internals import MetricPoint
+from bdh_mlflow.tracking.run import SAMPLES
+from bdh_mlflow.tracking.segments import FILE_NAME as SEGMENTS
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric by step, one value each.   steps, values: (n,).   at_ms: (n,), when each was measured, Unix time in ms."""
+
+    steps: Numbers
+    values: Numbers
+    at_ms: Numbers
+
+    @classmethod
+    def of(cls, points: list[MetricPoint]) -> "Curve":
+        """The curve through points in any order; of several at one step the latest counts."""
+        by_step = {point.step: point for point in sorted(points, key=lambda point: point[:2])}
+        steps, at_ms, values = (np.array([point[i] for point in by_step.values()], dtype=float) for i in range(3))
+        return cls(steps, values, at_ms)
+
+    def __len__(self) -> int:
+        """Number of points."""
+        return len(self.steps)
+
+    def lowest(self) -> tuple[int, float] | None:
+        """Step and value of the lowest point, None without a finite one."""
+        finite = np.where(np.isfinite(self.values), self.values, np.inf)
+        if not len(self) or not np.isfinite(finite).any():
+            return None
+        place = int(np.argmin(finite))
+        return int(self.steps[place]), float(self.values[place])
+
+
+class Segment(NamedTuple):
+    """A process that trained a run: the columns of `segments.json` that are used here."""
+
+    host: str
+    started_at_ms: int
+    ended_at_ms: int | None
+    last_seen_ms: int
+    downtime_s: float
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """One training.
+
+    settings: its config by dotted key, in declared types.   tokens_per_step: 0 where they do not say.   segments: rows of
+    `segments.json`, empty for a run that was never resumed.   samples: what the model generated, by step.
+    """
+
+    label: str
+    run: Run
+    settings: dict[str, Any]
+    curves: dict[str, Curve]
+    tokens_per_step: float
+    segments: list[Segment]
+    samples: dict[int, list[Sample]]
+
+    def axis(self, name: str, metric: str) -> Numbers | None:
+        """x values of a metric's curve on the axis step, tokens or active hours; (n,), None where they are not known."""
+        curve, family = self.curves[metric], metric.partition("/")[0]
+        if name == "active hours":
+            return self._active_hours(curve.at_ms)
+        if family == "system":  # its steps count samples
+            return None
+        if family == "by_tokens":  # its steps are thousands of tokens
+            return 1000 * curve.steps if name == "tokens" else None
+        if name == "step":
+            return curve.steps
+        return curve.steps * self.tokens_per_step if self.tokens_per_step else None
+
+    def _active_hours(self, at_ms: Numbers) -> Numbers:
+        """Hours in which a process trained the run, without the gaps between segments."""
+        hours = np.zeros_like(at_ms)
+        spans: list[tuple[float, float]] = [(s.started_at_ms, s.ended_at_ms or s.last_seen_ms) for s in self.segments]
+        spans = spans or [(self.run.info.start_time, np.inf)]
+        spans[-1] = (spans[-1][0], np.inf)  # the last one may still be running
+        for start, end in spans:
+            hours += np.clip(np.minimum(at_ms, end) - start, 0, None) / 3.6e6
+        return hours
+
+
+def read_run(client: MlflowClient, run: Run, curves: dict[str, Curve]) -> RunCurves:
+    """A run with its curves, and what its params and small artifacts say."""
+    settings = {key: setting(key, text) for key, text in run.data.params.items() if "." in key}
+    tokens, segments, samples = 0.0, list[Segment](), dict[int, list[Sample]]()
+    sizes = [settings.get(f"training.{key}") for key in ("batch_size", "block_size", "gradient_accumulation_steps")]
+    if all(isinstance(size, int) for size in sizes):
+        tokens = float(math.prod(size for size in sizes if size is not None))
+    if run.data.tags.get("bdh.segment", "1") != "1":
+        with _absent_if_malformed():
+            segments = [Segment(*(row[key] for key in Segment._fields)) for row in _json_artifact(client, run, SEGMENTS)]
+    if SAMPLES in run.data.tags.get(MLFLOW_LOGGED_ARTIFACTS, ""):
+        with _absent_if_malformed():
+            for step, prompt, written in _json_artifact(client, run, SAMPLES)["data"]:
+                samples.setdefault(int(step), []).append(Sample(str(prompt), str(written)))
+    return RunCurves(f"{run.info.run_name} ({run.info.run_id[:6]})", run, settings, curves, tokens, segments, samples)
+
+
+@functools.cache
+def setting(key: str, text: str) -> Any:
+    """The value of a logged param: `3e-4` and `0.0003` are one learning rate.
+
+    Read as an override on the command line is, by the declared type; where a key is not known or the text does not fit, as plain YAML.
+    """
+    problems: list[Problem] = []
+    section, _, name = key.partition(".")
+    tree = with_overrides({}, [f"{key}={text}"], problems).get(section, {})
+    if not problems:
+        try:
+            value = dataclasses.asdict(SECTIONS[section](**tree))
+            for part in name.split(".", 1):
+                value = value[part]
+        except (ValidationError, KeyError):
+            pass
+        else:
+            return value
+    return _plain(text)
+
+
+def _plain(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str | float):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML takes 3e-4, without a point, for text
+            number = float(value)
+            return int(number) if number.is_integer() else number if math.isfinite(number) else text
+    return value
+
+
+def _json_artifact(client: MlflowClient, run: Run, path: str) -> Any:
+    return json.loads(store.small_artifact(client, run.info.run_id, path))
+
+
+def _absent_if_malformed() -> contextlib.AbstractContextManager[None]:
+    return contextlib.suppress(MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)

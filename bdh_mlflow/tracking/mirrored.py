@@ -1,0 +1,137 @@
+"""Mirrored checkpoints read back: which run holds a training, what is mirrored of it, one file fetched, and a search over all runs."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+
+from bdh_mlflow import checkpoint
+from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import InputError, ResumeError
+from bdh_mlflow.files import first_line
+from bdh_mlflow.redact import masked
+from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_LOSS
+
+GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
+"""What names a checkpoint, in words (see `locate`)."""
+
+
+class Training(NamedTuple):
+    """The run that holds a training, and the name of its run directory if it has saved anything."""
+
+    run_id: str
+    run_dir: str | None
+
+
+@dataclass(frozen=True)
+class MirroredCheckpoint:
+    """A mirrored checkpoint.   uri: what `--resume` takes.   val_loss: nats per token, None if it was not evaluated."""
+
+    uri: str
+    step: int
+    val_loss: float | None
+    run_name: str
+
+
+class MirrorReader:
+    """Reads the mirror for one command. Opens the store when it is first needed, and asks for each run once."""
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self._config = config
+        self._trainings: dict[str, Training] = {}
+        self._checkpoints: dict[str, list[tuple[int, str]]] = {}
+
+    def __str__(self) -> str:
+        return f"experiment {self._config.experiment} of {masked(self.client.tracking_uri)}"
+
+    @functools.cached_property
+    def client(self) -> MlflowClient:
+        """The store.   Raises TrackingError if it does not answer."""
+        return store.connect(self._config)
+
+    def training(self, run_id: str) -> Training:
+        """The run that holds the training (the run that `mlflow run` made for a later segment names it).   Raises ResumeError."""
+        if run_id not in self._trainings:
+            client = self.client
+            with store.reported(f"run {run_id} cannot be read"):
+                run = store.find_run(client, run_id)
+                if run is not None and "bdh.continues" in run.data.tags:
+                    run = store.find_run(client, run.data.tags["bdh.continues"])
+            if run is None:
+                raise ResumeError(f"run {run_id}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
+            found = Training(run.info.run_id, run.data.tags.get("bdh.run_dir"))
+            self._trainings |= {run_id: found, found.run_id: found}
+        return self._trainings[run_id]
+
+    def newest_run(self) -> str | None:
+        """Id of the newest run of the experiment with a mirrored checkpoint."""
+        runs = store.runs_of(self.client, self._config.experiment)
+        return str(runs[0].info.run_id) if runs else None
+
+    def checkpoints(self, run_id: str) -> list[tuple[int, str]]:
+        """Steps and artifact paths of a run's mirrored checkpoints, furthest first.   Raises ResumeError."""
+        if run_id not in self._checkpoints:
+            try:
+                folders = [f.path for f in self.client.list_artifacts(run_id, "checkpoints") if f.is_dir]
+                files = [PurePosixPath(f.path) for folder in folders for f in self.client.list_artifacts(run_id, folder)]
+            except MlflowException as error:
+                raise ResumeError(f"run {run_id}: artifacts cannot be listed: {first_line(error)}") from None
+            steps = [(checkpoint.step_of(Path(file.name)), str(file)) for file in files]
+            self._checkpoints[run_id] = sorted(((step, path) for step, path in steps if step is not None), reverse=True)
+        return self._checkpoints[run_id]
+
+    def fetch(self, run_id: str, path: str, folder: Path) -> Checkpoint:
+        """Download a mirrored checkpoint with its manifest into `folder` and verify it.   Raises ResumeError or CheckpointError."""
+        file = self.download(f"runs:/{run_id}/{path}", folder)
+        self.download(f"runs:/{run_id}/{path.removesuffix('.pt')}.json", folder)
+        found = checkpoint.describe(file)
+        checkpoint.verify(found)
+        return found
+
+    def download(self, uri: str, folder: Path) -> Path:
+        """What an artifact URI names, in `folder`.   Raises ResumeError."""
+        try:
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=self.client.tracking_uri))
+        except Exception as error:  # each artifact store raises its own kinds
+            raise ResumeError(f"{masked(uri)}: cannot be downloaded: {first_line(error)}") from None
+
+    def search(self, run_id: str | None, best: bool) -> list[MirroredCheckpoint]:
+        """Checkpoints of one run by step, or of all runs of the experiment, best first.   best: only the one of lowest validation loss.
+
+        Raises InputError or TrackingError.
+        """
+        client, config = self.client, self._config
+        with store.reported("mirrored checkpoints cannot be listed"):
+            if run_id is not None:
+                experiment_id = client.get_run(run_id).info.experiment_id
+            else:
+                experiment = client.get_experiment_by_name(config.experiment)
+                if experiment is None:
+                    raise InputError(f"experiment {config.experiment}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
+                experiment_id = experiment.experiment_id
+            wanted = f"model_type = '{MODEL_TYPE}'" + (f" AND source_run_id = '{run_id}'" if run_id else "")
+            order = [{"field_name": f"metrics.{VAL_LOSS}", "ascending": True}] if best or run_id is None else None
+            found: list[LoggedModel] = []
+            page = client.search_logged_models([experiment_id], wanted, max_results=1 if best else None, order_by=order)
+            found += page
+            while page.token and not best:
+                page = client.search_logged_models([experiment_id], wanted, order_by=order, page_token=page.token)
+                found += page
+            names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}
+        rows = [_row(m, names.get(m.source_run_id or "", "")) for m in found]
+        if best:
+            return [row for row in rows if row.val_loss is not None][:1]
+        return sorted(rows, key=lambda row: row.step) if run_id else rows
+
+
+def _row(model: LoggedModel, run_name: str) -> MirroredCheckpoint:
+    values = [m.value for m in model.metrics or [] if m.key == VAL_LOSS]
+    step = int((model.params or {}).get("step", 0))
+    return MirroredCheckpoint((model.tags or {}).get("bdh.checkpoint", model.name or ""), step, values[0] if values else None, run_name)

@@ -1,0 +1,75 @@
+"""`generate` and `evaluate`."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from bdh_mlflow.cli.main import cli
+from tests.conftest import history, only_run, run_cli, train
+
+
+def test_generate_is_repeatable_and_evaluate_gives_the_logged_loss(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    run = only_run(store)
+    options = ("--config", str(tiny))
+    first, second = (
+        run_cli("generate", "latest", "--prompt", "def é", "--max-new-tokens", "20", "--seed", "3", *options).output for _ in range(2)
+    )
+    assert first == second
+    assert first.startswith("def é")
+    assert len(first) > 8
+    output = run_cli("evaluate", run.info.run_id, "--batches", "2", *options).output
+    logged = dict(history(store, run.info.run_id, "val/loss"))[6]
+    assert f"val/loss {logged:.4f} nats per byte" in output
+
+
+def test_batched_prompts_give_the_same_text_and_stop_ends_it(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny, "training.max_iters=1")
+    options = ("--config", str(tiny), "--temperature", "0", "--max-new-tokens", "9")
+    alone = [run_cli("generate", "latest", "--prompt", prompt, *options).output.rstrip("\n") for prompt in ("def ", "x")]
+    assert run_cli("generate", "latest", "--prompt", "def ", "--prompt", "x", *options).output == f"{alone[0]}\n\n{alone[1]}\n\n"
+    stop = alone[0][5]
+    assert (
+        run_cli("generate", "latest", "--prompt", "def ", "--stop", stop, *options).output == alone[0][: alone[0].index(stop, 4) + 1] + "\n"
+    )
+
+
+@pytest.mark.parametrize("wrong", [("--top-p", "nan"), ("--temperature", "nan"), ("--prompt", "-", "--prompt", "-")], ids=str)
+def test_sampling_options_that_make_no_sense_are_refused(wrong: tuple[str, ...], tiny: Path) -> None:
+    assert run_cli("generate", "latest", *wrong, "--config", str(tiny)).exit_code == 2
+
+
+def test_prompt_that_is_too_long_is_refused_before_any_output(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    result = run_cli("generate", "latest", "--prompt", "x" * 70_000, "--config", str(tiny))
+    assert (result.exit_code, result.output) == (2, "Error: prompt of 70,000 bytes; at most 65,536 are taken\n")
+
+
+def test_each_line_of_an_interactive_session_is_a_prompt(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    words = ["generate", "latest", "--interactive", "--max-new-tokens", "5", "--temperature", "0", "--config", str(tiny)]
+    alone = [run_cli(*words[:2], *words[3:], "--prompt", prompt).output for prompt in ("def ", "x")]
+    result = CliRunner().invoke(cli, words, input="def \nx\n")
+    assert result.exit_code == 0
+    assert result.stdout == "".join(alone)
+    piped = CliRunner().invoke(cli, [*words[:2], *words[3:]], input="def ")
+    assert piped.stdout == alone[0]
+    assert run_cli(*words, "--prompt", "x").exit_code == 2
+
+
+def test_evaluation_is_logged_to_the_run_of_its_checkpoint(store: MlflowClient, text: Path, tiny: Path) -> None:
+    train(tiny)
+    result = run_cli("evaluate", "latest", "--no-log", "--config", str(tiny))
+    run_id = only_run(store).info.run_id
+    assert f"val/loss {history(store, run_id, 'val/loss')[-1][1]:.4f}" in result.output, "on the batches that the training takes"
+    assert not [key for key in only_run(store).data.metrics if key.startswith("eval/")]
+    result = run_cli("evaluate", run_id, "--data", str(text), "--config", str(tiny))
+    assert f"Logged to run {run_id} as eval/text_loss and eval/text_bpb" in result.output
+    ((step, loss),) = history(store, run_id, "eval/text_loss")
+    assert step == 6
+    assert f"val/loss {loss:.4f}" in result.output
+    assert only_run(store).info.status == "FINISHED"
+    contexts = {tag.value for i in only_run(store).inputs.dataset_inputs for tag in i.tags}
+    assert "evaluation" in contexts

@@ -1,0 +1,106 @@
+"""What ends a training before its last step, and what is saved then."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdh_mlflow.errors import DataError, NonFiniteError, SaveError, StoppedError
+from tests.training.bench import FallingRate, Item, Toy, bench, items
+
+
+class Breaking(Toy):
+    """Gives a non-finite loss, or non-finite gradients, at the sixth batch."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.batches = what, 0
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits, loss = super().forward(idx, targets)
+        if self.training:
+            self.batches += 1
+        if self.what != "nothing" and self.training and self.batches == 6 and loss is not None:
+            loss = loss * float("nan") if self.what == "loss" else loss + (self.table.sum() * 0 + 0).sqrt()
+        return logits, loss
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_non_finite_update_is_not_applied_and_the_good_weights_are_saved(what: str) -> None:
+    b = bench(model=Breaking(what), checkpoint_freq=100)
+    with pytest.raises(NonFiniteError, match=rf"update 6: {what} (nan|inf); it was not applied. Weights of step 5 are good"):
+        b.trainer.run()
+    assert b.saved_steps == [5]
+    assert b.saved[0][0]["data_position"] == {"next": 5}  # the batch that broke it comes again
+    good = bench(model=Breaking("nothing"), max_iters=5)
+    good.trainer.run()
+    assert torch.equal(b.saved[0][0]["rng"]["cpu"], good.saved[-1][0]["rng"]["cpu"])
+    assert bool(b.model.table.isfinite().all())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_non_finite_pass_among_several_is_caught_before_the_update(what: str) -> None:
+    """Losses reach the host only after the last pass."""
+    b = bench(model=Breaking(what), gradient_accumulation_steps=4, checkpoint_freq=100)
+    with pytest.raises(NonFiniteError, match=rf"update 2: {what} (nan|inf); it was not applied"):
+        b.trainer.run()
+    assert (b.saved_steps, b.saved[0][0]["data_position"]) == ([1], {"next": 4})
+    good = bench(model=Breaking("nothing"), gradient_accumulation_steps=4, max_iters=1)
+    good.trainer.run()
+    assert torch.equal(b.model.table, good.model.table)
+
+
+def test_float16_overflow_lowers_the_scale_and_is_not_a_step() -> None:
+    b = bench(model=Breaking("gradient norm"), scaler=True, max_iters=8, log_freq=1)
+    ending = b.trainer.run()
+    assert ending.step == 8
+    assert b.saved[-1][0]["data_position"] == {"next": 9}
+    scales = b.log.values_of("optim/loss_scale")
+    assert scales[4] == 2 * scales[5]
+    assert bool(b.model.table.isfinite().all())
+
+
+def test_unreadable_data_stops_the_run_with_a_checkpoint() -> None:
+    def failing() -> Iterator[Item]:
+        yield from (item for item, _ in zip(items(), range(3), strict=False))
+        raise DataError("part-7.parquet: row group 2 cannot be read")
+
+    b = bench(batches=failing())
+    with pytest.raises(StoppedError, match=r"stopped after step 3: part-7\.parquet: row group 2 cannot be read"):
+        b.trainer.run()
+    assert b.saved_steps == [3]
+
+
+@pytest.mark.parametrize(("full_at", "last_step"), [(6, 6), (10, 10)], ids=["in the middle", "the last"])
+def test_failed_save_ends_the_run_before_the_next_step_and_is_not_tried_again(full_at: int, last_step: int) -> None:
+    b = bench(full_at=full_at)
+    with pytest.raises(SaveError):
+        b.trainer.run()
+    assert (b.disk.attempts[-1], b.trainer.step) == (full_at, last_step)
+
+
+def test_number_formats_are_put_back_with_the_randomness_when_an_update_fails() -> None:
+    class Scales(FallingRate):
+        seen = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": torch.tensor(self.seen)}
+
+        def savepoint(self) -> Callable[[], None]:
+            now = self.seen
+            return lambda: setattr(self, "seen", now)
+
+    class Diverging(Toy):
+        def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            scales.seen += 1
+            logits, loss = super().forward(idx, targets)
+            return logits, loss * (float("nan") if scales.seen == 4 else 1.0)
+
+    scales = Scales()
+    b = bench(model=Diverging(), parts={"formats": scales})
+    with pytest.raises(NonFiniteError):
+        b.trainer.run()
+    assert b.saved[-1][0]["step"] == 3
+    assert int(b.saved[-1][0]["precision_state_dict"]["seen"]) == 3
