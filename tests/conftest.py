@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import Config
-from bdh_mlflow.tracking.lanes import Patience
+from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import OnMessage
 from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import build

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 PROJECT = Path(__file__).parent.parent
 PACKAGE = "bdh_mlflow"
 
@@ -51,6 +49,7 @@ CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
     "test_project": "MLproject, conda.yaml, README and shipped configurations",
     "test_readme": "the README's commands, in their order",
     "test_structure": "this file",
+    "tracking/test_kills": "trainers, senders and servers as processes that are killed or stopped",
     "tracking/test_outages": "a real server that is slow, stopped or killed",
     "training/test_endings": "every way a training process ends",
     "training/test_version1": "journals and checkpoints of format 1",
@@ -281,12 +280,10 @@ def test_wings_import_only_lower_wings() -> None:
     assert_none(check_import_order(PROJECT))
 
 
-@pytest.mark.xfail(strict=False, reason="tracking/mlflow_internals.py is being written")
 def test_private_names_of_mlflow_are_used_in_one_module() -> None:
     assert_none(check_mlflow_internals(PROJECT))
 
 
-@pytest.mark.xfail(strict=False, reason="files are being brought inside the bounds")
 def test_files_classes_and_functions_keep_their_bounds() -> None:
     assert_none(check_bounds(PROJECT, EXCEPTIONS))
 
@@ -295,7 +292,6 @@ def test_tests_mirror_the_package() -> None:
     assert_none(check_places_of_tests(PROJECT, CROSS_MODULE_TESTS))
 
 
-@pytest.mark.xfail(strict=False, reason="private names are being removed from the tests")
 def test_tests_use_no_private_names() -> None:
     assert_none(check_privates_in_tests(PROJECT))
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from bdh_mlflow.tracking.journal import JournalReader
-from bdh_mlflow.tracking.lanes import FilesLane, Lane, Patience, PointsLane, Shared
+from bdh_mlflow.tracking.lane import Lane, Patience, Shared
+from bdh_mlflow.tracking.lanes import FilesLane, PointsLane
 from bdh_mlflow.tracking.records import Alive, Finished, Message, Note, OnMessage
 from bdh_mlflow.tracking.run import RemoteRun
 

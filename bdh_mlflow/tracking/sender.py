@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bdh_mlflow.tracking.delivery import Delivery
-from bdh_mlflow.tracking.lanes import Patience
+from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import Finished, Message, OnMessage, message_from_json, message_to_json
 from bdh_mlflow.tracking.store import RETRIES, RETRIES_GIVEN
 

@@ -13,7 +13,7 @@ from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import journal, store
 from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.journal import Delivered, JournalReader
-from bdh_mlflow.tracking.lanes import Patience
+from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import Message, Note, Refused
 
 

@@ -1,6 +1,7 @@
 """Configuration: defaults, reading, problems."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from bdh_mlflow.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 6, "n_embd": 256, "dropout": 0.1, "n_head": 4, "mlp_internal_dim_multiplier": 128, "vocab_size": 256},
     "training": {
         "block_size": 512,

@@ -50,7 +50,7 @@ def by_pandas(texts: list[str | None], path: Path, codec: str) -> None:
     pd.DataFrame({"id": range(len(texts)), "text": texts}).to_parquet(path, compression=codec)
 
 
-def by_polars(texts: list[str | None], path: Path, codec: str) -> None:
+def by_polars(texts: list[str | None], path: Path, codec: Any) -> None:
     import polars as pl
 
     pl.DataFrame({"id": range(len(texts)), "text": texts}).write_parquet(path, compression=codec)

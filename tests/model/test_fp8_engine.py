@@ -257,7 +257,7 @@ def test_every_way_in_which_the_library_fails_to_import_is_a_reason(monkeypatch:
         def failing(name: str, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(fp8.importlib, "import_module", failing)
+        monkeypatch.setattr(importlib, "import_module", failing)
         assert f"cannot be imported ({error}): pip install" in str(fp8.why_unavailable(torch.device("cuda", 0)))
 
 
@@ -304,7 +304,8 @@ def test_recipe_of_the_library_takes_what_it_is_given(wheel: zipfile.ZipFile, tm
     library = types.SimpleNamespace(autocast=lambda enabled, recipe: contextlib.nullcontext(entered.append(recipe)))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", library)
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", recipes)
-    for kind, forward in (("hybrid", recipes.Format.HYBRID), ("e4m3", recipes.Format.E4M3)):
+    kinds: dict[Any, Any] = {"hybrid": recipes.Format.HYBRID, "e4m3": recipes.Format.E4M3}
+    for kind, forward in kinds.items():
         with Engine(Fp8Config(format=kind, amax_history_len=8)).region():
             recipe = entered[-1]
         assert recipe.fp8_format is forward

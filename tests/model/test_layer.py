@@ -18,6 +18,7 @@ def test_first_token_attends_to_nothing() -> None:
 def test_attention_is_the_sum_over_earlier_tokens() -> None:
     q, v = torch.rand(1, 1, 4, 3), torch.rand(1, 1, 4, 2)
     expected = sum((q[0, 0, 3] @ q[0, 0, s]) * v[0, 0, s] for s in range(3))
+    assert isinstance(expected, torch.Tensor)
     assert torch.allclose(layer.attend(q, v)[0, 0, 3], expected)
 
 

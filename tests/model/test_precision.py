@@ -1,5 +1,6 @@
 """The requested number formats run and are described, or are refused with a reason."""
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_fp8_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch,
 def test_float16_on_a_device_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config.from_dict({"low_precision": {"compute_dtype": "float16"}})
     assert list(precision.problems(config)) == []
-    monkeypatch.setattr(precision.torch, "ones", lambda *shape, **how: _refusing())
+    monkeypatch.setattr(torch, "ones", lambda *shape, **how: _refusing())
     (problem,) = precision.problems(config)
     assert problem.key == "low_precision.compute_dtype"
     assert "not implemented for 'Half'" in problem.message
@@ -73,7 +74,7 @@ def _refusing() -> None:
 
 
 def test_missing_bitsandbytes_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = precision.problems(Config())
     assert "pip install bitsandbytes" in problem.message
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -131,11 +132,11 @@ def test_report_for_a_folder_that_is_not_there_is_one_clear_error(store: MlflowC
 
 def test_settings_are_compared_by_value_and_not_by_spelling(store: MlflowClient) -> None:
     """`mlflow run -P` logs a setting as it was typed, the command line as JSON."""
-    typed = {
+    typed: dict[str, Any] = {
         "training__learning_rate": "3e-4", "training__compile": "True", "scheduler__decay_steps": "~", "model__n_layer": "6",
         "training__keep_checkpoints": "null", "dataset__parquet_dir": "007", "other__list": "[1,2]", "other__rate": "1e-3",
     }  # fmt: skip
-    logged = {
+    logged: dict[str, Any] = {
         "training__learning_rate": "0.0003", "training__compile": "true", "scheduler__decay_steps": "null", "model__n_layer": "6",
         "training__keep_checkpoints": "3", "dataset__parquet_dir": "7", "other__list": "[1, 2]", "other__rate": "0.001",
     }  # fmt: skip

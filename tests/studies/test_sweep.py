@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import optuna
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 from bdh_mlflow.cli import console
 from bdh_mlflow.errors import ConfigError, NonFiniteError
-from bdh_mlflow.studies import sweep
 from bdh_mlflow.studies.sweep import Space
 from bdh_mlflow.training import start
 from tests.conftest import run_cli
@@ -72,7 +72,7 @@ def test_trials_are_children_of_one_run_that_shows_the_best_settings(store: Mlfl
 def test_hopeless_trial_is_pruned_and_diverged_one_has_failed(
     store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep.optuna.Trial, "should_prune", lambda self: self.number == 1)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.number == 1)
     real = start.train
 
     def diverging(config: Any, *rest: Any) -> Any:

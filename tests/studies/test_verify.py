@@ -84,7 +84,7 @@ def test_any_part_of_the_state_that_is_not_restored_is_noticed(
 @pytest.mark.slow
 def test_evaluation_that_is_repeated_after_a_kill_is_noticed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill leaves a checkpoint whose evaluation was made: repeating it would make a plateau schedule lose patience sooner."""
-    sections = {"scheduler": NEVER_BETTER, "training": {"learning_rate": 1e-9, "test_freq": 2, "checkpoint_freq": 2}}
+    sections: dict[str, Any] = {"scheduler": NEVER_BETTER, "training": {"learning_rate": 1e-9, "test_freq": 2, "checkpoint_freq": 2}}
     _do_not_restore("evaluated_step", monkeypatch)
     assert "scheduler" in verified(tiny_config(**sections), tmp_path)
 

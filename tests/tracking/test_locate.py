@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.model.bdh import BDH, BDHConfig
 from bdh_mlflow.tracking.locate import Locator, ResolvedCheckpoint
-from bdh_mlflow.training import start
+from bdh_mlflow.tracking.tracker import Tracker
 from tests.checkpoint.test_files import Evil
 from tests.conftest import history, only_run, run_cli, train
 
@@ -162,13 +164,13 @@ def test_furthest_copy_wins_and_a_damaged_one_is_named_and_passed_over(store: Ml
     run_id, last = only_run(store).info.run_id, run_dir() / "checkpoint_6.pt"
     raw = bytearray(last.read_bytes())
     raw[len(raw) // 2] ^= 1
-    replaced(last, raw)
+    replaced(last, bytes(raw))
     found = Locator(CHECKPOINTS, TrackingConfig()).find(run_id)
     assert found.checkpoint is not None
     assert found.checkpoint.manifest.step == 6  # the mirrored copy, put in the damaged one's place
     assert len(found.notes) == 1
     assert "checkpoint_6.pt: damaged" in found.notes[0]
-    replaced(last, raw)
+    replaced(last, bytes(raw))
     found = Locator(CHECKPOINTS, TrackingConfig()).find(str(run_dir()))
     assert found.checkpoint is not None
     assert found.checkpoint.manifest.step == 3
@@ -359,16 +361,14 @@ def test_evaluation_missed_by_an_interruption_is_made_up_for(
     store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the step that is evaluated: the checkpoint is saved first, the evaluation follows in the next segment."""
-    import signal
+    real = Tracker.metrics
 
-    real = start.Trainer._log
-
-    def interrupted(self: Any) -> None:
-        real(self)
-        if self.step == 3:
+    def interrupted(self: Tracker, values: Mapping[str, float], step: int) -> int:
+        if step == 3:
             signal.raise_signal(signal.SIGTERM)
+        return real(self, values, step)
 
-    monkeypatch.setattr(start.Trainer, "_log", interrupted)
+    monkeypatch.setattr(Tracker, "metrics", interrupted)
     assert train(tiny).exit_code == 143
     run = only_run(store)
     assert run.info.status == "KILLED"

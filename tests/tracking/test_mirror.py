@@ -12,6 +12,7 @@ import requests
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
+from bdh_mlflow.checkpoint.files import PIECE_BYTES
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.text import bits_per_byte
 from bdh_mlflow.tracking import (
@@ -207,7 +208,7 @@ def test_upload_beside_a_training_keeps_its_pace_and_after_a_training_none(tmp_p
     with mirror.ThrottledFile(path, 1e6, wait) as file:
         while block := file.read(16384):
             read += block
-            assert len(read) <= 1e6 * clock[0] + mirror.PIECE_BYTES + 16384
+            assert len(read) <= 1e6 * clock[0] + PIECE_BYTES + 16384
     assert read == path.read_bytes()
     assert clock[0] == pytest.approx(3.0, abs=0.3)
     before = clock[0]

@@ -11,7 +11,7 @@ from bdh_mlflow.checkpoint import Checkpoint, Provenance, RunDirectory
 from bdh_mlflow.text import Evaluation, bits_per_byte
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.journal import Entry
-from bdh_mlflow.tracking.lanes import Patience
+from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import OnMessage, Segment
 from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.tracking.tracker import REPLAYED, Tracker

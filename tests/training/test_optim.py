@@ -1,7 +1,9 @@
 """Learning-rate schedules against values computed by hand; states of few bits, counted."""
 
+import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ WARM, END = 4, 12  # warm-up and decay_steps in the table below; peak 1, min_lr 
         ("plateau", {4: 1.0, 8: 1.0, 100: 1.0}),
     ],
 )
-def test_schedule_after_warm_up(kind: str, expected: dict[int, float]) -> None:
+def test_schedule_after_warm_up(kind: Any, expected: dict[int, float]) -> None:
     scheduler = SchedulerConfig(type=kind, warmup_steps=WARM, decay_steps=END, min_lr=0.1, gamma=0.5)
     rate = LearningRate(1.0, scheduler)
     assert [rate.at(step) for step in range(WARM)] == [0.25, 0.5, 0.75, 1.0]
@@ -159,7 +161,7 @@ def test_names_that_contradict_each_other_are_refused(bits: int) -> None:
 
 
 def test_missing_library_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = optim.problems(Config.from_dict({"low_precision": {"use_4bit_optimizer": True}}))
     assert problem.key == "low_precision.use_4bit_optimizer"
     assert "pip install torchao" in problem.message

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import BackgroundWriter
-from bdh_mlflow.data import parquet
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking.tracker import Tracker
 from bdh_mlflow.training.trainer import Trainer
@@ -60,7 +60,7 @@ def test_in_preparation_nothing_is_left(
     store: MlflowClient, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raising: Raise, number: signal.Signals
 ) -> None:
     (tmp_path / "book.txt").write_text("a line of text\n" * 5000)
-    before(monkeypatch, parquet.pq.ParquetWriter, "write_table", raising)
+    before(monkeypatch, pq.ParquetWriter, "write_table", raising)
     result = train(tiny, "dataset.source=book.txt")
     assert result.exit_code == CODES[number]
     assert "Stopped before the first step; nothing was saved." in result.output
