@@ -90,14 +90,15 @@ class SubprocessSender:
 
     def _receive(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._heard_at = time.monotonic()
-            with contextlib.suppress(ValueError):  # what a library prints
-                message = message_from_json(json.loads(line))
-                if isinstance(message, Finished):
-                    self._left = message.undelivered
-                if message is not None:
-                    self._on_message(message)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._heard_at = time.monotonic()
+                with contextlib.suppress(ValueError):  # what a library prints
+                    message = message_from_json(json.loads(line))
+                    if isinstance(message, Finished):
+                        self._left = message.undelivered
+                    if message is not None:
+                        self._on_message(message)
 
 
 class ThreadSender:
