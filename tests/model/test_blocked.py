@@ -130,7 +130,7 @@ def test_dropout_is_the_same_mask_forward_and_backward(plan: Plan, monkeypatch: 
     assert max(errors(found, results(given, by_definition)).values()) < FP64
 
 
-@pytest.mark.parametrize(("tokens", "plan"), [(5, Plan(2, 5, 5, 4)), (7, Plan(1, 4, 2, 6))], ids=str)
+@pytest.mark.parametrize(("tokens", "plan"), [(5, Plan(2, 5, 5, 4)), pytest.param(7, Plan(1, 4, 2, 6), marks=pytest.mark.slow)], ids=str)
 def test_gradients_are_finite_differences(tokens: int, plan: Plan) -> None:
     x, *weights, _ = inputs(2, 2, tokens, width=4, neurons=6)
     table = layer.rope_table(0, tokens, 6, CPU)

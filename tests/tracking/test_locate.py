@@ -40,12 +40,14 @@ def loaded(step: int) -> dict[str, Any]:
     return checkpoint.load(run_dir() / checkpoint.file_name(step))
 
 
-FORMS = ["latest", "file", "directory", "run id", "runs:/", "runs:/ file", "runs:/ folder", "artifact URI"]
-FORMS += ["latest:N", "directory:N", "run id:N", "runs:/:N"]
+QUICK_FORMS = ["latest", "file", "run id", "runs:/ file", "latest:N"]
+FORMS = [*QUICK_FORMS, "directory", "runs:/", "runs:/ folder", "artifact URI", "directory:N", "run id:N", "runs:/:N"]
+HERE = pytest.param(True, id="here")
+MIRRORED = pytest.param(False, id="mirrored only", marks=pytest.mark.slow)  # the same forms, each with a download
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("local", [True, False], ids=["here", "mirrored only"])
+@pytest.mark.parametrize("form", [pytest.param(form, marks=[] if form in QUICK_FORMS else pytest.mark.slow) for form in FORMS])
+@pytest.mark.parametrize("local", [HERE, MIRRORED])
 def test_every_form_continues_the_same_run_in_the_same_directory(
     store: MlflowClient, tiny: Path, half: Any, form: str, local: bool
 ) -> None:
@@ -117,7 +119,7 @@ def test_earlier_checkpoint_of_a_run_replays_without_logging_twice(store: Mlflow
     assert {v for _, v in history(store, run.info.run_id, "resume/replay_max_abs_diff")} == {0.0}
 
 
-@pytest.mark.parametrize("local", [True, False], ids=["here", "mirrored only"])
+@pytest.mark.parametrize("local", [HERE, MIRRORED])
 @pytest.mark.parametrize("form", ["latest", "run id", "directory"])
 def test_step_of_a_run_is_found_or_its_steps_are_listed(store: MlflowClient, text: Path, tiny: Path, form: str, local: bool) -> None:
     if form == "directory" and not local:

@@ -1,6 +1,6 @@
 """What a training loop sees of its tracker."""
 
-import contextlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.tracking import (
     sync,
     tracker,
@@ -48,9 +47,16 @@ def test_refusal_after_training_has_begun_is_said_and_everything_is_kept(
     store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.delete_experiment(store.create_experiment("bdh"))
+    real, begun = MlflowClient.get_experiment_by_name, threading.Event()
+
+    def late(self: MlflowClient, name: str) -> Any:
+        begun.wait(10)
+        return real(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
     tracked = TrackedRun(tmp_path)
-    with contextlib.suppress(TrackingError):
-        tracked.tracker.wait(0)  # the training has begun
+    assert tracked.tracker.wait(0) is None  # the store has not answered: training begins
+    begun.set()
     tracked.losses(1)
     assert tracked.close() > 0
     assert any("is deleted; restore it" in note and "everything is kept" in note for note in tracked.notes)

@@ -37,7 +37,13 @@ def losses(folder: Path) -> dict[int, float]:
     return {record.step: record.values["train/loss"] for record in found if isinstance(record, Points) and "train/loss" in record.values}
 
 
-@pytest.mark.parametrize("name", [run.parent.name for run in RUNS if run.parent.name != "killed"])
+FORMATS = [run.parent.name for run in RUNS if run.parent.name != "killed"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow) for name in FORMATS],  # the other number formats
+)
 def test_checkpoint_resumes_and_its_journal_is_delivered(store: MlflowClient, name: str) -> None:
     folder = left_behind(name)
     before = losses(folder)
@@ -59,6 +65,7 @@ def test_checkpoint_resumes_and_its_journal_is_delivered(store: MlflowClient, na
     assert run.data.tags["bdh.latest_checkpoint"].endswith("checkpoint_6.pt")
 
 
+@pytest.mark.slow  # what a run of before looks like in a report
 def test_journal_is_synced_and_the_run_compared(store: MlflowClient) -> None:
     folder = left_behind("plain")
     synced = run_cli("sync", str(folder), "--tracking-uri", store.tracking_uri)
