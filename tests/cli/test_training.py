@@ -116,6 +116,7 @@ def test_debug_prints_the_first_window_as_text_and_switches_itself_off_afterward
     assert not torch.is_anomaly_enabled()
 
 
+@pytest.mark.slow  # starts loader processes
 def test_worker_processes_do_not_change_the_losses(store: MlflowClient, text: Path, tiny: Path) -> None:
     plain = train(tiny, "tracking.experiment=a")
     fed = train(tiny, "tracking.experiment=b", "dataloader.num_workers=1", "dataloader.prefetch_factor=3")
@@ -159,6 +160,7 @@ def test_unexpected_failure_leaves_a_failed_run(store: MlflowClient, text: Path,
     assert not Path("checkpoints").exists()
 
 
+@pytest.mark.slow  # trains until it meets the damaged row group
 def test_data_that_turns_out_damaged_stops_the_run_with_a_checkpoint(store: MlflowClient, tiny: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "text", documents(400), shards=1, row_group_size=100)
     file = tmp_path / "text" / "part-0.parquet"

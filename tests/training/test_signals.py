@@ -19,7 +19,9 @@ from tests.conftest import only_run, train
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 INT, TERM = CODES
 pytestmark = pytest.mark.parametrize(
-    "signals", [(INT,), (TERM,), (INT, INT), (TERM, TERM), (INT, TERM)], ids=lambda s: "+".join(n.name for n in s)
+    "signals",
+    [(INT,), (INT, TERM), *(pytest.param(s, marks=pytest.mark.slow) for s in ((TERM,), (INT, INT), (TERM, TERM)))],  # as the first two
+    ids=lambda s: "+".join(n.name for n in s),
 )
 
 Raise = Callable[[], None]

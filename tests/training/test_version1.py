@@ -37,7 +37,14 @@ def losses(folder: Path) -> dict[int, float]:
     return {record.step: record.values["train/loss"] for record in found if isinstance(record, Points) and "train/loss" in record.values}
 
 
-@pytest.mark.parametrize("name", [run.parent.name for run in RUNS if run.parent.name != "killed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(run.parent.name, marks=[pytest.mark.slow] if run.parent.name != "plain" else [])  # the other number formats
+        for run in RUNS
+        if run.parent.name != "killed"
+    ],
+)
 def test_checkpoint_resumes_and_its_journal_is_delivered(store: MlflowClient, name: str) -> None:
     folder = left_behind(name)
     before = losses(folder)
