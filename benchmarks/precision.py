@@ -141,8 +141,8 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
 
 def rounded_after(last: Path, kind: Any, nested: bool) -> float:
     loaded = load.load(str(last), last.parent.parent, TrackingConfig())
-    wish = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
-    Precision(loaded.precision.device, wish).prepare(loaded.model, PROJECTIONS)
+    settings = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
+    Precision(loaded.precision.device, settings).prepare(loaded.model, PROJECTIONS)
     return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
 
 

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
 from scripts.servers import free_port, healthy, serving
-from tests.conftest import TINY, documents, write_shards
+from tests.conftest import TINY, documents, thread_sender, write_shards
 
 PROJECT = Path(__file__).parent.parent
 ORDER = ("README", "docs/resume", "docs/inference", "docs/studies", "docs/low-precision", "docs/settings", "docs/tracking")
@@ -146,7 +146,7 @@ def _filled_in(command: str, store: MlflowClient, ports: dict[str, int]) -> list
 def _run(words: list[str]) -> tuple[int, str]:
     """Exit code and output. Our own commands run in this process, which saves the seconds of their start."""
     if words[0] == "bdh-mlflow":
-        result = CliRunner().invoke(cli, words[1:], input="def \n")
+        result = CliRunner().invoke(cli, words[1:], input="def \n", obj=thread_sender)
         return result.exit_code, f"{result.output}\n{result.exception!r}"
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
     if words[0] == "curl":

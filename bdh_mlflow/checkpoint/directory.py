@@ -1,8 +1,6 @@
-"""Checkpoints: a file is either a whole step or it is not a checkpoint.
+"""The run directory: created with the first checkpoint, locked while a process trains in it, unique even for runs started in one second.
 
-A step is written to `checkpoint_500.pt.partial`, synced and renamed; then its manifest `checkpoint_500.json` (bytes, sha256, step) the
-same way. The manifest is the commit: readers list only files it vouches for, so a kill during a save costs that save alone. Files are
-opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
+Until then, what has to be on disk already (the journal) is in a folder under `.pending/`, which is renamed to the run directory.
 """
 
 import contextlib
@@ -15,15 +13,12 @@ import tempfile
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bdh_mlflow.checkpoint.files import CONFIG_NAME, FORMAT, Checkpoint, Provenance, State, Throttle, file_name, not_saved, write
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.files import atomic_write
 from bdh_mlflow.text import Evaluation
 
-if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
-    pass
 PENDING = ".pending"
 LOCK_ATTEMPTS = 10
 RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
@@ -32,12 +27,12 @@ RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
 class RunDirectory:
     """The folder of one run, made with its first checkpoint and never before.
 
-    Until then what must be on disk already (the journal) is in a folder under `.pending/`, which becomes the run directory. Either is
-    locked while this process lives: one process trains a run at a time, and a kill lets go of it.
+    folder: where files are now, under `.pending/` before the first checkpoint.   path: where the run directory is or will be. The folder is
+    locked while this process lives, so one process trains a run at a time; the lock ends with the process, however it ends.
     """
 
     def __init__(self, path: Path, config_yaml: str, *, new: bool = False) -> None:
-        """The run directory `path`, or one to be there.   new: a directory that has the name is another run's.
+        """The existing run directory `path`, or one to be created there.   new: a directory of that name is another run's.
 
         Raises ResumeError if another process trains there, SaveError.
         """
@@ -58,7 +53,7 @@ class RunDirectory:
 
     @classmethod
     def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
-        """A directory to be, named after the second in which the run started."""
+        """A directory to be created, named after the second in which the run started."""
         return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml, new=True)
 
     @property
@@ -98,7 +93,7 @@ class RunDirectory:
             raise not_saved(self.path, error) from error
 
     def discard(self) -> None:
-        """Nothing was saved and nothing is left to tell: leave no trace."""
+        """Remove the folder of a run that saved nothing and has nothing left to deliver."""
         if not self.made:
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in (self.folder.parent, self.path.parent):
@@ -106,7 +101,7 @@ class RunDirectory:
                     folder.rmdir()
 
     def close(self) -> None:
-        """Let another process train here."""
+        """Release the lock, so that another process may train here."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -117,7 +112,7 @@ class RunDirectory:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if attempt < LOCK_ATTEMPTS - 1:  # a sender that asks whether we are alive holds it for a moment
+                if attempt < LOCK_ATTEMPTS - 1:  # a sender that checks whether this process is alive holds it for a moment
                     time.sleep(0.05)
                     continue
                 self.close()
@@ -143,7 +138,7 @@ def list_all(checkpoint_dir: Path) -> list[Path]:
 
 
 def pending(checkpoint_dir: Path) -> list[Path]:
-    """Folders of runs that have not saved a checkpoint: they train, or were killed and have something left to tell."""
+    """Folders of runs without a checkpoint: running, or killed with records left to deliver."""
     return sorted(p for p in (checkpoint_dir / PENDING).glob("run_*") if p.is_dir())
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints: a file is either a whole step or it is not a checkpoint.
+"""Checkpoint files: a step is on disk completely, or it is not a checkpoint.
 
 A step is written to `checkpoint_500.pt.partial`, synced and renamed; then its manifest `checkpoint_500.json` (bytes, sha256, step) the
-same way. The manifest is the commit: readers list only files it vouches for, so a kill during a save costs that save alone. Files are
-opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
+same way. The manifest is the commit record: a file without a matching one is never listed, so a kill during a save costs that save alone.
+Files are opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from bdh_mlflow.errors import CheckpointError, SaveError
 from bdh_mlflow.files import atomic_write
 from bdh_mlflow.text import Evaluation
 
-if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
+if TYPE_CHECKING:  # imported in the functions that open a file: listing and mirroring do without
     import torch
 
 FORMAT = 1
@@ -32,12 +32,12 @@ _FILE = re.compile(r"checkpoint_(\d+)\.pt")
 
 State = dict[str, Any]
 Throttle = Callable[[float], object]
-"""What a writer does after a piece that took it so many seconds."""
+"""Called after each piece of a file with the seconds that writing it took; may wait, to leave the machine to the training."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The part of a manifest that is the same for every checkpoint of a process."""
+    """Where a checkpoint comes from: the part of a manifest that is the same for every checkpoint of a process."""
 
     mlflow_run_id: str | None
     segment: int
@@ -61,6 +61,17 @@ class Manifest(Provenance):
     run_dir: str
     artifact_path: str
     saved_at: str
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> "Manifest":
+        """What a manifest file holds; fields of a newer version are skipped.   Raises TypeError where one is missing."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in tree.items() if name in names})
+
+    @property
+    def written_by(self) -> str:
+        """Version of this package that wrote the checkpoint."""
+        return self.versions.get("bdh-mlflow", "an unknown version")
 
 
 @dataclass(frozen=True)
@@ -117,8 +128,8 @@ def describe(path: Path) -> Checkpoint:
     if not manifest_path.is_file():
         raise CheckpointError(f"{path}: not a checkpoint (no manifest {manifest_path.name} beside it: the save was interrupted)")
     try:
-        manifest = Manifest(**json.loads(manifest_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+        manifest = Manifest.from_json(json.loads(manifest_path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {error})") from None
     size = path.stat().st_size
     if size != manifest.bytes:
@@ -136,7 +147,7 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The furthest checkpoint that verifies, and what was passed over for it, in words."""
+    """The furthest checkpoint that verifies, and why each later file was skipped."""
     listing = list_run(run_dir)
     passed_over = [f"{path}: {reason}" for path, reason in listing.rejected]
     for checkpoint in reversed(listing.checkpoints):
@@ -218,7 +229,7 @@ def not_saved(path: Path, error: Exception) -> SaveError:
 
 
 class _Pieces:
-    """A file for torch.save: written and digested piece by piece, with a rest after each."""
+    """A file for torch.save: written and digested piece by piece, with a call of `throttle` after each."""
 
     def __init__(self, file: BinaryIO, throttle: Throttle) -> None:
         self._file = file
@@ -264,7 +275,7 @@ def write(run_dir: Path, state: State, provenance: Provenance, evaluation: Evalu
             **dataclasses.asdict(provenance),
         )
         checkpoint = Checkpoint(path, manifest)
-        # A file of that name from before a rewind: its manifest must not vouch for the new bytes, nor the other way round.
+        # A file of that name from before a rewind: its manifest must never stand beside the new bytes, nor the new manifest beside the old.
         checkpoint.manifest_path.unlink(missing_ok=True)
         partial.replace(path)
     except BaseException:

@@ -1,32 +1,24 @@
-"""Checkpoints: a file is either a whole step or it is not a checkpoint.
-
-A step is written to `checkpoint_500.pt.partial`, synced and renamed; then its manifest `checkpoint_500.json` (bytes, sha256, step) the
-same way. The manifest is the commit: readers list only files it vouches for, so a kill during a save costs that save alone. Files are
-opened with `weights_only=True`: tensors and plain values, never code. Knows nothing of MLflow; `tracking` mirrors finished files.
-"""
+"""Checkpoints written in the background: the training loop waits for a copy of the state in memory and for nothing else."""
 
 import contextlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bdh_mlflow.checkpoint.files import State, Throttle
 from bdh_mlflow.text import Evaluation
 
-if TYPE_CHECKING:  # imported where a file is opened: who only lists and sends files is spared it
-    pass
 WRITER_NICENESS = 10
-IDLE_RATIO = 3  # seconds that a writer beside the loop rests for each second of writing: the two share caches, memory and cores
+IDLE_RATIO = 3  # seconds of waiting for each second of writing: writer and training share caches, memory and cores
 
 
 class BackgroundWriter:
-    """Writes states behind the caller, one at a time, and not faster than the loop beside it can bear.
+    """Writes states in a thread, one at a time, throttled so that the training keeps its speed.
 
-    write: what is done with a state and its val loss, with the rest to take between pieces; its errors are raised by the next call here.
-    `save` waits for the one before it and then only for a copy, so there are never more than two states in memory, the living one and its
-    copy.
+    write: called with a state, its evaluation and what to call between pieces; what it raises is raised by the next call here. `save` waits
+    for the write before it and then only for a copy, so at most two states are in memory, the live one and its copy.
     """
 
     def __init__(self, write: Callable[[State, Evaluation | None, Throttle], None]) -> None:
@@ -52,7 +44,7 @@ class BackgroundWriter:
     def finish(self) -> None:
         """Wait until everything is written.   Raises the error of a write that failed."""
         if self._thread is not None:
-            self._awaited.set()  # nobody is held up by rests
+            self._awaited.set()  # nobody waits for a throttled write
             self._thread.join()
             self._thread = None
         self.check()
@@ -63,7 +55,7 @@ class BackgroundWriter:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             self._write(state, evaluation, lambda worked_s: self._awaited.wait(IDLE_RATIO * worked_s))
-        except Exception as error:  # whatever it is, it is raised where somebody listens
+        except Exception as error:  # raised by the next call of check, save or finish
             self._error = error
 
 

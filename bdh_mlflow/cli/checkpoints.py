@@ -158,7 +158,7 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.parent}")
     exported = export.write(path, found.state, found.checkpoint.manifest.val_loss, kind)
-    formats = Config.from_dict(found.state["config"]).low_precision
+    formats = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by).low_precision
     weights = "float32"
     if exported.bits is not None:
         nested = "with" if formats.use_double_quant else "without"

@@ -20,13 +20,13 @@ def config_group() -> None:
 def config_check(ctx: click.Context, config_path: str, overrides: tuple[str, ...]) -> None:
     """List everything that is wrong with a configuration, or say that this machine can run it."""
     from bdh_mlflow import checkpoint
-    from bdh_mlflow.training import build
+    from bdh_mlflow.training.problems import problems
 
     def folder(config: Config) -> list[Problem]:
         reason = checkpoint.why_unwritable(Path(config.training.checkpoint_dir))
         return [Problem("training.checkpoint_dir", reason)] if reason else []
 
-    config = Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)], checks=(build.problems, folder))
+    config = Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)], checks=(problems, folder))
     size = f"{config.parameters / 1e6:.2f} M parameters, {config.tokens_per_step:,} tokens a step, {config.training.max_iters:,} steps"
     click.echo(f"{config_path}: valid. {size}")
 

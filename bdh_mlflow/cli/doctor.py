@@ -21,7 +21,7 @@ from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import journal, store, system_metrics
 from bdh_mlflow.tracking.store import local_path
-from bdh_mlflow.training import build
+from bdh_mlflow.training.problems import problems
 
 ANSWER_S = 5.0
 
@@ -124,10 +124,10 @@ def _journals(config: Config) -> Iterator[Finding]:
 def _machine(config: Config) -> Iterator[Finding]:
     device = precision.pick_device()
     yield Finding("device", f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    problems = list(build.problems(config))
-    for problem in problems:
+    found = list(problems(config))
+    for problem in found:
         yield Finding("precision", str(problem), False, "change the setting")
-    if not problems:
+    if not found:
         yield Finding("precision", f"the configured formats run here ({config.low_precision.compute_dtype})")
     if config.tracking.log_system_metrics:
         missing = system_metrics.why_unavailable()

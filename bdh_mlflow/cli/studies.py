@@ -117,9 +117,9 @@ def verify_resume(ctx: click.Context, config_path: str, overrides: tuple[str, ..
     anything differs.
     """
     from bdh_mlflow.studies import verify
-    from bdh_mlflow.training import build
+    from bdh_mlflow.training.problems import problems
 
-    config = Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)], checks=(build.problems,))
+    config = Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)], checks=(problems,))
     if interruptions >= steps:
         raise click.UsageError("--interruptions must be fewer than --steps", ctx)
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as folder:

@@ -40,13 +40,14 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
     """
     from bdh_mlflow.cli import console
     from bdh_mlflow.tracking.sender import SubprocessSender
-    from bdh_mlflow.training import build, start
+    from bdh_mlflow.training import start
+    from bdh_mlflow.training.problems import problems
     from bdh_mlflow.training.stop import StopRequest
 
     given = [*overrides, *dotted_options(ctx)]
     if resume not in ("none", ""):
         given.append(f"training.resume_from_checkpoint={resume}")
-    config = Config.from_yaml(config_path, given, checks=(build.problems,))
+    config = Config.from_yaml(config_path, given, checks=(problems,))
     stop = StopRequest()
     stop.install()
     try:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from bdh_mlflow import __version__
 from bdh_mlflow.config.messages import Problem, explain, yaml_scalar
 from bdh_mlflow.config.reading import read_yaml, with_overrides
 from bdh_mlflow.config.settings import (
@@ -153,6 +154,21 @@ class Config:
         training, heads = self.training, self.model.n_head
         each = training.batch_size * heads * training.block_size * self.neurons * ITEMSIZE[self.low_precision.compute_dtype]
         return 8 * self.model.n_layer * each
+
+    @classmethod
+    def from_saved(cls, tree: Mapping[str, Any], file: str | os.PathLike[str], written_by: str) -> "Config":
+        """The configuration that a checkpoint or an exported file holds.   written_by: version of this package that wrote it.
+
+        Raises ConfigError; where another version wrote the file, the message says so.
+        """
+        try:
+            return cls.from_dict(tree, origin=f"{file} (its configuration)")
+        except ConfigError as error:
+            if written_by == __version__:
+                raise
+            raise ConfigError(
+                f"{error}\nbdh-mlflow {written_by} wrote it, this is {__version__}: install that version or a newer one"
+            ) from None
 
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""

@@ -93,7 +93,7 @@ def read(path: Path) -> ExportedModel:
         raise CheckpointError(f"{path}: damaged: its contents are not what was written (sha256 differs). Export it again")
     try:
         facts = json.loads(metadata[HEADER])
-        config = Config.from_dict(facts["config"], origin=f"{path} (its configuration)")
+        config = Config.from_saved(facts["config"], path, facts["version"])
     except (BdhError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not written by this version of bdh-mlflow ({__version__}), nor readable by it: {error}") from None
     with torch.device("meta"):

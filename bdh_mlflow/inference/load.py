@@ -40,7 +40,7 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     found = locator.find(target)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
-    own = Config.from_dict(found.state["config"], origin=f"{found.path} (its configuration)")
+    own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
     formats = found.state.get("precision_state_dict", {})
     step, run_id = found.checkpoint.manifest.step, found.run_id or locate.run_of(found.checkpoint)
     loaded = generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes)

@@ -75,7 +75,7 @@ def register(
         raise InputError(f"{found.path}: its run is not in MLflow yet; deliver it first: bdh-mlflow sync {found.path.parent}")
     client = store.connect(config)
     manifest = found.checkpoint.manifest
-    settings = Config.from_dict(found.state["config"], origin=str(found.path)).low_precision
+    settings = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by).low_precision
     kind = registration.kind or ("4bit" if settings.use_4bit else "safetensors")
     if kind == "4bit" and not settings.use_4bit:
         note("this run was not trained for 4-bit weights: expect a higher loss than its val/loss")

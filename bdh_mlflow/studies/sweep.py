@@ -31,7 +31,8 @@ from bdh_mlflow.errors import ConfigError, InputError, NonFiniteError
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.sender import SubprocessSender
 from bdh_mlflow.tracking.tracker import MakeSender
-from bdh_mlflow.training import build, start
+from bdh_mlflow.training import start
+from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Progress
 
@@ -325,4 +326,4 @@ def _row(t: FrozenTrial) -> dict[str, Any]:
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
     """The configuration with other values under dotted keys, also checked against this machine.   Raises ConfigError."""
-    return Config.from_dict(config.replaced(values).to_dict(), checks=(build.problems,), origin="settings")
+    return Config.from_dict(config.replaced(values).to_dict(), checks=(problems,), origin="settings")

@@ -90,14 +90,15 @@ class SubprocessSender:
 
     def _receive(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._heard_at = time.monotonic()
-            with contextlib.suppress(ValueError):  # what a library prints
-                message = message_from_json(json.loads(line))
-                if isinstance(message, Finished):
-                    self._left = message.undelivered
-                if message is not None:
-                    self._on_message(message)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._heard_at = time.monotonic()
+                with contextlib.suppress(ValueError):  # what a library prints
+                    message = message_from_json(json.loads(line))
+                    if isinstance(message, Finished):
+                        self._left = message.undelivered
+                    if message is not None:
+                        self._on_message(message)
 
 
 class ThreadSender:
@@ -138,7 +139,7 @@ def main() -> None:
 
     try:
         delivery = Delivery(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"], report)
-    except FileNotFoundError:  # the folder became the run directory in the meantime: the next sender is told where it is
+    except FileNotFoundError:  # the folder became the run directory in the meantime: the next sender is started with its new path
         os._exit(1)
 
     def wait_for_the_end() -> None:

@@ -5,13 +5,13 @@ Everything that can be refused is refused here, before a run begins: the last pa
 
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bdh_mlflow.config import Config, Problem
+from bdh_mlflow.config import Config
 from bdh_mlflow.config.resolve import resolve
 from bdh_mlflow.data import order, prepare
 from bdh_mlflow.data.order import Batch, TrainingBatches
@@ -29,12 +29,6 @@ from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
 PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
 SAMPLE_BYTES = 128  # written for each
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
-
-
-def problems(config: Config) -> Iterable[Problem]:
-    """Configured number formats, optimizer and compilation that this machine or these versions cannot do."""
-    yield from optim.problems(config)
-    yield from precision.problems(config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import locate
-from bdh_mlflow.training import build
+from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.trainer import Progress
 
 
@@ -76,7 +76,7 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
         return Origin("warm", found)
     settings = found.state["config"]
     settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
-    saved = resolve(Config.from_dict(settings, origin=f"{found.path} (its configuration)"), machine).config
+    saved = resolve(Config.from_saved(settings, found.path, found.checkpoint.manifest.written_by), machine).config
     changes = _refused_changes(saved, config, machine, fork)
     if changes:
         lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
@@ -86,7 +86,7 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
             "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
             + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or {ways}"
         )
-    if not fork and (unable := list(build.problems(resolve(config, machine, saved).config))):
+    if not fork and (unable := list(problems(resolve(config, machine, saved).config))):
         raise ResumeError(
             "\n  ".join(
                 [f"cannot resume {found.path} on this machine: what the run was trained with does not work here", *map(str, unable)]

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run as a whole: the segment, tags, params and datasets at its start, system metrics, and how it ended."""
+"""What is logged about a run as a whole: the segment, tags, params and datasets at its start, system metrics, and how it ended."""
 
 import contextlib
 import os
@@ -150,7 +150,7 @@ def system_metrics(built: Built, tracker: Tracker, folder: Path, status: store.S
 
 @dataclass
 class FinalReport:
-    """What MLflow is told at the end of a run.   refused: the store did not take the run.   step: tells the completed updates."""
+    """What is logged at the end of a run.   refused: the store did not take the run.   step: gives the completed updates."""
 
     ending: Ending | None = None
     undelivered: int = 0

@@ -1,7 +1,7 @@
 """From a configuration to a finished run, in the order of trust.
 
 What can be refused is refused first: folder, checkpoint, configuration, data, one whole batch, the network (`build`). Then the store is
-probed, and only then does a run begin. Afterwards MLflow is told how it ended, whatever happened (`report`).
+probed, and only then does a run begin. Its ending is logged, whatever happens (`report`).
 """
 
 import contextlib

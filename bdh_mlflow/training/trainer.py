@@ -137,7 +137,7 @@ class Parts:
     batches: Iterator[Item]
     validation: list[Tensor]
     samples: Callable[[Callable[[], bool]], Sequence[Sample]]
-    """Text that the model continues now; empty if it is told to stop on the way."""
+    """Text that the model continues now; empty if it is asked to stop on the way."""
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
     """Around an evaluation: further metrics of the model, complete at its end."""
     peak_tokens_per_s: float

@@ -301,3 +301,22 @@ def test_place_that_cannot_be_written_is_known_before_anything_is(tmp_path: Path
     assert checkpoint.why_unwritable(tmp_path / "new" / "deep") is None
     assert "is not a folder" in str(checkpoint.why_unwritable(tmp_path / "file" / "below"))
     assert names(tmp_path) == ["file"]
+
+
+def test_manifest_of_a_newer_version_is_read_as_far_as_it_is_known(tmp_path: Path) -> None:
+    saved = new(tmp_path).save(state(1), PROVENANCE, None)
+    tree = json.loads(saved.manifest_path.read_text())
+    saved.manifest_path.write_text(json.dumps({**tree, "files": [{"name": "checkpoint_1.pt"}]}))
+    assert checkpoint.describe(saved.path) == saved
+    assert checkpoint.newest(saved.path.parent) == (saved, [])
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"step": 1', b"\xff\xfe", b'"text"'])
+def test_what_is_no_manifest_is_named_and_skipped(tmp_path: Path, content: bytes) -> None:
+    run = new(tmp_path)
+    first, second = (run.save(state(step), PROVENANCE, None) for step in (1, 2))
+    second.manifest_path.write_bytes(content)
+    found, skipped = checkpoint.newest(run.path)
+    assert found == first
+    assert len(skipped) == 1
+    assert "checkpoint_2.json is not a manifest" in skipped[0]

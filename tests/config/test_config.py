@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bdh_mlflow import __version__
 from bdh_mlflow.config import BDHConfig, Config, Difference, Problem, Role, changes_trajectory, documentation, role_of
 from bdh_mlflow.errors import ConfigError
 
@@ -287,3 +288,12 @@ def test_one_tag_has_the_role_of_all_tags_and_an_unknown_setting_none() -> None:
 
 def test_network_configuration_is_the_published_one() -> None:
     assert Config().to_bdh_config() == BDHConfig()
+
+
+def test_saved_configuration_of_another_version_says_who_wrote_it() -> None:
+    tree = {**Config().to_dict(), "carrier": {"pigeons": 3}}
+    with pytest.raises(ConfigError, match=r"(?s)c\.pt \(its configuration\).*carrier: unknown section.*bdh-mlflow 9\.0 wrote it, this is"):
+        Config.from_saved(tree, "c.pt", "9.0")
+    with pytest.raises(ConfigError) as same:
+        Config.from_saved(tree, "c.pt", __version__)
+    assert "wrote it" not in str(same.value)

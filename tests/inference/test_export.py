@@ -54,7 +54,7 @@ def test_commands_accept_the_file_and_describe_it(trained: Path) -> None:
     of_run, of_file = (run_cli("evaluate", str(p), "--no-log", *CONFIG).output.splitlines()[-1] for p in (trained, path))
     assert of_run == of_file
     assert run_cli("generate", str(path), "--prompt", "def ", "--max-new-tokens", "3", *CONFIG).exit_code == 0
-    assert "whole" in run_cli("checkpoints", "verify", str(trained.parent), *CONFIG).output, (
+    assert "2 intact" in run_cli("checkpoints", "verify", str(trained.parent), *CONFIG).output, (
         "an exported file next to checkpoints is not taken for one"
     )
 

@@ -55,7 +55,7 @@ def test_checkpoint_resumes_and_its_journal_is_delivered(store: MlflowClient, na
     done = run_cli("train", "--config", str(config), "--resume", str(folder), *settings)
     assert done.exit_code == 0, done.output
     run = only_run(store)
-    assert (run.info.status, run.data.tags["bdh.segment"], run.data.metrics["tracker/lost"]) == ("FINISHED", "2", 0)
+    assert (run.info.status, run.data.tags["bdh.segment"], run.data.metrics.get("tracker/lost", 0)) == ("FINISHED", "2", 0)
     points = history(store, run.info.run_id, "train/loss")
     assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
     assert dict(points) == before
