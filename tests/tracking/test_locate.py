@@ -40,8 +40,19 @@ def loaded(step: int) -> dict[str, Any]:
     return checkpoint.load(run_dir() / checkpoint.file_name(step))
 
 
-FORMS = ["latest", "file", "run id", "runs:/ file"]
-OTHER_FORMS = ["directory", "runs:/", "runs:/ folder", "artifact URI", "latest:N", "directory:N", "run id:N", "runs:/:N"]
+FORMS = ["latest", "run id"]
+OTHER_FORMS = [
+    "file",
+    "runs:/ file",
+    "directory",
+    "runs:/",
+    "runs:/ folder",
+    "artifact URI",
+    "latest:N",
+    "directory:N",
+    "run id:N",
+    "runs:/:N",
+]
 
 
 @pytest.mark.parametrize("form", [*FORMS, *(pytest.param(form, marks=pytest.mark.slow) for form in OTHER_FORMS)])  # each trains twice

@@ -20,7 +20,10 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 INT, TERM = CODES
 pytestmark = pytest.mark.parametrize(
     "signals",
-    [(INT,), (INT, TERM), *(pytest.param(s, marks=pytest.mark.slow) for s in ((TERM,), (INT, INT), (TERM, TERM)))],  # as the first two
+    [
+        (INT, TERM),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((INT,), (TERM,), (INT, INT), (TERM, TERM))),
+    ],  # the first has most to do
     ids=lambda s: "+".join(n.name for n in s),
 )
 
