@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
-from scripts.servers import free_port, healthy, serving
+from scripts.servers import free_port, serving, wait_until_healthy
 from tests.conftest import TINY, documents, thread_sender, write_shards
 
 PROJECT = Path(__file__).parent.parent
@@ -164,11 +163,7 @@ def _served(words: list[str], ports: dict[str, int]) -> Iterator[None]:
     with Path(f"server-{port}.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        end = time.monotonic() + TIMEOUT_S
-        while not healthy(port):
-            assert server.poll() is None, Path(f"server-{port}.log").read_text()
-            assert time.monotonic() < end, f"{command} does not answer"
-            time.sleep(0.2)
+        wait_until_healthy(port, server, Path(f"server-{port}.log"))
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
