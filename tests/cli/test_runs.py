@@ -1,8 +1,10 @@
 """`generate` and `evaluate`."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
@@ -73,3 +75,38 @@ def test_evaluation_is_logged_to_the_run_of_its_checkpoint(store: MlflowClient, 
     assert only_run(store).info.status == "FINISHED"
     contexts = {tag.value for i in only_run(store).inputs.dataset_inputs for tag in i.tags}
     assert "evaluation" in contexts
+
+
+@pytest.mark.slow  # every command that reads a store
+def test_store_of_the_configuration_wins_over_the_environment_in_every_command(
+    empty_store: Path, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where MLflow itself would fall back to the process's own store (mlflow#6709, #14931)."""
+    shutil.copy(empty_store, tmp_path / "own.db")
+    store = MlflowClient(f"sqlite:///{tmp_path / 'own.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    tree = yaml.safe_load(tiny.read_text())
+    tiny.write_text(yaml.safe_dump({**tree, "tracking": {**tree["tracking"], "tracking_uri": store.tracking_uri}}))
+    assert train(tiny).exit_code == 0
+    run_id = only_run(store).info.run_id
+    shutil.rmtree("checkpoints")
+    short = ("--max-new-tokens", "2")
+    for words in (
+        ("checkpoints", "list", run_id),
+        ("checkpoints", "list", "--all-runs"),
+        ("checkpoints", "verify", run_id),
+        ("checkpoints", "pull", run_id),
+        ("evaluate", run_id),
+        ("generate", run_id, *short),
+        ("compare", run_id),
+        ("checkpoints", "register", run_id, "--name", "tiny", "--alias", "best"),
+        ("generate", "models:/tiny@best", *short),
+        ("generate", "models:/tiny/1", *short),
+        ("doctor",),
+        ("sync",),
+    ):
+        done = run_cli(*words, "--config", str(tiny))
+        assert done.exit_code == 0, (words, done.output)
+    shutil.rmtree("checkpoints")
+    assert train(tiny, "training.max_iters=7", resume=f"runs:/{run_id}").exit_code == 0
+    assert store.get_run(run_id).info.status == "FINISHED"
