@@ -19,7 +19,7 @@ import yaml
 
 from bdh_mlflow import __version__
 from bdh_mlflow.cli.main import cli
-from bdh_mlflow.config import INCOMPATIBLE, Config, documentation
+from bdh_mlflow.config import INCOMPATIBLE, Config, documentation, role_of
 
 PROJECT = Path(__file__).parent.parent
 MLPROJECT = yaml.safe_load((PROJECT / "MLproject").read_text())
@@ -61,7 +61,8 @@ def tables() -> list[Table]:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     settings = [
-        f"| `{key}` | {cell(default)} | {cell(accepted)} | {cell(meaning)} |" for key, default, accepted, meaning in documentation()
+        f"| `{key}` | {cell(default)} | {cell(accepted)} | {role_of(key).name} | {cell(meaning)} |"
+        for key, default, accepted, meaning in documentation()
     ]
     pairs = []
     for pair in INCOMPATIBLE:

@@ -36,7 +36,7 @@ class Interval:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of training text a second."""
+        """Tokens of training text per second."""
         return self._tokens / max(self._elapsed_s, 1e-9)
 
     @property
