@@ -4,7 +4,7 @@
     python benchmarks/bits.py record after.json
     python benchmarks/bits.py compare before.json after.json            # exit code 1 if one tensor or one logged value differs
 
-Each case is a training of its own process through the command line, with one thread, so that a record does not depend on the machine's
+Each case is a training run of its own process through the command line, with one thread, so that a record does not depend on the machine's
 load. Recorded: sha256 of every tensor and every plain value of the last checkpoint, and all points of all metrics but those that
 measure time, memory or the tracker itself.
 """

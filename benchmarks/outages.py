@@ -138,7 +138,7 @@ def report(folder: Path, server: Server) -> int:
         models = Counter(m.name for m in server.client.search_logged_models(experiment, f"source_run_id = '{state.run_id}'"))
         runs = server.client.search_runs(experiment, f"tags.`bdh.training` = '{run.data.tags['bdh.training']}'")
         if len(runs) > 1 or any(times > 1 for times in models.values()):
-            print(f"  {len(runs)} runs of one training, models {models}")
+            print(f"  {len(runs)} runs of one training run, models {models}")
             wrong += 1
         for name, points in (("missing", missing), ("twice", twice)):
             for key, step in sorted(points)[:10]:

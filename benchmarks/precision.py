@@ -1,4 +1,4 @@
-"""What each number format does to a training: `python benchmarks/precision.py [--steps 700] [--seeds 3] [--cases ...] [--share]`.
+"""What each number format does to a training run: `python benchmarks/precision.py [--steps 700] [--seeds 3] [--cases ...] [--share]`.
 
 Quickstart's network and data, equal steps and seeds, one `bdh-mlflow train` process after the other. Printed, as means over the seeds:
 final val/loss on 64 batches, its difference from float32's with the same seed and the standard error of that mean, bytes of optimizer state
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 class Result(NamedTuple):
-    """Of one training.   state_bytes: optimizer state a parameter.   weight_bytes: size of the exported file.   last: its checkpoint."""
+    """Of one run.   state_bytes: optimizer state a parameter.   weight_bytes: size of the exported file.   last: its checkpoint."""
 
     val_loss: float
     step_ms: float

@@ -1,4 +1,4 @@
-"""What tracking costs a training and whether it loses points: `python benchmarks/tracking.py [--steps 7000] [--targets sqlite server ...]`.
+"""What tracking costs training and whether it loses points: `python benchmarks/tracking.py [--steps 7000] [--targets sqlite server ...]`.
 
 A toy training step of 5-10 ms (matmuls on one thread), in blocks of a hundred steps, about a second: blocks in which each step logs six
 metrics alternate with blocks in which none does. In a block without tracking the processes of tracking (sender, server) are stopped, so
@@ -65,7 +65,7 @@ Blocks = list[list[Step]]
 
 
 class Figures(NamedTuple):
-    """Of one training, in seconds.   tracked: steps of each tracked block.   untracked: of those before each and after the last."""
+    """Of one training run, in seconds.   tracked: steps of each tracked block.   untracked: of those before each and after the last."""
 
     tracked: Blocks
     untracked: Blocks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two trainings on two cores wait for each other otherwise
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two training runs on two cores wait for each other otherwise
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Progress of a training: a live bar on a terminal, plain lines in a file or pipe. Knows only steps and metrics."""
+"""Progress of a training run: a live bar on a terminal, plain lines in a file or pipe. Knows only steps and metrics."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +74,7 @@ class LiveBar:
 
 @contextmanager
 def watching(out: TextIO, max_iters: int) -> Iterator[TrainingProgress]:
-    """Display a training of `max_iters` steps on `out`, as suits it."""
+    """Display a training run of `max_iters` steps on `out`, as suits it."""
     console = Console(file=out)
     if not console.is_terminal:
         yield PlainLines(out, max_iters)

@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine(config: Config) -> list[Finding]:
-    """All checks for a training with `config`."""
+    """All checks for a training run with `config`."""
     return [*_store(config), *_journals(config), *_machine(config)]
 
 

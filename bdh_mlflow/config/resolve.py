@@ -17,7 +17,7 @@ RESUMED = "as in the resumed run"
 
 
 class Machine(NamedTuple):
-    """Where a training runs.   device: "cpu" or "cuda".   free_bytes: of the device's memory."""
+    """Where training runs.   device: "cpu" or "cuda".   free_bytes: of the device's memory."""
 
     device: str
     free_bytes: int

@@ -43,7 +43,7 @@ REPLACES = "replaces"  # attribute of a trial that continues an interrupted one:
 STARTUP_TRIALS = 4  # drawn at random, and none pruned, before sampler and pruner have something to go by
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 Display = Callable[[int], AbstractContextManager[Progress]]
-"""Opens what shows the progress of a training of so many steps."""
+"""Opens what shows the progress of training for so many steps."""
 
 
 class Choice(BaseModel):
@@ -106,7 +106,7 @@ class Space(BaseModel):
 class Controls:
     """What connects a sweep to its caller.
 
-    stop: ends it.   display: shows each training.   note: prints a line.   make_sender: starts the sender of each trial.
+    stop: ends it.   display: shows each training run.   note: prints a line.   make_sender: starts the sender of each trial.
     """
 
     stop: StopRequest

@@ -38,7 +38,7 @@ class Mirror:
     """The mirror of one run's checkpoints.
 
     note: called with a line for the user.   throttle: called between pieces of an upload with the seconds to wait; returns sooner when
-    there is no training beside it any more.
+    there is no training run beside it any more.
     """
 
     def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None], throttle: Callable[[float], object]) -> None:

@@ -1,4 +1,4 @@
-"""Mirrored checkpoints read back: which run holds a training, what is mirrored of it, one file fetched, and a search over all runs."""
+"""Mirrored checkpoints read back: which MLflow run is looked at, what is mirrored of it, one file fetched, and a search over all runs."""
 
 import functools
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.
 
 
 class Training(NamedTuple):
-    """The run that holds a training, and the name of its run directory if it has saved anything."""
+    """The MLflow run of the checkpoints, and the name of its run directory if it has saved anything."""
 
     run_id: str
     run_dir: str | None

@@ -1,6 +1,6 @@
 """What stands in a journal and what a sender reports: one frozen dataclass for each kind, with its form as JSON.
 
-A journal record is what a training wants MLflow to have (`JournalRecord`); a message is what the sender says to the training
+A journal record is what a training run wants MLflow to have (`JournalRecord`); a message is what the sender says to the training
 (`Message`). Each is written with its `kind` and the version of the format, `v`. A reader keeps kinds and fields it does not know
 (`Unknown`, `unknown_fields`) and skips them, so a journal of a newer version can still be delivered by an older one. Version 1, journals
 up to commit a152983, had no `v`; it is read as well. Knows nothing of MLflow or of files.
@@ -45,7 +45,7 @@ class _Kind:
 class Segment(_Kind):
     """A process begins to work on the run: what the sender must know to find or make the run, and what segments.json says of it.
 
-    number: of the segment, from 1.   training: 32 hex digits that all segments of a training share.   continues: MLflow run that is
+    number: of the segment, from 1.   training: 32 hex digits that all segments of a training run share.   continues: MLflow run that is
     resumed.   wrapper: run that `mlflow run` made for this process.   tracking_uri: credentials masked.   mirror: whether checkpoints are
     mirrored.   keep: newest checkpoints that retention keeps.   audit: metrics that a replayed step must give again to the bit.
     first_step: updates completed before this process.
@@ -201,7 +201,7 @@ def from_line(tree: Mapping[str, Any]) -> tuple[JournalRecord, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Which MLflow run a training is.   tracking_uri: credentials masked.   continued: it existed before this process."""
+    """The MLflow run that training logs to.   tracking_uri: credentials masked.   continued: it existed before this process."""
 
     run_id: str
     name: str

@@ -1,4 +1,4 @@
-"""The MLflow run of a training: found or made once, then given what the journal holds, each call one request or a few.
+"""The MLflow run that training logs to: found or made once, then given what the journal holds, each call one request or a few.
 
 `attach` decides which MLflow run the training is. Calls raise whatever MLflow does and may be repeated; who calls, when and how often is
 the business of `lanes`.

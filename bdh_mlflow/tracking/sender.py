@@ -1,4 +1,4 @@
-"""Where a delivery runs beside a training: in a process of its own, or in a thread of this one.
+"""Where a delivery runs beside a training run: in a process of its own, or in a thread of this one.
 
 `python -m bdh_mlflow.tracking.sender FOLDER` is the process. It takes neither the interpreter lock nor the loop's time, outlives a killed
 training, delivers what that one left and ends the run for it. It reports by messages (see `records`), a line of JSON each.
@@ -121,7 +121,7 @@ class ThreadSender:
 
 
 def main() -> None:
-    """The process beside a training. Its standard input is closed when nothing more will be appended, or nobody is left to append."""
+    """The process beside a training run. Its standard input is closed when nothing more will be appended, or nobody is left to append."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends when the training has, by itself
     for name, level in (("alembic", logging.WARNING), ("mlflow.store.db.utils", logging.WARNING), ("urllib3", logging.ERROR)):

@@ -1,4 +1,4 @@
-"""Delivery after a training has ended: what waits in its journal is sent by the same code as beside it."""
+"""Delivery after a training run has ended: what waits in its journal is sent by the same code as beside it."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: P
             case Refused(reason=reason):
                 note(f"tracking: {reason}")
 
-    os.environ.setdefault(store.RETRIES, "0")  # as beside a training
+    os.environ.setdefault(store.RETRIES, "0")  # as beside a training run
     delivery = Delivery(folder, _address(segments[-1].tracking_uri, uri), show, patience)
     delivery.close()
     left = delivery.run()

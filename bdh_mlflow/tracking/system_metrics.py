@@ -1,4 +1,4 @@
-"""Use of CPU, memory, disk, network and GPU while a training runs, sampled with MLflow's own monitors."""
+"""Use of CPU, memory, disk, network and GPU while training runs, sampled with MLflow's own monitors."""
 
 import contextlib
 import importlib.util

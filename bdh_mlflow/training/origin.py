@@ -1,4 +1,4 @@
-"""Where a training begins (fresh, resumed, forked, or from weights of another program), and proof that its configuration may begin there.
+"""Where training begins (fresh, resumed, forked, or from weights of another program), and proof that its configuration may begin there.
 
 A resumed run must follow the trajectory it would have had without the interruption, so a setting that would change it is refused; which
 ones do, each field of the configuration says (`config.Role`).
@@ -24,7 +24,7 @@ from bdh_mlflow.training.trainer import Progress
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a training begins.
+    """Where a training run begins.
 
     fresh: random weights.   resumed: one of our checkpoints, in its run.   forked: one of our checkpoints, in a new run whose settings may
     differ.   warm: weights of another program.   saved: the checkpoint's configuration, resolved, for resumed and forked.

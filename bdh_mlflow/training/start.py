@@ -29,7 +29,7 @@ from bdh_mlflow.training.trainer import Ending, Progress, peak_gib
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training left behind.
+    """What a training run left behind.
 
     identity: None if the store has not answered yet.   run_dir: None if no checkpoint was saved.   undelivered: records that wait for the
     store, in the journal of the folder `journal`.

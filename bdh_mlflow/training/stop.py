@@ -1,4 +1,4 @@
-"""How a signal, or a study that prunes a trial, ends a training after the update at hand."""
+"""How a signal, or a study that prunes a trial, ends a training run after the update at hand."""
 
 import signal
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from types import FrameType
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why a training was stopped, where no signal did it: `pruned`."""
+    """Why a training run was stopped, where no signal did it: `pruned`."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""The progress of a training, as lines."""
+"""The progress of a training run, as lines."""
 
 import io
 

@@ -160,7 +160,7 @@ def test_unexpected_failure_leaves_a_failed_run(store: MlflowClient, text: Path,
     assert not Path("checkpoints").exists()
 
 
-@pytest.mark.slow  # a damaged row group met in the middle of a training
+@pytest.mark.slow  # a damaged row group met in the middle of a training run
 def test_data_that_turns_out_damaged_stops_the_run_with_a_checkpoint(store: MlflowClient, tiny: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "text", documents(400), shards=1, row_group_size=100)
     file = tmp_path / "text" / "part-0.parquet"

@@ -1,4 +1,4 @@
-"""Trainers, senders and servers as real processes that are killed, stopped or never there: no point is lost, no training stops."""
+"""Trainers, senders and servers as real processes that are killed, stopped or never there: no point is lost, no training run stops."""
 
 import json
 import os

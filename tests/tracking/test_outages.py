@@ -1,4 +1,4 @@
-"""A real server that is slow, refuses, cuts connections, has a full disk, is stopped or killed: no point is lost, no training stops."""
+"""A real server that is slow, refuses, cuts connections, has a full disk, is stopped or killed: no point is lost, no training run stops."""
 
 import itertools
 import json
@@ -100,7 +100,7 @@ def test_slow_server_gets_few_requests(shared: Server, relay: Relay, tmp_path: P
 def test_any_request_whose_answer_is_lost_may_be_made_again(
     shared: Server, relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a server leaves it that is killed after the work and before the word: each request of a training, a few at a time."""
+    """As a server leaves it that is killed after the work and before the word: each request of a training run, a few at a time."""
     lost = list[str]()
     for number in itertools.count():
         before = len(lost)

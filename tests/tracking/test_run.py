@@ -1,4 +1,4 @@
-"""Which MLflow run a training is."""
+"""The MLflow run that training logs to."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Delivery after a training has ended."""
+"""Delivery after a training run has ended."""
 
 import json
 import shutil

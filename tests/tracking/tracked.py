@@ -1,4 +1,4 @@
-"""A tracker beside a run directory, as a training has them, for tests of what arrives in MLflow."""
+"""A tracker beside a run directory, as a training run has them, for tests of what arrives in MLflow."""
 
 import os
 import time

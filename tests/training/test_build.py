@@ -1,4 +1,4 @@
-"""The parts of a training, as a configuration asks for them, and what is said of them."""
+"""The parts of a training run, as a configuration asks for them, and what is said of them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where a training begins, and what it may change there."""
+"""Where a training run begins, and what it may change there."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Signals, as a training takes them."""
+"""Signals, as a training run takes them."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""What ends a training before its last step, and what is saved then."""
+"""What ends a training run before its last step, and what is saved then."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
