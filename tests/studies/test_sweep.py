@@ -75,10 +75,10 @@ def test_hopeless_trial_is_pruned_and_diverged_one_has_failed(
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.number == 1)
     real = start.train
 
-    def diverging(config: Any, *rest: Any) -> Any:
+    def diverging(config: Any, *rest: Any, **named: Any) -> Any:
         if config.tracking.run_name == "trial 2":
             raise NonFiniteError("update 1: loss nan")
-        return real(config, *rest)
+        return real(config, *rest, **named)
 
     monkeypatch.setattr(start, "train", diverging)
     result = swept(tiny, tmp_path, 4)

@@ -11,7 +11,7 @@ from bdh_mlflow import host
 from bdh_mlflow.config import Config
 from bdh_mlflow.studies import verify
 from bdh_mlflow.studies.verify import bitwise_difference
-from bdh_mlflow.training import start
+from bdh_mlflow.training import build
 from bdh_mlflow.training.trainer import Trainer
 from tests.conftest import run_cli, tiny_config
 
@@ -74,7 +74,7 @@ def test_any_part_of_the_state_that_is_not_restored_is_noticed(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, sections: dict[str, Any], steps: int, seen_in: str
 ) -> None:
     if part == "data_position":
-        monkeypatch.setattr(start, "position_of", lambda *_: None)
+        monkeypatch.setattr(build, "position_of", lambda *_: None)
     else:
         _do_not_restore(part, monkeypatch)
     different = verified(tiny_config(**sections), tmp_path, steps=steps, interruptions=1)
