@@ -1,4 +1,4 @@
-"""Small things that every wing needs once: a file written atomically, an error in one line, the nearest known word."""
+"""Small things that every package needs once: a file written atomically, an error in one line, the nearest known word."""
 
 import contextlib
 import difflib

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a token is a byte.
+"""Text to token ids and back: a token is a byte. What is reported of text: an evaluation, samples.
 
 BDH is trained on bytes, so there is no vocabulary to build and no token outside it. Documents are separated by one byte that text does not
 contain. Knows nothing of tensors or files.

@@ -76,14 +76,14 @@ class Manifest(Provenance):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole step on disk."""
+    """A complete checkpoint on disk."""
 
     path: Path
     manifest: Manifest
 
     @property
     def manifest_path(self) -> Path:
-        """The file that vouches for it."""
+        """The file that says what it should be, written last."""
         return self.path.with_suffix(".json")
 
 
@@ -147,17 +147,17 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The furthest checkpoint that verifies, and why each later file was skipped."""
+    """The intact checkpoint of the highest step, and why each later file was skipped."""
     listing = list_run(run_dir)
-    passed_over = [f"{path}: {reason}" for path, reason in listing.rejected]
+    skipped = [f"{path}: {reason}" for path, reason in listing.rejected]
     for checkpoint in reversed(listing.checkpoints):
         try:
             verify(checkpoint)
         except CheckpointError as error:
-            passed_over.append(str(error))
+            skipped.append(str(error))
         else:
-            return checkpoint, passed_over
-    return None, passed_over
+            return checkpoint, skipped
+    return None, skipped
 
 
 def best(checkpoints: tuple[Checkpoint, ...]) -> Checkpoint | None:

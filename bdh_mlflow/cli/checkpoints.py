@@ -157,8 +157,9 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
         raise InputError(f"--output {path}: its name must end in {export.SUFFIX}, by which generate and evaluate recognise it")
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.parent}")
-    exported = export.write(path, found.state, found.checkpoint.manifest.val_loss, kind)
-    formats = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by).low_precision
+    own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
+    exported = export.write(path, found.state, own, found.checkpoint.manifest.val_loss, kind)
+    formats = own.low_precision
     weights = "float32"
     if exported.bits is not None:
         nested = "with" if formats.use_double_quant else "without"

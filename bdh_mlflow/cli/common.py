@@ -73,7 +73,7 @@ def load_model(target: str, config_path: str) -> "Loaded":
     config = Config.from_yaml(config_path)
     loaded = load.load(target, Path(config.training.checkpoint_dir), config.tracking)
     for note in loaded.notes:
-        click.echo(f"skipped {note}", err=True)
+        click.echo(note, err=True)
     return loaded
 
 

@@ -36,5 +36,5 @@ def config_check(ctx: click.Context, config_path: str, overrides: tuple[str, ...
 @set_option
 @click.pass_context
 def config_show(ctx: click.Context, config_path: str, overrides: tuple[str, ...]) -> None:
-    """Print the resolved configuration: every setting with its value."""
+    """Print every setting with its value; `auto` stays where the machine that trains decides."""
     click.echo(resolve(Config.from_yaml(config_path, [*overrides, *dotted_options(ctx)])).config.to_yaml(), nl=False)

@@ -111,7 +111,10 @@ def _journals(config: Config) -> Iterator[Finding]:
         if not (folder / journal.FILE_NAME).is_file():
             continue
         with journal.reading(folder) as reader:
-            assert reader is not None, "the file is there"
+            if reader is None:
+                undelivered += 1
+                yield Finding("journal", f"{folder}: cannot be read", False, "give this user read and write access to it")
+                continue
             left, alive = reader.index.waiting(reader.delivered()), reader.is_training()
         if left:
             undelivered += 1

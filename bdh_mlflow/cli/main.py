@@ -1,6 +1,6 @@
 """The command `bdh-mlflow`: parses words, calls the library, prints messages and sets exit codes.
 
-Only this wing prints and exits. Modules that import torch, mlflow or pyarrow are imported inside the commands that need them, so that
+Only this package prints and exits. Modules that import torch, mlflow or pyarrow are imported inside the commands that need them, so that
 `--help` and `config show` answer at once.
 """
 

@@ -48,7 +48,11 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Bytes to generate.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest byte.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(1), help="Sample among the k likeliest bytes.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest bytes whose sum reaches this.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample among the likeliest bytes whose probabilities sum to this (nucleus sampling).",
+)
 @click.option("--stop", default="", help="Text after which generation ends.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the sampling; the same seed gives the same text.")
 @click.option("--interactive", is_flag=True, help="Read one prompt per line until the end of input (Ctrl-D).")

@@ -20,6 +20,7 @@ from bdh_mlflow.cli.common import (
     set_option,
 )
 from bdh_mlflow.config import Config
+from bdh_mlflow.config.messages import yaml_scalar
 from bdh_mlflow.errors import InputError
 
 SHOWN_RUNS = 8  # columns of runs that a terminal holds
@@ -83,10 +84,12 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     from bdh_mlflow.cli import console
     from bdh_mlflow.studies import sweep as study
     from bdh_mlflow.tracking.sender import SubprocessSender
+    from bdh_mlflow.training.problems import problems
     from bdh_mlflow.training.stop import StopRequest
 
     given, space = [*overrides, *dotted_options(ctx)], study.Space.from_yaml(space_path)
-    config, stop = Config.from_yaml(config_path, given), StopRequest()
+    shared = [f"{key}={yaml_scalar(value)}" for key, value in space.settings.items()]
+    config, stop = Config.from_yaml(config_path, [*given, *shared], checks=(problems,)), StopRequest()
     stop.install()
     try:
         controls = study.Controls(stop, functools.partial(console.watching, sys.stdout), click.echo, ctx.obj or SubprocessSender)
@@ -97,9 +100,9 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     click.echo(f"{counts}; parent run {result.parent_run_id}; study {result.journal}")
     if result.best is not None:
         number, value, found = result.best
-        shared = dict(override.split("=", 1) for override in given)
+        named = dict(override.split("=", 1) for override in given)
         click.echo(f"Best: trial {number}, val/loss {value:.4f}")
-        click.echo(f"Next: {mlflow_run(config_path, {**shared, **space.settings, **found})}")
+        click.echo(f"Next: {mlflow_run(config_path, {**named, **space.settings, **found})}")
     if result.stopped:
         ctx.exit(128 + signal.Signals[result.stopped])
 

@@ -8,6 +8,7 @@ from bdh_mlflow.config.config import (
     Difference,
     Incompatibility,
     changes_trajectory,
+    incompatible,
 )
 from bdh_mlflow.config.messages import Problem, documentation
 from bdh_mlflow.config.resolve import Machine, Resolved, resolve
@@ -47,6 +48,7 @@ __all__ = [
     "TrainingConfig",
     "changes_trajectory",
     "documentation",
+    "incompatible",
     "resolve",
     "role_of",
 ]

@@ -219,6 +219,15 @@ def changes_trajectory(difference: Difference, config: Config) -> bool:
     return role_of(difference.key) is not Role.FREE
 
 
+def incompatible(config: Config) -> Iterable[Problem]:
+    """Pairs of settings of INCOMPATIBLE that this configuration combines."""
+    settings = config.flat()
+    for pair in INCOMPATIBLE:
+        if settings[pair.key] == pair.value and settings[pair.other] in pair.values:
+            found = yaml_scalar(settings[pair.other])
+            yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
+
+
 def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> Config:
     """A configuration from the valid part of the tree; each invalid setting becomes a problem and keeps its default."""
     sections = {}
@@ -256,11 +265,7 @@ def _consistency(config: Config) -> Iterable[Problem]:
         yield Problem("scheduler.decay_steps", f"{scheduler.decay_steps} is not above scheduler.warmup_steps {scheduler.warmup_steps}")
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
-    settings = config.flat()
-    for pair in INCOMPATIBLE:
-        if settings[pair.key] == pair.value and settings[pair.other] in pair.values:
-            found = yaml_scalar(settings[pair.other])
-            yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
+    yield from incompatible(config)
     if config.training.recompute is True and config.low_precision.use_fp8 and not config.fp8.emulate:
         yield Problem(
             "training.recompute",

@@ -39,8 +39,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file.   Raises ConfigError with line and column."""
+def read_yaml(path: Path, expected: str = f"sections ({', '.join(SECTIONS)})") -> Mapping[str, Any]:
+    """The mapping in a YAML file.   expected: what a message says should be in it.   Raises ConfigError with line and column."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {found(tree)}")
+        raise ConfigError(f"{path}: expected {expected}, found {found(tree)}")
     return tree
 
 

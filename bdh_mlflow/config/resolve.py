@@ -86,10 +86,10 @@ def _layer_form(config: Config, machine: Machine | None, continued: Config | Non
         return None
     if config.low_precision.use_fp8:
         return _Choice("reference", "auto with FP8, which only this form supports")
-    if config.training.recompute is False:
-        return _Choice("reference", "auto without recomputation, which only this form can do without")
     if continued and continued.training.layer_form != "auto":
         return _Choice(continued.training.layer_form, RESUMED)
+    if config.training.recompute is False:
+        return _Choice("reference", "auto without recomputation, which only this form can do without")
     if machine is None:
         return None
     if machine.device == "cpu":

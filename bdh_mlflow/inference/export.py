@@ -49,9 +49,8 @@ class ExportedModel:
     rounded: bool
 
 
-def write(path: Path, state: Mapping[str, Any], val_loss: float | None, kind: Format) -> ExportResult:
-    """Export a checkpoint's contents.   Raises SaveError; an older file of that name is replaced only by a complete one."""
-    config = Config.from_dict(state["config"], origin="the checkpoint's configuration")
+def write(path: Path, state: Mapping[str, Any], config: Config, val_loss: float | None, kind: Format) -> ExportResult:
+    """Export a checkpoint's contents; an older file is replaced only by a complete one.   config: its own.   Raises SaveError."""
     tensors: dict[str, Tensor] = {}
     quantised = packed = 0
     for name, weight in state["model_state_dict"].items():
@@ -121,7 +120,8 @@ def runnable(exported: ExportedModel) -> Config:
     """The configuration to run a file with: 4-bit values are not quantised again, and FP8 is off, as its scales are not in the file."""
     formats = exported.config.low_precision
     formats = dataclasses.replace(formats, use_4bit=formats.use_4bit and not exported.rounded, use_fp8=False)
-    return dataclasses.replace(exported.config, low_precision=formats)
+    fp8 = dataclasses.replace(exported.config.fp8, emulate=False)
+    return dataclasses.replace(exported.config, low_precision=formats, fp8=fp8)
 
 
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -58,7 +58,7 @@ def from_weights(
     network = BDH(config.to_bdh_config())
     network.load_published(weights)
     network.to(device).eval()
-    here = config.replaced({"training.layer_form": "auto", "training.recompute": "auto"})
+    here = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_form="auto", recompute="auto"))
     form = resolve(here, precision.machine(device)).config.training.layer_form
     assert form != "auto"
     network.use(form)

@@ -1,6 +1,6 @@
 """Load a run, a checkpoint, an exported file or a registered model ready to generate, and evaluate it on other text.
 
-A target is given as for `resume`. Evaluation computes in the number formats of training.
+A target is given as for `--resume` (see `locate`). Evaluation computes in the number formats of training.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
@@ -28,7 +27,7 @@ from bdh_mlflow.training.evaluate import evaluate
 
 
 def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
-    """The model of a run or checkpoint (grammar of `resume`), of an exported file, or a registered one (models:/NAME@ALIAS).
+    """The model of a run or checkpoint (as for `--resume`), of an exported file, or a registered one (models:/NAME@ALIAS).
 
     Raises ResumeError or CheckpointError.
     """
@@ -43,7 +42,9 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
     formats = found.state.get("precision_state_dict", {})
     step, run_id = found.checkpoint.manifest.step, found.run_id or locate.run_of(found.checkpoint)
-    loaded = generate.from_weights(found.state["model_state_dict"], own, formats, found.path, step, found.notes)
+    loaded = generate.from_weights(
+        found.state["model_state_dict"], own, formats, found.path, step, tuple(f"skipped {note}" for note in found.notes)
+    )
     return dataclasses.replace(loaded, run_id=run_id)
 
 
@@ -57,10 +58,7 @@ def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
     if "bdh.format" not in version.tags:
         return None
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        with store.reported(f"{uri}: cannot be downloaded"):
-            location = client.get_model_version_download_uri(version.name, version.version)
-            model = download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=client.tracking_uri)
-        (file,) = Path(model).rglob(f"*{export.SUFFIX}")
+        (file,) = locator.mirror.download(uri, Path(folder)).rglob(f"*{export.SUFFIX}")
         try:
             return dataclasses.replace(generate.from_file(file), path=Path(uri), run_id=version.run_id)
         except CheckpointError as error:

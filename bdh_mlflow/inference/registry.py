@@ -61,7 +61,7 @@ def requirements(four_bit: bool) -> list[str]:
 def register(
     target: str, registration: Registration, checkpoint_dir: Path, config: TrackingConfig, note: Callable[[str], None]
 ) -> tuple[str, str]:
-    """Log and register the model of a target (grammar of `resume`).   note: receives warnings.   Returns its version and its URI.
+    """Log and register the model of a target (as for `--resume`).   note: receives warnings.   Returns its version and its URI.
 
     Raises InputError for a name or alias that MLflow does not accept, ResumeError, CheckpointError, TrackingError.
     """
@@ -75,13 +75,14 @@ def register(
         raise InputError(f"{found.path}: its run is not in MLflow yet; deliver it first: bdh-mlflow sync {found.path.parent}")
     client = store.connect(config)
     manifest = found.checkpoint.manifest
-    settings = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by).low_precision
+    own = Config.from_saved(found.state["config"], found.path, manifest.written_by)
+    settings = own.low_precision
     kind = registration.kind or ("4bit" if settings.use_4bit else "safetensors")
     if kind == "4bit" and not settings.use_4bit:
         note("this run was not trained for 4-bit weights: expect a higher loss than its val/loss")
     with tempfile.TemporaryDirectory(prefix="register-") as folder, store.reported(f"{name} cannot be registered"):
         weights = Path(folder) / f"{pyfunc.WEIGHTS}{export.SUFFIX}"
-        export.write(weights, found.state, manifest.val_loss, kind)
+        export.write(weights, found.state, own, manifest.val_loss, kind)
         run = store.find_run(client, run_id)
         if run is None:
             raise InputError(f"run {run_id} of {found.path}: not found at {client.tracking_uri}")

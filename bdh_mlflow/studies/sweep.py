@@ -94,7 +94,7 @@ class Space(BaseModel):
     @classmethod
     def from_yaml(cls, path: str) -> "Space":
         """Read and validate a file.   Raises ConfigError with every problem."""
-        tree = read_yaml(Path(path))
+        tree = read_yaml(Path(path), f"{', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

@@ -98,10 +98,10 @@ class Delivery:
         patience_s = self._patience.server_exit_s if self._uri.startswith(("http://", "https://")) else self._patience.database_exit_s
         over = threading.Event()
         threading.Thread(target=self._probe, args=(over, lanes, run), name="probe", daemon=True).start()
-        spoke_at = closed_at
+        last_sent_at = closed_at
         while not all(lane.given_up.is_set() or lane.drained.is_set() for lane in lanes):
-            if time.monotonic() - spoke_at > ALIVE_INTERVAL_S:
-                spoke_at = time.monotonic()
+            if time.monotonic() - last_sent_at > ALIVE_INTERVAL_S:
+                last_sent_at = time.monotonic()
                 self._say(Alive())
             for lane in lanes:
                 if time.monotonic() - max(closed_at, lane.progress_at) > patience_s:

@@ -144,7 +144,7 @@ class Lane:
         """
         return store.is_invalid(error)
 
-    def _whose(self) -> str:
+    def _store_name(self) -> str:
         """Who does not answer, when something fails."""
         return masked(self._shared.uri)
 
@@ -155,7 +155,7 @@ class Lane:
             return
         parts = batch if len(batch) > 1 else single(batch[0])
         if len(parts) > 1:
-            for entry in parts:  # one of them spoils it
+            for entry in parts:  # one of them is refused
                 self._deliver([entry])
         else:
             self._refused(batch[0], refusal)
@@ -190,7 +190,7 @@ class Lane:
                 if not self.failing:
                     self.failing = True
                     shared.say(
-                        Note(text=f"tracking: {self._whose()} does not answer ({first_line(error)}); training goes on, trying again")
+                        Note(text=f"tracking: {self._store_name()} does not answer ({first_line(error)}); training goes on, trying again")
                     )
                 if shared.closing.is_set():
                     self.given_up.wait(min(pause_s, patience.first_retry_s))

@@ -1,7 +1,7 @@
 """The two lanes of a delivery: each takes its records from the journal in order, retries, sets aside what is refused, and acknowledges.
 
 The points lane finds or makes the run first; files wait until it is known. The end of a run is sent after its files, and when the process
-that trained is gone without a word, the points lane delivers what it left and marks the run KILLED. What MLflow is asked for each record
+that trained was killed, the points lane delivers what it left and marks the run KILLED. What MLflow is asked for each record
 is in `run`.
 """
 
@@ -205,7 +205,7 @@ class FilesLane(Lane):
         """For files also: the server or a proxy before it will not have this upload."""
         return super()._is_permanent(error) or getattr(getattr(error, "response", None), "status_code", None) in REFUSED_UPLOADS
 
-    def _whose(self) -> str:
+    def _store_name(self) -> str:
         return "the artifact store"
 
     def _write_segments(self) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel
-from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
@@ -72,16 +72,19 @@ class MirrorReader:
 
     def newest_run(self) -> str | None:
         """Id of the newest run of the experiment with a mirrored checkpoint."""
-        runs = store.runs_of(self.client, self._config.experiment)
+        client = self.client
+        with store.reported(f"runs of experiment {self._config.experiment} cannot be listed"):
+            runs = store.runs_of(client, self._config.experiment)
         return str(runs[0].info.run_id) if runs else None
 
     def checkpoints(self, run_id: str) -> list[tuple[int, str]]:
         """Steps and artifact paths of a run's mirrored checkpoints, furthest first.   Raises ResumeError."""
         if run_id not in self._checkpoints:
+            client = self.client
             try:
-                folders = [f.path for f in self.client.list_artifacts(run_id, "checkpoints") if f.is_dir]
-                files = [PurePosixPath(f.path) for folder in folders for f in self.client.list_artifacts(run_id, folder)]
-            except MlflowException as error:
+                folders = [f.path for f in client.list_artifacts(run_id, "checkpoints") if f.is_dir]
+                files = [PurePosixPath(f.path) for folder in folders for f in client.list_artifacts(run_id, folder)]
+            except Exception as error:  # each artifact store raises its own kinds
                 raise ResumeError(f"run {run_id}: artifacts cannot be listed: {first_line(error)}") from None
             steps = [(checkpoint.step_of(Path(file.name)), str(file)) for file in files]
             self._checkpoints[run_id] = sorted(((step, path) for step, path in steps if step is not None), reverse=True)
@@ -97,8 +100,10 @@ class MirrorReader:
 
     def download(self, uri: str, folder: Path) -> Path:
         """What an artifact URI names, in `folder`.   Raises ResumeError."""
+        client = self.client
         try:
-            return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=self.client.tracking_uri))
+            place = _place(client, uri) if uri.startswith("models:/") else uri
+            return Path(download_artifacts(artifact_uri=place, dst_path=str(folder), tracking_uri=client.tracking_uri))
         except Exception as error:  # each artifact store raises its own kinds
             raise ResumeError(f"{masked(uri)}: cannot be downloaded: {first_line(error)}") from None
 
@@ -129,6 +134,15 @@ class MirrorReader:
         if best:
             return [row for row in rows if row.val_loss is not None][:1]
         return sorted(rows, key=lambda row: row.step) if run_id else rows
+
+
+def _place(client: MlflowClient, uri: str) -> str:
+    """Where the files of a models:/ URI are. MLflow itself would look in the process's own store, whatever tracking_uri it is given."""
+    parts = uri.removeprefix("models:/").strip("/").split("/")
+    named = 1 if "@" in parts[0] else 2
+    found = get_model_name_and_version(client, f"models:/{'/'.join(parts[:named])}")  # type: ignore[no-untyped-call]
+    place = client.get_model_version_download_uri(*found) if len(found) == 2 else client.get_logged_model(*found).artifact_location
+    return "/".join([str(place).rstrip("/"), *parts[named:]])
 
 
 def _row(model: LoggedModel, run_name: str) -> MirroredCheckpoint:

@@ -2,8 +2,9 @@
 
 A journal record is what a training run wants MLflow to have (`JournalRecord`); a message is what the sender says to the training
 (`Message`). Each is written with its `kind` and the version of the format, `v`. A reader keeps kinds and fields it does not know
-(`Unknown`, `unknown_fields`) and skips them, so a journal of a newer version can still be delivered by an older one. Version 1, journals
-up to commit a152983, had no `v`; it is read as well. Knows nothing of MLflow or of files.
+(`Unknown`, `unknown_fields`) and skips them, so a journal of a newer version can still be delivered by an older one. What an older
+reader would misread must therefore get a new kind: `v` tells which version wrote a record, and is not compared. Version 1, journals up
+to commit a152983, had no `v`; it is read as well. Knows nothing of MLflow or of files.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The MLflow store of a run: which one is meant, whether it can be used, and which of its errors are permanent.
 
-Every call names its store by a client or a URI; nothing here sets or relies on a process-wide tracking URI. `connect` and `probe_store`
-are the only ways to a client that has been tried.
+Every call names its store by a client or a URI; no process-wide tracking URI is set, and only `tracking_uri` reads it.
+`connect` and `probe_store` are the only ways to a client that has been tried.
 """
 
 import contextlib
@@ -57,14 +57,15 @@ def tracking_uri(tracking: TrackingConfig) -> str:
 
 def connect(tracking: TrackingConfig) -> MlflowClient:
     """A client of the tracking store.   Raises TrackingError if it does not answer."""
-    client = client_of(tracking_uri(tracking))
-    with reported(f"tracking store {masked(client.tracking_uri)} cannot be used"):
+    uri = tracking_uri(tracking)
+    with reported(f"tracking store {masked(uri)} cannot be used"):
+        client = client_of(uri)
         client.search_experiments(max_results=1)
     return client
 
 
 def client_of(uri: str) -> MlflowClient:
-    """A client of the store at a URI, with the retries inside one call bounded; no request is made yet."""
+    """A client of the store at a URI, with the retries inside one call bounded. A database is opened here, a server is not asked yet."""
     os.environ.setdefault(RETRIES, HTTP_RETRIES)
     return MlflowClient(uri)
 

@@ -1,6 +1,6 @@
 """The parts of a training run, built from a configuration: data, network, optimizer, sampler, and the trainer over them.
 
-Everything that can be refused is refused here, before a run begins: the last part of it is that the first batch is read.
+Everything that can be refused is refused here, before a run begins: the configuration, the data with its first batch, the weights.
 """
 
 import itertools

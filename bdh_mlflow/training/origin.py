@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Manifest, RunDirectory
-from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, resolve, role_of
+from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, incompatible, resolve, role_of
 from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
@@ -86,7 +86,12 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
             "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
             + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or {ways}"
         )
-    if not fork and (unable := list(problems(resolve(config, machine, saved).config))):
+    continued = resolve(config, machine, None if fork else saved).config
+    if not fork and (clashing := list(incompatible(continued))):
+        raise ResumeError(
+            "\n  ".join([f"cannot resume {found.path}: what the run keeps does not go with this configuration", *map(str, clashing)])
+        )
+    if not fork and (unable := list(problems(continued))):
         raise ResumeError(
             "\n  ".join(
                 [f"cannot resume {found.path} on this machine: what the run was trained with does not work here", *map(str, unable)]

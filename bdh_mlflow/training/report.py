@@ -11,11 +11,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
-from bdh_mlflow.tracking import journal, store, tracker
+from bdh_mlflow.tracking import store, tracker
 from bdh_mlflow.tracking import system_metrics as system
 from bdh_mlflow.tracking.records import RunIdentity, Segment
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
@@ -24,11 +23,12 @@ from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Ending
 
 
-def segment_of(built: Built, status: store.StoreStatus, folder: Path) -> Segment:
-    """What the sender must know of this process to find or make its run, and what `segments.json` says of it.   folder: of the journal."""
+def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) -> Segment:
+    """What the sender must know of this process to find or make its run, and what `segments.json` says of it.
+
+    earlier: segments that the journal holds already.
+    """
     config, origin = built.config, built.origin
-    with journal.reading(folder) as reader:
-        earlier = reader.index.segments if reader else []
     tags = status.run.data.tags if status.run else {}
     saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
     audit = list(tracker.REPLAYED)
@@ -128,7 +128,9 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def system_metrics(built: Built, tracker: Tracker, folder: Path, status: store.StoreStatus, note: Callable[[str], None]) -> Iterator[None]:
+def system_metrics(
+    built: Built, tracker: Tracker, first: Segment, status: store.StoreStatus, note: Callable[[str], None]
+) -> Iterator[None]:
     """Sample the machine while the body runs, if configured; samples are numbered from the beginning of the first segment."""
     if not built.config.tracking.log_system_metrics:
         yield
@@ -137,11 +139,10 @@ def system_metrics(built: Built, tracker: Tracker, folder: Path, status: store.S
         note(f"no system metrics: {missing}")
         yield
         return
-    with journal.reading(folder) as reader:
-        first = reader.index.segments[0].started_at_ms if reader and reader.index.segments else None
+    began_ms = first.started_at_ms
     if status.run is not None:
-        first = min(first or status.run.info.start_time, status.run.info.start_time)
-    samples = system.SystemMetrics(tracker.metrics, (first or 1000 * time.time()) / 1000)
+        began_ms = min(began_ms, status.run.info.start_time)
+    samples = system.SystemMetrics(tracker.metrics, began_ms / 1000)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from bdh_mlflow import checkpoint, host
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import ConfigError, SaveError, TrackingError
-from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking import journal, store
 from bdh_mlflow.tracking.records import RunIdentity, Segment
 from bdh_mlflow.tracking.sender import SubprocessSender
 from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
@@ -60,7 +60,9 @@ def train(
     stop.begun = True  # from here on there is a run to end properly
     run_dir = run_directory(built.origin, checkpoint_dir, built.config)
     with contextlib.closing(run_dir):
-        segment = segment_of(built, status, run_dir.folder)
+        with journal.reading(run_dir.folder) as reader:
+            earlier = reader.index.segments if reader else []
+        segment = segment_of(built, status, earlier)
         try:
             tracker = Tracker(lambda: run_dir.folder, status.tracking_uri, segment, progress.note, make_sender)
         except BaseException:
@@ -75,7 +77,7 @@ def train(
             trainer = build_trainer(built, writer, tracker, progress, stop)
             report.step = lambda: trainer.step
             with (
-                system_metrics(built, tracker, run_dir.folder, status, progress.note),
+                system_metrics(built, tracker, [*earlier, segment][0], status, progress.note),
                 torch.autograd.set_detect_anomaly(True) if built.config.training.debug else contextlib.nullcontext(),
                 _finished(writer, progress),
             ):

@@ -16,9 +16,9 @@ class StopReason:
 class StopRequest:
     """Whether the run is to end, by a signal or by `ask`; the loop looks between updates.
 
-    received: the first reason; None until there is one.   begun: whether there is a run to end properly. Before that, nothing could be
-    saved, and a signal ends the program where it is. A second signal changes nothing: Ctrl-C under `mlflow run` arrives as SIGINT and then
-    SIGTERM, and the second must not interrupt the save.
+    received: the first signal, else the first other reason; None until there is one.   begun: whether there is a run to end properly.
+    Before that, nothing could be saved, and a signal ends the program where it is. A second signal changes nothing: Ctrl-C under
+    `mlflow run` arrives as SIGINT and then SIGTERM, and the second must not interrupt the save.
     """
 
     received: signal.Signals | StopReason | None = None

@@ -2,7 +2,8 @@
 
 Parts are passed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
 the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
-An update that fails, or whose numbers are not finite, leaves that state as it was before.
+An update that fails, or whose numbers are not finite, leaves that state as it was before; one that float16 overflowed is skipped, and only
+lowers the loss scale and moves on in the data.
 """
 
 import math

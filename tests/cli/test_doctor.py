@@ -48,6 +48,19 @@ def test_undelivered_journal_is_named_with_the_command_that_delivers_it(store: M
     assert (finding.good, finding.do) == (False, f"bdh-mlflow sync {folder}")
 
 
+def test_journal_that_cannot_be_read_is_named(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(Path("checkpoints/run_20251108_143022"), "")
+    journal.Journal(run.folder).append(Tags(tags={}))
+
+    def denied(folder: Path) -> journal.JournalReader:  # tests may run as root, whom no permission stops
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(journal, "JournalReader", denied)
+    finding = found("journal")
+    assert (finding.good, finding.found) == (False, f"{run.folder}: cannot be read")
+    run.close()
+
+
 def test_artifacts_that_a_server_elsewhere_cannot_show_are_a_problem() -> None:
     from mlflow.entities import Experiment
 

@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.tracking.mirrored import MirrorReader
 from tests.conftest import history, only_run, run_cli, train
 
 
@@ -110,3 +112,12 @@ def test_store_of_the_configuration_wins_over_the_environment_in_every_command(
     shutil.rmtree("checkpoints")
     assert train(tiny, "training.max_iters=7", resume=f"runs:/{run_id}").exit_code == 0
     assert store.get_run(run_id).info.status == "FINISHED"
+    mirror = MirrorReader(TrackingConfig(tracking_uri=store.tracking_uri))
+    logged = store.get_model_version("tiny", "1").source
+    assert logged.startswith("models:/m-")
+    for number, uri in enumerate(("models:/tiny/1", "models:/tiny@best", logged, "models:/tiny/1/artifacts")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert list(mirror.download(uri, folder).rglob("*.safetensors")), uri
+    absent = train(tiny, resume="models:/absent/1")
+    assert (absent.exit_code, "Registered Model with name=absent not found" in absent.output) == (2, True), absent.output

@@ -33,6 +33,15 @@ def exported(saved: Path, kind: str) -> Path:
     return Path(f"out.{kind}.safetensors")
 
 
+def test_file_of_a_run_with_emulated_fp8_runs_without(store: MlflowClient, text: Path, tiny: Path) -> None:
+    settings = "low_precision.use_4bit=false", "low_precision.use_fp8=true", "fp8.emulate=true"
+    assert train(tiny, *settings, "training.max_iters=1").exit_code == 0
+    path = exported(next(Path("checkpoints").glob("*/checkpoint_1.pt")), "safetensors")
+    result = run_cli("generate", str(path), "--prompt", "def ", "--max-new-tokens", "4", *CONFIG)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("trained in FP8, whose scales are not in the file; it computes in float32\ndef ")
+
+
 def test_4bit_file_is_the_model_that_training_evaluated(trained: Path) -> None:
     path = exported(trained, "4bit")
     run, file = (load.load(str(p), Path("checkpoints"), TrackingConfig()) for p in (trained, path))

@@ -143,7 +143,7 @@ def test_signal_ends_a_sweep_after_a_checkpoint(
         ({"parameters": {"model.dropout": {"low": 0, "high": 1, "log": True}}}, "a log scale needs low above 0"),
         ({"parameters": {}}, "parameters: Dictionary should have at least 1 item"),
         ({"study": "a/b"}, "study: String should match pattern"),
-        ({"settings": {"training.max_iter": 3}}, "did you mean `max_iters`?"),
+        ({"settings": {"training.max_iter": 3}}, "tiny.yaml: 1 problem\n  training.max_iter: unknown key; did you mean `max_iters`?"),
         ({"settings": {"dataset.val_fraction": 0}}, "dataset.val_fraction: 0; trials are judged by val/loss"),
         ({"tries": 3}, "tries: Extra inputs are not permitted"),
     ],
@@ -175,6 +175,9 @@ def test_space_files_are_read_as_configurations_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         Space.from_yaml("absent.yaml")
     path = tmp_path / "space.yaml"
+    path.write_text("- study\n")
+    with pytest.raises(ConfigError, match="expected study, parameters, settings, found"):
+        Space.from_yaml(str(path))
     path.write_text("study: a\nstudy: b\n")
     with pytest.raises(ConfigError, match=r"space.yaml, line 2, column 1: not valid YAML: key `study` is given twice"):
         Space.from_yaml(str(path))

@@ -235,6 +235,20 @@ def test_another_architecture_is_refused_with_both_values(tiny: Path, half: Any)
     assert "checkpoints/run_" in output
 
 
+def test_setting_that_the_kept_layer_form_cannot_do_is_named(tiny: Path, half: Any) -> None:
+    """The run keeps its form; `recompute` may change on resume, but blocked cannot do without."""
+    output = refused(train(tiny, "training.recompute=false", resume="latest"))
+    assert 'training.layer_form: "blocked" cannot be combined with training.recompute false' in output
+    assert "config says reference" not in output
+
+
+def test_runs_that_cannot_be_listed_are_one_error(store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    result = train(tiny, resume="latest")
+    assert result.exit_code == 1
+    assert f"runs of experiment bdh cannot be listed: Run with id={'f' * 32} not found" in result.output
+
+
 def test_changed_data_is_refused(text: Path, tiny: Path, half: Any) -> None:
     shutil.copy(text / "part-0.parquet", text / "part-2.parquet")
     assert "is not what" in refused(train(tiny, resume="latest"))

@@ -25,6 +25,9 @@ def test_database_that_cannot_be_opened_is_refused_at_the_door(tmp_path: Path) -
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TrackingError, match="cannot be used"):
         probe_store(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/file/m.db"), None)
+    for uri in (f"sqlite:///{tmp_path}/file/m.db", "nonsense://somewhere"):
+        with pytest.raises(TrackingError, match="cannot be used"):
+            connect(TrackingConfig(tracking_uri=uri))
 
 
 def test_experiment_whose_artifacts_only_a_server_can_store_is_refused(store: MlflowClient) -> None:
