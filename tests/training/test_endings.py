@@ -112,10 +112,9 @@ def test_killed_run_goes_on_as_one_run_with_the_whole_curve(
     assert [d.name for d in checkpoint.list_all(Path("checkpoints"))] == [directory.name]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 2, 130)], ids=["SIGTERM", "SIGINT twice"])
 def test_signal_ends_with_a_checkpoint_a_true_status_and_its_code(
-    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, number: signal.Signals, code: int, times: int
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, number: signal.Signals, times: int, code: int
 ) -> None:
     process = direct_run(tiny, tmp_path, *LONG)
     directory = wait_until(saved(20), process)
