@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from bdh_mlflow.errors import CheckpointError, SaveError
-from bdh_mlflow.files import atomic_write
+from bdh_mlflow.files import atomic_write, first_line
 from bdh_mlflow.text import Evaluation
 
 if TYPE_CHECKING:  # imported in the functions that open a file: listing and mirroring do without
@@ -224,7 +224,7 @@ def file_digest(path: Path) -> str:
 
 def not_saved(path: Path, error: Exception) -> SaveError:
     """The error of a file that could not be written."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return SaveError(f"{path}: not saved: {reason}. Earlier checkpoints are untouched")
 
 

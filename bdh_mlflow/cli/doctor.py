@@ -19,7 +19,7 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import journal, store, system_metrics
+from bdh_mlflow.tracking import journal, store, sync, system_metrics
 from bdh_mlflow.tracking.store import local_path
 from bdh_mlflow.training.problems import problems
 
@@ -107,9 +107,7 @@ def _journals(config: Config) -> Iterator[Finding]:
     reason = checkpoint.why_unwritable(directory)
     yield Finding("checkpoints", f"{directory.absolute()}: {reason or f'{len(checkpoint.list_all(directory))} runs'}", reason is None)
     undelivered = 0
-    for folder in (*checkpoint.pending(directory), *checkpoint.list_all(directory)):
-        if not (folder / journal.FILE_NAME).is_file():
-            continue
+    for folder in sync.folders_with_journal(directory):
         with journal.reading(folder) as reader:
             if reader is None:
                 undelivered += 1

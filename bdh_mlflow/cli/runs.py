@@ -120,7 +120,6 @@ def sync(ctx: click.Context, folder: str | None, config_path: str, tracking_uri:
     Delivers the journal in FOLDER, or those of all runs under the checkpoint directory. What has arrived before is not sent again. Exit
     code 1 if something is still undelivered.
     """
-    from bdh_mlflow import checkpoint
     from bdh_mlflow.tracking import journal, sync
 
     if folder is not None:
@@ -128,8 +127,7 @@ def sync(ctx: click.Context, folder: str | None, config_path: str, tracking_uri:
         if not (folders[0] / journal.FILE_NAME).is_file():
             raise InputError(f"{folder}: no {journal.FILE_NAME} in this folder; name a run directory")
     else:
-        directory = Path(Config.from_yaml(config_path).training.checkpoint_dir)
-        folders = [f for f in (*checkpoint.pending(directory), *checkpoint.list_all(directory)) if (f / journal.FILE_NAME).is_file()]
+        folders = sync.folders_with_journal(Path(Config.from_yaml(config_path).training.checkpoint_dir))
     left = 0
     for place in folders:
         try:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bdh_mlflow.config import Fp8Config
+from bdh_mlflow.files import first_line
 
 ROLES = ("input", "weight", "gradient")
 COLUMNS = {"scaling_fwd": ("input", "weight", "output"), "scaling_bwd": ("gradient", "input gradient")}
@@ -330,7 +331,7 @@ def why_unavailable(device: torch.device) -> str | None:
     try:
         engine = importlib.import_module("transformer_engine.pytorch")
     except MISSING as error:
-        return f"needs Transformer Engine, which cannot be imported ({(str(error).splitlines() or [type(error).__name__])[0]}): {INSTALL}"
+        return f"needs Transformer Engine, which cannot be imported ({first_line(error)}): {INSTALL}"
     able, reason = engine.is_fp8_available(return_reason=True)
     return None if able else f"is refused by Transformer Engine: {reason}"
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from bdh_mlflow import host
 from bdh_mlflow.config import Config, LowPrecisionConfig, Machine, Problem
+from bdh_mlflow.files import first_line
 from bdh_mlflow.model import (
     fourbit,
     fp8,
@@ -184,5 +185,5 @@ def why_float16_unavailable(device: torch.device) -> str | None:
     try:
         _ = torch.ones(2, 2, dtype=torch.float16, device=device) @ torch.ones(2, 2, dtype=torch.float16, device=device)
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None

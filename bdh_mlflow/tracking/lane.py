@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Shared:
     segment: Segment | None = None
 
 
-class Lane:
+class Lane(ABC):
     """Drains its part of the journal. Subclasses say what is read, how an entry is sent, and what comes before and after."""
 
     name: str
@@ -119,23 +120,25 @@ class Lane:
         """Up to which this lane's records are acknowledged."""
         return int(getattr(self._shared.state, self.name))
 
+    @abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """What comes before the first batch."""
 
+    @abstractmethod
     def _finish(self) -> None:
-        raise NotImplementedError
+        """What comes when the journal is closed and all is sent."""
 
+    @abstractmethod
     def _batches(self, stop: int) -> Iterator[list[Entry]]:
         """Records of this lane up to `stop` that are not acknowledged yet, in the batches in which they are sent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _send(self, batch: list[Entry]) -> None:
         """Send a batch; what this raises is retried or taken for a refusal."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _refused(self, entry: Entry, refusal: str) -> None:
         """The store will not have this record."""
-        raise NotImplementedError
 
     def _is_permanent(self, error: Exception) -> bool:
         """Whether trying again cannot help: the content is invalid.

@@ -24,6 +24,11 @@ class SyncResult(NamedTuple):
     left: int
 
 
+def folders_with_journal(checkpoint_dir: Path) -> list[Path]:
+    """Folders under the checkpoint directory that hold a journal, those without a checkpoint first."""
+    return [f for f in (*checkpoint.pending(checkpoint_dir), *checkpoint.list_all(checkpoint_dir)) if (f / journal.FILE_NAME).is_file()]
+
+
 def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: Patience | None = None) -> SyncResult:
     """Deliver what an ended training has left.
 
