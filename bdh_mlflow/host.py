@@ -1,37 +1,69 @@
 """The machine and the checkout that a run comes from: commit and uncommitted changes, C++ compiler, installed packages.
 
-Knows nothing of runs: everything is returned as text.
+Knows nothing of runs: everything is returned as text. Nothing here raises: a run is not refused because git or a package is broken, and
+what cannot be found out is called unknown.
 """
 
+import contextlib
 import functools
 import os
 import shutil
+import signal
+import stat
 import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = {".py", ".yaml", ".yml", ".toml", ".sh", ".md"}
 LARGEST_SOURCE_BYTES = 200_000
 """Untracked files with these suffixes and up to this size are part of the patch."""
+PATCH_BYTES = 1_000_000
+"""A patch holds whole files up to this size in all; the others are named."""
+LARGEST_COMPARED_BYTES = 16 * 2**20
+"""Changed files over this size are only named: git compares two versions in memory."""
+MOST_NAMED = 100
+GIT_TIMEOUT_S = 20.0
+"""For all git processes together."""
 
 
-def source_state(folder: Path) -> tuple[str | None, bool, str]:
+class SourceState(NamedTuple):
+    """The checkout that code comes from.
+
+    commit: None if unknown or if there is none.   dirty: whether files differ from the commit, None if unknown.   patch: the difference,
+    for `git apply` on the commit; what it leaves out is named in its first lines, which begin with `#`.
+    """
+
+    commit: str | None
+    dirty: bool | None
+    patch: str
+
+
+UNKNOWN = SourceState(None, None, "")
+
+
+def source_state(folder: Path) -> SourceState:
     """Commit of the checkout that `folder` is in, whether its files differ from the commit, and the difference as a patch.
 
-    Untracked files that git does not ignore are part of the patch if they are sources, and only named in it otherwise. (None, False, "") if
-    there is no checkout.
+    UNKNOWN without git, a checkout or a commit, for a checkout that git does not open (another owner's), and where git does not track the
+    folder: a package installed inside somebody's repository does not come from it. `dirty` alone is None if git fails or takes too long
+    after that. Untracked files that git does not ignore are part of the patch if they are sources, and only named in it otherwise.
     """
-    commit, root = _git(folder, "rev-parse", "HEAD"), (_git(folder, "rev-parse", "--show-toplevel") or "").strip()
-    if commit is None or not root:
-        return None, False, ""
-    patch = _git(Path(root), "diff", "HEAD") or ""
-    for name in (_git(Path(root), "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0"):
-        file = Path(root) / name
-        if name and file.suffix in SOURCES and file.is_file() and file.stat().st_size < LARGEST_SOURCE_BYTES:
-            patch += _git(Path(root), "diff", "--no-index", "--", "/dev/null", name, accepted=(0, 1)) or ""
-        elif name:
-            patch += f"# not in the repository, not shown: {name}\n"
-    return commit.strip(), bool(patch), patch
+    try:
+        with tempfile.TemporaryDirectory(prefix="git-index-") as scratch:
+            git = _Git(Path(scratch) / "index", time.monotonic() + GIT_TIMEOUT_S)
+            try:
+                found = _checkout(git, folder)
+            except _GitError:
+                return UNKNOWN
+            return _difference(git, *found) if found else UNKNOWN
+    except OSError:  # no room for the copy of the index, or the folder went away
+        return UNKNOWN
 
 
 def compiler() -> str | None:
@@ -46,9 +78,238 @@ def environment() -> str:
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 
-def _git(folder: Path, *arguments: str, accepted: tuple[int, ...] = (0,)) -> str | None:
+class _GitError(Exception):
+    """git is missing, failed or took too long."""
+
+
+_KEPT = {
+    "GIT_CONFIG_GLOBAL",
+    "GIT_CONFIG_SYSTEM",
+    "GIT_CONFIG_NOSYSTEM",
+    "GIT_EXEC_PATH",
+    "GIT_CEILING_DIRECTORIES",
+    "GIT_DISCOVERY_ACROSS_FILESYSTEM",
+}
+"""Which configuration is the user's (trusted folders, line endings, ignored files) and how to run git. Any other variable, GIT_DIR first of
+all, may belong to another repository."""
+
+_SETTINGS = {  # only what has no option of `git diff` below, or runs programs
+    "core.fsmonitor": "false",
+    "core.hooksPath": os.devnull,
+    "core.quotePath": "true",  # names in ASCII, whatever their bytes
+    "diff.autoRefreshIndex": "true",  # a file with a new date and the old contents has not changed
+    "diff.relative": "false",
+    "diff.suppressBlankEmpty": "false",
+}
+_DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", f"-O{os.devnull}")
+_PATCH = ("--binary", "--full-index", "--unified=3", "--inter-hunk-context=0", "--src-prefix=a/", "--dst-prefix=b/", "--word-diff=none")
+
+
+@dataclass(frozen=True)
+class _Git:
+    """git without the user's taste in output.   index: of a copy that git may refresh.   deadline: of `time.monotonic`."""
+
+    index: Path
+    deadline: float
+
+    def lines(self, folder: Path, *arguments: str) -> Iterator[bytes]:
+        """What a command prints, as it comes.   Raises _GitError, possibly after some lines."""
+        settings = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _KEPT}
+        env |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+        if self.index.exists():
+            env["GIT_INDEX_FILE"] = str(self.index)
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise _GitError
+        try:
+            process = subprocess.Popen(
+                ["git", "--no-pager", *settings, *arguments],
+                cwd=folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a filter that git started must not hold the pipe open after a timeout
+            )
+        except OSError as error:
+            raise _GitError from error
+        assert process.stdout is not None
+        timer = threading.Timer(left, _kill, [process])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield from process.stdout
+            if process.wait() != 0:
+                raise _GitError
+        finally:
+            timer.cancel()
+            _kill(process)
+            process.stdout.close()
+            process.wait()
+
+    def names(self, folder: Path, *arguments: str) -> list[bytes]:
+        """What a command with -z prints.   Raises _GitError."""
+        return [name for name in b"".join(self.lines(folder, *arguments)).split(b"\0") if name]
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _checkout(git: _Git, folder: Path) -> tuple[Path, str] | None:
+    """Root and commit of the checkout that tracks `folder`, whose index is copied; None if there is none.   Raises _GitError, OSError."""
+    answer = b"".join(git.lines(folder, "rev-parse", "--git-path", "index", "HEAD", "--show-toplevel"))
+    index, commit, root = answer.removesuffix(b"\n").split(b"\n", 2)
+    if not git.names(folder, "ls-files", "-z", "--", "."):
+        try:
+            next(git.lines(folder, "check-ignore", "."))
+        except (_GitError, StopIteration):
+            ignored = False
+        else:
+            ignored = True
+        if ignored or git.names(folder, "ls-files", "-z", "--others", "--directory", "--no-empty-directory", "--", "."):
+            return None
+    with contextlib.suppress(FileNotFoundError):
+        # With its date: git compares contents where a file is as new as the index.
+        shutil.copy2(folder / os.fsdecode(index), git.index)
+    return Path(os.fsdecode(root)), commit.decode()
+
+
+def _difference(git: _Git, root: Path, commit: str) -> SourceState:
+    """The state of a checkout at `commit`."""
+    changed = untracked = None
+    with contextlib.suppress(_GitError):
+        changed = git.names(root, *_DIFF, "--raw", "-z", "--ignore-submodules=none", "HEAD", "--")
+    with contextlib.suppress(_GitError):
+        untracked = git.names(root, "ls-files", "--others", "--exclude-standard", "-z")
+    if not changed and not untracked:
+        return SourceState(commit, None if changed is None or untracked is None else False, "")
+    patch = _Patch()
+    if changed is None:
+        patch.left_out.append("changes of tracked files, which git did not list in time")
+    elif changed:
+        _add_changed(git, root, changed, patch)
+    if untracked is None:
+        patch.left_out.append("files not in the repository, which git did not list in time")
+    for name in untracked or ():
+        _add_untracked(root, os.fsdecode(name), patch)
+    return SourceState(commit, True, patch.text(commit))
+
+
+@dataclass
+class _Patch:
+    """Differences of whole files, up to PATCH_BYTES in all.   left_out: the other files, in words."""
+
+    parts: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, name: str, part: bytes | None) -> None:
+        """Take the difference of one file, if there is room and it is text.   name: as git quotes it.   part: None if it is too large."""
+        if part is None or self.size + len(part) > PATCH_BYTES:
+            self.left_out.append(f"no room in {PATCH_BYTES:,} bytes, not shown: {name}")
+            return
+        try:
+            self.parts.append(part.decode())
+        except UnicodeDecodeError:
+            self.left_out.append(f"not UTF-8, not shown: {name}")
+        else:
+            self.size += len(part)
+
+    def text(self, commit: str) -> str:
+        """What is left out, as comments, and the differences."""
+        if not self.left_out:
+            return "".join(self.parts)
+        head = f"Incomplete: not all that differs from commit {commit}. In the checkout, `git status` and `git diff HEAD` show the rest:"
+        lines = [head, *self.left_out[:MOST_NAMED]]
+        if len(self.left_out) > MOST_NAMED:
+            lines.append(f"and {len(self.left_out) - MOST_NAMED:,} more")
+        return "".join(f"# {line}\n" for line in lines) + "".join(self.parts)
+
+
+def _add_changed(git: _Git, root: Path, raw: list[bytes], patch: _Patch) -> None:
+    """Add what differs in tracked files.   raw: of `git diff --raw -z`, in turn `:modes objects status` and name."""
+    leave = []
+    for entry, path in zip(raw[::2], raw[1::2], strict=True):
+        name = os.fsdecode(path)
+        if b"160000" in entry.removeprefix(b":").split()[:2]:
+            patch.left_out.append(f"submodule, not shown: {_quoted(name)}")
+        elif _size(root / name) > LARGEST_COMPARED_BYTES:
+            patch.left_out.append(f"larger than {LARGEST_COMPARED_BYTES:,} bytes, not shown: {_quoted(name)}")
+            leave.append(f":(top,exclude,literal){name}")
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode in accepted else None
+        # Against a file that git cannot open, or a filter that fails, a part of the patch would look like all of it.
+        found = list(_by_file(git.lines(root, *_DIFF, *_PATCH, "--ignore-submodules=all", "HEAD", "--", ":/", *leave)))
+    except _GitError:
+        patch.left_out.append("changes of tracked files, which git did not give in time")
+        return
+    for quoted, part in found:
+        patch.add(quoted, part)
+
+
+def _by_file(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes | None]]:
+    """A patch file by file: the name as git quotes it, and the part, None if it is larger than PATCH_BYTES.
+
+    In a hunk every line begins with another character than `d` and `*`; base85 has no spaces.
+    """
+    name, size = "", 0
+    part: list[bytes] = []
+    for line in lines:
+        if line.startswith(b"diff --git "):
+            if name:
+                yield name, b"".join(part) if size <= PATCH_BYTES else None
+            both = line.removeprefix(b"diff --git ").rstrip(b"\n").decode("ascii", "replace")  # `a/NAME b/NAME`, of one length
+            name, part, size = both[len(both) // 2 + 1 :].replace("b/", "", 1), [], 0
+        elif line.startswith(b"* Unmerged path "):
+            continue
+        size += len(line)
+        if size <= PATCH_BYTES:
+            part.append(line)
+    if name:
+        yield name, b"".join(part) if size <= PATCH_BYTES else None
+
+
+def _add_untracked(root: Path, name: str, patch: _Patch) -> None:
+    """Add a file that is not in the repository as a new one."""
+    file = root / name
+    try:
+        status = file.lstat()
+        if file.suffix not in SOURCES or not stat.S_ISREG(status.st_mode) or status.st_size >= LARGEST_SOURCE_BYTES:
+            patch.left_out.append(f"not in the repository, not shown: {_quoted(name)}")
+        elif patch.size + status.st_size > PATCH_BYTES:
+            patch.add(_quoted(name), None)
+        else:
+            patch.add(_quoted(name), _new_file(name, file.read_bytes(), bool(status.st_mode & stat.S_IXUSR)))
+    except OSError as error:
+        patch.left_out.append(f"not in the repository, cannot be read ({error.strerror}): {_quoted(name)}")
+
+
+def _new_file(name: str, content: bytes, executable: bool) -> bytes:
+    """The patch that makes a file, as git writes it."""
+    before, after = _quoted(f"a/{name}").encode(), _quoted(f"b/{name}").encode()
+    head = b"diff --git %s %s\nnew file mode %s\n" % (before, after, b"100755" if executable else b"100644")
+    if not content:
+        return head + b"index 0000000..e69de29\n"
+    lines = content.removesuffix(b"\n").split(b"\n")
+    count = b"1" if len(lines) == 1 else b"1,%d" % len(lines)
+    end = b"" if content.endswith(b"\n") else b"\\ No newline at end of file\n"
+    return head + b"--- /dev/null\n+++ %s\n@@ -0,0 +%s @@\n" % (after, count) + b"".join(b"+%s\n" % line for line in lines) + end
+
+
+def _quoted(name: str) -> str:
+    """A file's name as git writes it in a patch: in ASCII, in double quotes if it holds more than plain characters."""
+    if name.isascii() and name.isprintable() and not set(name) & set(' "\\'):
+        return name
+    escaped = (chr(byte) if 32 <= byte < 127 and chr(byte) not in '"\\' else f"\\{byte:03o}" for byte in os.fsencode(name))
+    return f'"{"".join(escaped)}"'
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file, 0 if there is none."""
+    try:
+        return file.lstat().st_size
+    except OSError:
+        return 0

@@ -37,12 +37,15 @@ Throttle = Callable[[float], object]
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a checkpoint comes from: the part of a manifest that is the same for every checkpoint of a process."""
+    """Where a checkpoint comes from: the part of a manifest that is the same for every checkpoint of a process.
+
+    git_commit, git_dirty: None if unknown (`host.source_state`).
+    """
 
     mlflow_run_id: str | None
     segment: int
     git_commit: str | None
-    git_dirty: bool
+    git_dirty: bool | None
     config_digest: str
     data_digest: str
     versions: dict[str, str]

@@ -58,14 +58,14 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
 
 
 def introduce(tracker: Tracker, built: Built, provenance: Provenance, patch: str) -> None:
-    """Record everything about the run that is known before its first step.   patch: uncommitted changes of the source, empty for none."""
+    """Record everything about the run that is known before its first step.   patch: uncommitted changes of the source, as far as known."""
     config, origin, text = built.config, built.origin, built.text
     tags = {
         **config.tracking.tags,
         **built.facts,
         "bdh.version": __version__,
         "bdh.host": platform.node(),
-        "bdh.git_dirty": str(provenance.git_dirty).lower(),
+        "bdh.git_dirty": {True: "true", False: "false", None: "unknown"}[provenance.git_dirty],
         "bdh.command": " ".join(map(shlex.quote, sys.argv)),
         "bdh.stop_reason": "",
     }

@@ -96,9 +96,9 @@ def _attach(tracker: Tracker, status: store.StoreStatus, report: FinalReport) ->
 
 def _introduced(tracker: Tracker, built: Built, segment: Segment) -> Provenance:
     """Record what is known of the run before its first step.   Returns what its manifests say of where it comes from."""
-    commit, dirty, patch = host.source_state(Path(__file__).parent)
-    provenance = Provenance(None, segment.number, commit, dirty, built.config.digest(), built.text.digest, versions())
-    introduce(tracker, built, provenance, patch)
+    source = host.source_state(Path(__file__).parent)
+    provenance = Provenance(None, segment.number, source.commit, source.dirty, built.config.digest(), built.text.digest, versions())
+    introduce(tracker, built, provenance, source.patch)
     return provenance
 
 
