@@ -73,9 +73,29 @@ def compiler() -> str | None:
 
 @functools.cache  # reading the metadata of two hundred packages takes 0.15 s, and a sweep or a test trains many times
 def environment() -> str:
-    """Installed packages as `name==version` lines."""
-    found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}
+    """Installed packages as `name==version` lines; those with unreadable metadata as comments with their folder."""
+    found = set()
+    with contextlib.suppress(Exception):  # a finder of another package may raise anything
+        for package in metadata.distributions():
+            found.add(_described(package))
     return "\n".join(sorted(found, key=str.lower)) + "\n"
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed or its metadata cannot be read."""
+    try:
+        version = metadata.version(package)
+    except Exception:  # missing, not UTF-8, no permission, no version, and what later versions of Python add
+        return None
+    return version if isinstance(version, str) and version else None
+
+
+def _described(package: metadata.Distribution) -> str:
+    with contextlib.suppress(Exception):  # as in `version_of`
+        if (name := package.metadata["Name"]) and (version := package.version):
+            return "==".join("".join(word.split()) for word in (name, version))
+    folder = getattr(package, "_path", None) or package.locate_file("")  # the public name is that of the folder around it
+    return f"# {folder}: metadata cannot be read".encode("ascii", "backslashreplace").decode().replace("\n", "\\n")
 
 
 class _GitError(Exception):

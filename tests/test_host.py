@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -310,3 +311,34 @@ def test_a_filter_that_fails_is_not_a_clean_checkout(repo: Path) -> None:
         file.write('[filter "broken"]\n clean = false\n required = true\n')
     (repo / "a").write_text("two\n")
     assert host.source_state(repo).dirty is not False
+
+
+BROKEN = {
+    "no_metadata-1.0.dist-info": None,
+    "empty-1.0.dist-info": b"",
+    "no_name-1.0.dist-info": b"Metadata-Version: 2.1\nVersion: 1.0\n",
+    "no_version-1.0.dist-info": b"Metadata-Version: 2.1\nName: no-version\n",
+    "latin-1.0.dist-info": b"Metadata-Version: 2.1\nName: caf\xe9\nVersion: 1.0\n",
+    "no_metadata.egg-info": None,
+}
+
+
+def test_broken_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, content in BROKEN.items():
+        (tmp_path / folder).mkdir()
+        if content is not None:
+            (tmp_path / folder / "METADATA").write_bytes(content)
+    (tmp_path / "fine-2.0.dist-info").mkdir()
+    (tmp_path / "fine-2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fine\nVersion: 2.0\n")
+    (tmp_path / "file-1.0.dist-info").write_text("not a folder")
+    (tmp_path / "loop-1.0.dist-info").symlink_to("loop-1.0.dist-info")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    host.environment.cache_clear()
+    lines = host.environment().splitlines()
+    host.environment.cache_clear()
+    for folder in [*BROKEN, "file-1.0.dist-info", "loop-1.0.dist-info"]:
+        assert f"# {tmp_path / folder}: metadata cannot be read" in lines
+    assert "fine==2.0" in lines
+    assert any(line.startswith("torch==") for line in lines)
+    assert (host.version_of("fine"), host.version_of("nowhere"), host.version_of("")) == ("2.0", None, None)
+    assert [host.version_of(package) for package in ("no_metadata", "empty", "no_version", "latin")] == 4 * [None]

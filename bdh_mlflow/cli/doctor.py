@@ -8,13 +8,12 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from mlflow.entities import Experiment
 
-from bdh_mlflow import checkpoint
+from bdh_mlflow import checkpoint, host
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.model import precision
@@ -70,7 +69,7 @@ def _store(config: Config) -> Iterator[Finding]:
 
 
 def _version(uri: str) -> str:
-    own = metadata.version("mlflow")
+    own = host.version_of("mlflow") or "of unknown version"
     if not uri.startswith(("http://", "https://")):
         return f"answers; MLflow {own} in this process"
     try:

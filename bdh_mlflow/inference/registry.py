@@ -9,7 +9,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -23,7 +22,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import bdh_mlflow
-from bdh_mlflow import files
+from bdh_mlflow import files, host
 from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import export, pyfunc
@@ -53,9 +52,16 @@ def signature() -> ModelSignature:
 
 
 def requirements(four_bit: bool) -> list[str]:
-    """What a served model imports, pinned.   four_bit: whether its weights are packed in 4 bits, or rounded to them when loaded."""
+    """What a served model imports, pinned.   four_bit: whether its weights are packed in 4 bits, or rounded to them when loaded.
+
+    Raises InputError if the version of one cannot be read: unpinned, the model might be served with another one.
+    """
     names = ["mlflow", "torch", "numpy", "pydantic", "pyyaml", "safetensors", "psutil"] + ["bitsandbytes"] * four_bit
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
+    versions = {name: host.version_of(name) for name in names}
+    if unknown := [name for name, version in versions.items() if version is None]:
+        packages = " ".join(unknown)
+        raise InputError(f"no version found of: {packages}; a served model needs it pinned: pip install --force-reinstall {packages}")
+    return [f"{name}=={str(version).partition('+')[0]}" for name, version in versions.items()]
 
 
 def register(

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 
 from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
@@ -122,8 +121,8 @@ def versions() -> dict[str, str]:
     names = ("torch", "mlflow", "bitsandbytes", "torchao", "pyarrow", "numpy")
     found = {"bdh-mlflow": __version__, "python": platform.python_version()}
     for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+        if version := host.version_of(name):
+            found[name] = version
     return found
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import generate, load, pyfunc, registry
 from bdh_mlflow.inference.generate import Sampling
+from bdh_mlflow.training.report import versions
 from scripts.servers import free_port
 from tests.conftest import only_run, run_cli, train
 
@@ -168,6 +172,19 @@ def test_parameters_of_the_signature_are_those_of_a_request() -> None:
     assert schema is not None
     assert {p.name: p.default for p in schema.params} == pyfunc.DEFAULTS
     assert pyfunc.parse_parameters({}) == (256, Sampling())
+
+
+@pytest.mark.parametrize("version", [None, ValueError("bad"), PackageNotFoundError("psutil")])
+def test_requirements_without_a_version_are_refused(version: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> str | None:
+        if name == "psutil" and isinstance(version, Exception):
+            raise version
+        return None if name == "psutil" else "1.0+cpu"
+
+    monkeypatch.setattr(metadata, "version", broken)
+    with pytest.raises(InputError, match=r"no version found of: psutil; .*pip install --force-reinstall psutil"):
+        registry.requirements(four_bit=True)
+    assert "psutil" not in versions()
 
 
 def test_what_cannot_be_registered_is_refused(store: MlflowClient, text: Path, tiny: Path) -> None:
