@@ -11,14 +11,13 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from bdh_mlflow.errors import InputError
-from bdh_mlflow.inference import generate
+from bdh_mlflow.inference import generate, requests
 from bdh_mlflow.inference.generate import Loaded, Sampling
+from bdh_mlflow.inference.requests import UNSET_SEED
+from bdh_mlflow.tracking.mlflow_internals import check_requests
 
 WEIGHTS = "weights"
-PROMPT, TEXT = "prompt", "text"
-MOST_NEW_TOKENS = 65_536
-UNSET_SEED, UNRESTRICTED = -1, 0
-"""Parameters of a served model have one type each: these stand for None."""
+TEXT = "text"
 
 
 class BDHText(PythonModel):
@@ -31,32 +30,33 @@ class BDHText(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the exported file among the model's artifacts."""
         self._loaded = generate.from_file(Path(context.artifacts[WEIGHTS]))
+        check_requests()
+
+    def check_request(self, body: bytes | str, content_type: str | None) -> None:
+        """Called by the scoring server with a request as it was sent.   Raises MlflowException (HTTP 400) for what it would misread."""
+        try:
+            requests.check(body, content_type)
+        except InputError as error:
+            raise _refusal(error) from None
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """The continuations of a column of prompts.   Raises MlflowException INVALID_PARAMETER_VALUE (HTTP 400) for an invalid request."""
         assert self._loaded is not None, "MLflow calls load_context first"
-        prompts = [str(prompt) for prompt in model_input[PROMPT]]
         count, sampling = parse_parameters(params or {})
         try:
+            prompts = requests.texts(model_input[requests.PROMPT])
             with self._lock:
                 return generate.write_all(self._loaded, prompts, count, sampling) if prompts else []
         except InputError as error:
-            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
+            raise _refusal(error) from None
 
 
 def parse_parameters(params: dict[str, Any]) -> tuple[int, Sampling]:
     """Number of tokens and sampling of a request; parameters not given have DEFAULTS.   Raises MlflowException for one out of range."""
-    given = {**DEFAULTS, **params}
-    limits = {
-        "max_new_tokens": (1, MOST_NEW_TOKENS),
-        "temperature": (0, float("inf")),
-        "top_k": (UNRESTRICTED, float("inf")),
-        "top_p": (0, 1),
-        "seed": (UNSET_SEED, 2**63 - 1),
-    }
-    for name, (least, most) in limits.items():
-        if not least <= given[name] <= most:  # false for NaN too
-            raise MlflowException(f"{name}: {given[name]}; accepted: {least} to {most}", error_code=INVALID_PARAMETER_VALUE)
+    try:
+        given = requests.in_range(params)
+    except InputError as error:
+        raise _refusal(error) from None
     sampling = Sampling(
         temperature=given["temperature"],
         top_k=given["top_k"] or None,
@@ -67,7 +67,8 @@ def parse_parameters(params: dict[str, Any]) -> tuple[int, Sampling]:
     return given["max_new_tokens"], sampling
 
 
-DEFAULTS: dict[str, Any] = {"max_new_tokens": 256, "temperature": 0.8, "top_k": 50, "top_p": 0.0, "seed": UNSET_SEED, "stop": ""}
-"""Parameters of a request; top_k 0 and top_p 0 do not restrict, seed -1 is new randomness each time."""
+def _refusal(error: InputError) -> MlflowException:
+    return MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE)
+
 
 mlflow.models.set_model(BDHText())

@@ -25,7 +25,7 @@ import bdh_mlflow
 from bdh_mlflow import files, host
 from bdh_mlflow.config import Config, TrackingConfig
 from bdh_mlflow.errors import InputError
-from bdh_mlflow.inference import export, pyfunc
+from bdh_mlflow.inference import export, pyfunc, requests
 from bdh_mlflow.inference.export import Format
 from bdh_mlflow.tracking import locate, store
 from bdh_mlflow.tracking.mlflow_internals import check_model_alias, check_model_name, default_store
@@ -46,8 +46,8 @@ class Registration:
 
 def signature() -> ModelSignature:
     """A column of prompts to a column of texts, with the parameters of a request and their defaults."""
-    params = [ParamSpec(name, TYPES[type(value)], value) for name, value in pyfunc.DEFAULTS.items()]
-    column = [Schema([ColSpec(DataType.string, name)]) for name in (pyfunc.PROMPT, pyfunc.TEXT)]
+    params = [ParamSpec(name, TYPES[type(value)], value) for name, value in requests.DEFAULTS.items()]
+    column = [Schema([ColSpec(DataType.string, name)]) for name in (requests.PROMPT, pyfunc.TEXT)]
     return ModelSignature(column[0], Schema([ColSpec(DataType.string)]), ParamSchema(params))
 
 
@@ -120,7 +120,7 @@ def _save_model(folder: Path, weights: Path, packages: list[str]) -> Path:
         artifacts={pyfunc.WEIGHTS: str(weights)},
         code_paths=[str(PACKAGE)],
         signature=signature(),
-        input_example=(pd.DataFrame({pyfunc.PROMPT: ["def "]}), {"max_new_tokens": 8}),
+        input_example=(pd.DataFrame({requests.PROMPT: ["def "]}), {"max_new_tokens": 8}),
         pip_requirements=packages,
     )
     return folder

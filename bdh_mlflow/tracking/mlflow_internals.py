@@ -4,19 +4,25 @@ Each function has a test that fails when MLflow changes what it relies on (tests
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_TRACKING_URI
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PyFuncModel, scoring_server
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.request_utils import augmented_raise_for_status
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.validation import _validate_model_alias_name, _validate_model_alias_name_reserved, _validate_model_name
+
+from bdh_mlflow.files import first_line
 
 REQUESTS = 8  # at a time; most of each is waiting for the server
 
@@ -46,6 +52,39 @@ def check_model_alias(alias: str) -> None:
     """Raises MlflowException for an alias that no model version can have (`latest`, `v1`, odd characters), with no request to a store."""
     _validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
     _validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
+
+
+def check_requests() -> None:
+    """Have the scoring server of this process show a request as it was sent to a Python model with a method `check_request`.
+
+    The method gets body and content type and raises MlflowException to refuse. Only after it does the server convert the request to the
+    types of the signature, which turns null into the text "None" and drops unknown parameters; and a type without conversion (`AnyType`)
+    would give up CSV. What the server fails to convert is answered with 400 and the reason, not with 500. Other models are served as
+    before, and all of them where MLflow has no such function.
+    """
+    serve = getattr(scoring_server, "invocations", None)
+    if serve is None or hasattr(serve, "checks_requests"):
+        return
+
+    @functools.wraps(serve)
+    def invocations(data: bytes, content_type: str | None, model: PyFuncModel, *rest: Any) -> Any:
+        try:
+            check = getattr(model.unwrap_python_model(), "check_request", None)  # type: ignore[no-untyped-call]
+        except MlflowException:  # a model of another flavor
+            check = None
+        if check is None:
+            return serve(data, content_type, model, *rest)
+        check(data, content_type)
+        try:
+            return serve(data, content_type, model, *rest)
+        except MlflowException:
+            raise
+        except Exception as error:
+            reason = f"the request cannot be read: {type(error).__name__}: {first_line(error)}"
+            raise MlflowException(reason, error_code=INVALID_PARAMETER_VALUE) from None
+
+    setattr(invocations, "checks_requests", True)  # noqa: B010
+    scoring_server.invocations = invocations
 
 
 @contextlib.contextmanager

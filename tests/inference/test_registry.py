@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
-from bdh_mlflow.inference import generate, load, pyfunc, registry
+from bdh_mlflow.inference import generate, load, pyfunc, registry, requests
 from bdh_mlflow.inference.generate import Sampling
 from bdh_mlflow.training.report import versions
 from scripts.servers import free_port
@@ -30,6 +30,24 @@ from tests.conftest import only_run, run_cli, train
 
 PATIENCE_S = 120
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
+REFUSED: list[tuple[dict[str, Any] | str, str]] = [  # requests, a CSV as text, and what their answers contain
+    ({"inputs": {"prompt": ["x"]}, "params": {"temperature": -1.0}}, "temperature: -1.0; accepted: 0 to inf"),
+    ({"inputs": {"prompt": ["x" * 70_000]}}, "prompt of 70,000 bytes; at most 65,536 are taken"),
+    ({"inputs": {"prompts": ["x"]}}, "prompt"),
+    ({"inputs": {"prompt": [None]}}, "inputs.prompt[0]: null; accepted: text"),
+    ({"instances": [{"prompt": "x"}, {"prompt": 5}]}, "instances[1].prompt: 5; accepted: text"),
+    ({"dataframe_records": [{"prompt": "x"}, {"prompt": None}]}, "prompt[1]: missing"),
+    ({"dataframe_split": {"columns": ["prompt"], "data": [[True]]}}, "prompt[0]: true; accepted: text"),
+    ({"dataframe_split": {"columns": [{"a": 1}], "data": [["x"]]}}, "the request cannot be read: TypeError"),
+    ({"prompt": ["x", "y"]}, "prompt[0]: ['x', 'y']; accepted: text"),
+    ({"inputs": ["x"], "params": {"temperature": None}}, "temperature: null; accepted: 0 to inf"),
+    ({"inputs": ["x"], "params": {"stop": "\ud800"}}, "half of a surrogate pair"),
+    ({"inputs": ["x"], "params": {"max_tokens": 4}}, "max_tokens: unknown parameter; did you mean `max_new_tokens`?"),
+    ("prompt\nx\nNA\n", "prompt[1]: missing"),
+    ("prompt\nx, y\n", "line 2: 2 cells in a row, 1 in the first"),
+    ({"inputs": {"prompt": ["x"]}, "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
+    ({}, "inputs"),
+]
 
 
 @pytest.fixture
@@ -109,17 +127,20 @@ def test_served_model_answers_many_at_once_and_refuses_with_a_reason(registered:
         expected = in_process(["def ", "x"], temperature=0)
         status, answer = _ask(port, {"inputs": {"prompt": ["def ", "x"]}, "params": GREEDY})
         assert (status, answer["predictions"]) == (200, expected)
+        for same in (
+            {"inputs": ["def ", "x"]},
+            {"instances": [{"prompt": "def "}, {"prompt": "x"}]},
+            {"dataframe_records": [{"prompt": "def "}, {"prompt": "x"}]},
+        ):
+            assert _ask(port, {**same, "params": GREEDY}) == (200, {"predictions": expected})
+        assert _ask(port, {"prompt": "def ", **GREEDY}) == (200, expected[:1])
+        status, answer = _ask(port, 'prompt,x\n007,1\n"def , None",2\n')
+        assert (status, len(answer["predictions"])) == (200, 2)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             request = {"dataframe_split": {"columns": ["prompt"], "data": [["def "]]}, "params": GREEDY}
             answers = list(pool.map(lambda _: _ask(port, request), range(16)))
         assert answers == 16 * [(200, {"predictions": expected[:1]})]
-        for wrong, reason in (
-            ({"inputs": {"prompt": ["x"]}, "params": {"temperature": -1.0}}, "temperature: -1.0; accepted: 0 to inf"),
-            ({"inputs": {"prompt": ["x" * 70_000]}}, "prompt of 70,000 bytes; at most 65,536 are taken"),
-            ({"inputs": {"prompts": ["x"]}}, "prompt"),
-            ({"inputs": {"prompt": ["x"]}, "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
-            ({}, "inputs"),
-        ):
+        for wrong, reason in REFUSED:
             status, answer = _ask(port, wrong)
             assert 400 <= status < 500, (wrong, answer)
             assert reason in json.dumps(answer), (wrong, answer)
@@ -141,10 +162,10 @@ def _await(port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
             return
 
 
-def _ask(port: int, body: dict[str, Any]) -> tuple[int, Any]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+def _ask(port: int, body: dict[str, Any] | str) -> tuple[int, Any]:
+    """Status and answer to a JSON body, or to a CSV given as text."""
+    content, kind = (body, "text/csv") if isinstance(body, str) else (json.dumps(body), "application/json")
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", content.encode(), {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return answer.status, json.load(answer)
@@ -155,7 +176,7 @@ def _ask(port: int, body: dict[str, Any]) -> tuple[int, Any]:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens: 0; accepted: 1 to 65536"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0; accepted: whole numbers, 1 to 65536"),
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"top_p": 1.5}, "top_p: 1.5"),
         ({"seed": -2}, "seed: -2"),
@@ -170,7 +191,7 @@ def test_parameters_out_of_range_are_refused(params: dict[str, Any], message: st
 def test_parameters_of_the_signature_are_those_of_a_request() -> None:
     schema = registry.signature().params
     assert schema is not None
-    assert {p.name: p.default for p in schema.params} == pyfunc.DEFAULTS
+    assert {p.name: p.default for p in schema.params} == requests.DEFAULTS
     assert pyfunc.parse_parameters({}) == (256, Sampling())
 
 

@@ -1,13 +1,22 @@
 """What we use of MLflow beyond its documented interface still does what we rely on."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+import mlflow
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import scoring_server
+from mlflow.pyfunc.model import PythonModel
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.types.schema import ColSpec, DataType, Schema
 
 from bdh_mlflow.tracking import mlflow_internals
 from bdh_mlflow.tracking.mlflow_internals import check_model_alias, check_model_name, default_store
@@ -99,3 +108,52 @@ def test_put_stores_a_file_as_the_client_does(empty_store: Path, tmp_path: Path)
 
 def test_a_folder_takes_no_requests(tmp_path: Path) -> None:
     assert not mlflow_internals.is_single_request(get_artifact_repository(tmp_path.as_uri()), tmp_path / "a.pt")
+
+
+class Echo(PythonModel):
+    """Answers with the column `x`, and refuses a request that holds "no"."""
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        return [str(x) for x in model_input["x"]]
+
+    def check_request(self, body: bytes, content_type: str | None) -> None:
+        if b"no" in body:
+            raise MlflowException("as sent", error_code=INVALID_PARAMETER_VALUE)
+
+
+class Plain(PythonModel):
+    """The same without a check."""
+
+    predict = Echo.predict
+
+
+def test_a_model_sees_a_request_before_the_server_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring_server, "invocations", scoring_server.invocations)
+    mlflow_internals.check_requests()
+    once = scoring_server.invocations
+    mlflow_internals.check_requests()
+    assert scoring_server.invocations is once, "not a wrapper around the wrapper with every model that is loaded"
+    schema = Schema([ColSpec(DataType.string, "x")])
+
+    def ask(python_model: PythonModel, body: str) -> Any:
+        folder = tmp_path / type(python_model).__name__
+        if not folder.exists():
+            mlflow.pyfunc.save_model(
+                str(folder),
+                python_model=python_model,
+                signature=ModelSignature(schema),
+                input_example=pd.DataFrame({"x": ["a"]}),
+                pip_requirements=["mlflow"],
+            )
+        return scoring_server.invocations(body.encode(), "application/json", mlflow.pyfunc.load_model(str(folder)), schema)
+
+    assert json.loads(ask(Echo(), '{"inputs": {"x": [null]}}').response) == {"predictions": ["None"]}
+    assert json.loads(ask(Plain(), '{"inputs": {"x": ["no"]}}').response) == {"predictions": ["no"]}
+    with pytest.raises(MlflowException, match="as sent"):
+        ask(Echo(), '{"inputs": {"x": ["no"]}}')
+    unreadable = '{"dataframe_split": {"columns": [{}], "data": [[1]]}}'
+    with pytest.raises(MlflowException, match="the request cannot be read: TypeError") as refused:
+        ask(Echo(), unreadable)
+    assert refused.value.get_http_status_code() == 400
+    with pytest.raises(TypeError):
+        ask(Plain(), unreadable)
