@@ -113,15 +113,16 @@ _KEPT = {
 """Which configuration is the user's (trusted folders, line endings, ignored files) and how to run git. Any other variable, GIT_DIR first of
 all, may belong to another repository."""
 
-_SETTINGS = {  # only what has no option of `git diff` below, or runs programs
+_SETTINGS = {  # only what has no option of `git diff-index` below, runs programs, or writes beside the index
     "core.fsmonitor": "false",
     "core.hooksPath": os.devnull,
     "core.quotePath": "true",  # names in ASCII, whatever their bytes
-    "diff.autoRefreshIndex": "true",  # a file with a new date and the old contents has not changed
+    "core.splitIndex": "false",
     "diff.relative": "false",
     "diff.suppressBlankEmpty": "false",
 }
-_DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", f"-O{os.devnull}")
+# `diff-index` rather than `diff`, which reads what a user set for reading diffs and fails at a value that it does not know.
+_DIFF = ("diff-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", f"-O{os.devnull}")
 _PATCH = ("--binary", "--full-index", "--unified=3", "--inter-hunk-context=0", "--src-prefix=a/", "--dst-prefix=b/", "--word-diff=none")
 
 
@@ -201,6 +202,8 @@ def _checkout(git: _Git, folder: Path) -> tuple[Path, str] | None:
 def _difference(git: _Git, root: Path, commit: str) -> SourceState:
     """The state of a checkout at `commit`."""
     changed = untracked = None
+    with contextlib.suppress(_GitError):  # the exit code is 1 where files differ
+        git.names(root, "update-index", "-q", "--refresh")  # a file with a new date and the old contents has not changed
     with contextlib.suppress(_GitError):
         changed = git.names(root, *_DIFF, "--raw", "-z", "--ignore-submodules=none", "HEAD", "--")
     with contextlib.suppress(_GitError):
@@ -209,11 +212,11 @@ def _difference(git: _Git, root: Path, commit: str) -> SourceState:
         return SourceState(commit, None if changed is None or untracked is None else False, "")
     patch = _Patch()
     if changed is None:
-        patch.left_out.append("changes of tracked files, which git did not list in time")
+        patch.left_out.append("changes of tracked files: git failed or took too long to list them")
     elif changed:
         _add_changed(git, root, changed, patch)
     if untracked is None:
-        patch.left_out.append("files not in the repository, which git did not list in time")
+        patch.left_out.append("files not in the repository: git failed or took too long to list them")
     for name in untracked or ():
         _add_untracked(root, os.fsdecode(name), patch)
     return SourceState(commit, True, patch.text(commit))
@@ -264,7 +267,7 @@ def _add_changed(git: _Git, root: Path, raw: list[bytes], patch: _Patch) -> None
         # Against a file that git cannot open, or a filter that fails, a part of the patch would look like all of it.
         found = list(_by_file(git.lines(root, *_DIFF, *_PATCH, "--ignore-submodules=all", "HEAD", "--", ":/", *leave)))
     except _GitError:
-        patch.left_out.append("changes of tracked files, which git did not give in time")
+        patch.left_out.append("changes of tracked files: git failed or took too long to give them")
         return
     for quoted, part in found:
         patch.add(quoted, part)

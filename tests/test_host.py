@@ -91,6 +91,9 @@ CONFIGURATIONS = {
     "no refresh": "[diff]\n autoRefreshIndex = false\n[status]\n showUntrackedFiles = no",
     "names": "[core]\n quotePath = false\n pager = false",
     "a monitor": "[core]\n fsmonitor = {hook}\n untrackedCache = true",
+    "unknown values": "[diff]\n algorithm = nonsense\n[color]\n ui = purple",
+    "a split index": "[core]\n splitIndex = true",
+    "binary": "[core]\n attributesFile = {binary}",
     "line ends": "[core]\n autocrlf = true\n safecrlf = true",
 }
 
@@ -102,7 +105,9 @@ def test_patch_applies_whatever_the_configuration(name: str, place: str, repo: P
     attributes.write_text("* diff=upper\n")
     hook.write_text(f"#!/bin/sh\ntouch {ran}\n")
     hook.chmod(0o755)
-    settings = CONFIGURATIONS[name].format(attributes=attributes, hook=hook) + "\n"
+    binary = repo.parent / "binary"
+    binary.write_text("* binary\n")
+    settings = CONFIGURATIONS[name].format(attributes=attributes, hook=hook, binary=binary) + "\n"
     if place == "local":
         with (repo / ".git" / "config").open("a") as file:
             file.write(settings)
@@ -112,12 +117,12 @@ def test_patch_applies_whatever_the_configuration(name: str, place: str, repo: P
     (repo / "a").rename(repo / "moved.py")
     (repo / "ü b.py").write_text("y = 2\n\ny = 3\n")
     (repo / "ü new.py").write_text("z = 3\n")
-    index = (repo / ".git" / "index").read_bytes()
+    before = {file: file.read_bytes() for file in (repo / ".git").rglob("*") if file.is_file()}
     state = host.source_state(repo)
     assert state.dirty
     assert not state.patch.startswith("#")
     assert not ran.exists(), "a program of the user was run"
-    assert (repo / ".git" / "index").read_bytes() == index
+    assert {file: file.read_bytes() for file in (repo / ".git").rglob("*") if file.is_file()} == before
     assert applied(repo, state) == tree(repo)
 
 
@@ -286,7 +291,7 @@ def test_worktrees_and_submodules_are_checkouts_of_their_own(repo: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("command", "dirty", "note"), [("rev-parse", None, ""), ("diff", None, ""), ("--binary", True, "did not give in time")]
+    ("command", "dirty", "note"), [("rev-parse", None, ""), ("diff-index", None, ""), ("--binary", True, "took too long to give them")]
 )
 def test_a_git_that_hangs_is_waited_for_once(
     command: str, dirty: bool | None, note: str, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
