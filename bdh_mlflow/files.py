@@ -15,6 +15,15 @@ def first_line(error: BaseException) -> str:
     return masked(text.split("\n")[0])[:300]
 
 
+def printable(value: object) -> str:
+    """Text that any terminal or log takes: bytes of a file name that are not UTF-8, and halves of surrogate pairs, are spelled out."""
+    text = str(value)
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all, and sync its folder, so that renames before it are on disk too."""
     partial = path.with_name(path.name + ".partial")

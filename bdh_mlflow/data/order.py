@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data.parquet import Bytes, ParquetText, shuffled
 from bdh_mlflow.errors import DataError
+from bdh_mlflow.files import printable
 from bdh_mlflow.text import SEPARATOR
 
 Position = dict[str, Any]
@@ -195,7 +196,7 @@ class _Walk:
         while not lane.left:
             if without_window == len(self._text.row_groups):
                 raise DataError(
-                    f"{self._text.root}: an epoch of training text does not fill one window of block_size {self.block_size}; "
+                    f"{printable(self._text.root)}: an epoch of training text does not fill one window of block_size {self.block_size}; "
                     f"lower training.block_size or add text"
                 )
             lane.open(self._next_group)
@@ -225,7 +226,9 @@ class _Walk:
     def seek(self, position: Position) -> None:
         """Continue from `position`.   Raises DataError for one of another number of lanes."""
         if len(position["lanes"]) != len(self._lanes):
-            raise DataError(f"{self._text.root}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}")
+            raise DataError(
+                f"{printable(self._text.root)}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}"
+            )
         self._next_group, self._turn = position["next_unit"], position["turn"]
         for lane, state in zip(self._lanes, position["lanes"], strict=True):
             lane.seek(state)

@@ -8,8 +8,10 @@ Shuffles are sorts by a hash that is written out here, because the random stream
 `prepare` the only user of pyarrow.
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +24,15 @@ import torch
 from torch import Tensor
 
 from bdh_mlflow.config import DatasetConfig
+from bdh_mlflow.data.folder import is_parquet, kind_of, list_files, nearest_folder
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line
+from bdh_mlflow.files import first_line, printable
 from bdh_mlflow.text import SEPARATOR
 
 Bytes = npt.NDArray[np.uint8]
+NAMED_FILES = 3  # of those that are not read, in a message
+UNFINISHED = ".unfinished"
+"""Folder that holds shards until they are complete, inside a target that was there before; whoever finds one must not train."""
 VALIDATION_ROW_GROUPS = 16  # read for validation text, at least
 _VALIDATION_ORDER = 0x76616C  # "val"; a constant seed, as validation text must not depend on the run
 
@@ -41,21 +47,24 @@ class RowGroup(NamedTuple):
 
 
 class ParquetText:
-    """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that cannot be used."""
+    """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that cannot be used.
+
+    passed_over: files beside them that are not named as parquet, whose text is not read.
+    """
 
     def __init__(self, dataset: DatasetConfig) -> None:
         self.root = Path(dataset.parquet_dir)
         self.column = dataset.text_column
         self.val_fraction = dataset.val_fraction
-        self.files = parquet_files(self.root)
+        self.files, self.passed_over = _look_through(self.root)
         if not self.files:
-            raise DataError(_nothing_to_read(self.root))
+            raise DataError(_nothing_to_read(self.root, self.passed_over))
         self.row_groups: list[RowGroup] = []
         self.manifest: list[dict[str, Any]] = []
         for number, file in enumerate(self.files):
             self._index(number, file)
         if not self.row_groups:
-            raise DataError(f"{self.root}: {len(self.files)} parquet files without a single row")
+            raise DataError(f"{printable(self.root)}: {len(self.files)} parquet files without a single row")
         self.rows = sum(group.rows for group in self.row_groups)
         self.bytes = sum(entry["bytes"] for entry in self.manifest)
         self._file_hashes = [text_hash(self._name(f)) for f in self.files]
@@ -95,7 +104,7 @@ class ParquetText:
             length += len(text[-1])
         if length <= block_size:
             raise DataError(
-                f"{self.root}: validation text has {length - 1} bytes, block_size {block_size} needs more; "
+                f"{printable(self.root)}: validation text has {length - 1} bytes, block_size {block_size} needs more; "
                 f"raise dataset.val_fraction (now {self.val_fraction}), lower training.block_size or add text"
             )
         windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(text), block_size + 1)[::block_size]
@@ -104,40 +113,22 @@ class ParquetText:
 
     def read_documents(self, group: RowGroup) -> pa.LargeBinaryArray:
         """All documents of a row group, training and validation, as bytes; some may be null or empty.   Raises DataError."""
-        file = self.files[group.file]
-        try:
-            with pq.ParquetFile(file) as opened:
-                column = opened.read_row_group(group.number, columns=[self.column]).column(self.column)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: row group {group.number} cannot be read: {first_line(error)}") from None
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        return column.cast(pa.large_binary()).combine_chunks() if column.num_chunks != 1 else column.chunk(0).cast(pa.large_binary())
+        return read_row_group(self.files[group.file], group.number, self.column, group.rows)
+
+    def note(self) -> str | None:
+        """Which files of the folder are not read, in a line; None if there is none."""
+        if not self.passed_over:
+            return None
+        return f"{printable(self.root)}: not read, as only .parquet files are: {_named(self.root, self.passed_over)}"
 
     def _index(self, number: int, file: Path) -> None:
-        try:
-            with pq.ParquetFile(file) as opened:
-                metadata, schema = opened.metadata, opened.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a readable parquet file: {first_line(error)}") from None
-        if self.column not in schema.names:
-            raise DataError(f"{file}: no column `{self.column}`; it has {', '.join(schema.names) or 'none'}. Set dataset.text_column")
-        kind = schema.field(self.column).type
-        if not _is_text(kind):
-            raise DataError(f"{file}: column `{self.column}` holds {kind}; accepted: string, binary or a dictionary of them")
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        size, groups = footer(file, self.column)
         first = 0
-        for i, group in enumerate(groups):
-            if group.num_rows:
-                self.row_groups.append(RowGroup(number, i, first, group.num_rows))
-            first += group.num_rows
-        self.manifest.append(
-            {
-                "file": self._name(file),
-                "bytes": file.stat().st_size,
-                "row_groups": [[g.num_rows, g.total_byte_size] for g in groups],
-            }
-        )
+        for i, (rows, _) in enumerate(groups):
+            if rows:
+                self.row_groups.append(RowGroup(number, i, first, rows))
+            first += rows
+        self.manifest.append({"file": self._name(file), "bytes": size, "row_groups": [[rows, held] for rows, held in groups]})
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -175,7 +166,9 @@ class ParquetText:
         if self.val_fraction == 0 or self.rows * self.val_fraction > 50:
             return None
         if self.rows == 1:
-            raise DataError(f"{self.root}: one document cannot be split for validation; set dataset.val_fraction: 0 or add documents")
+            raise DataError(
+                f"{printable(self.root)}: one document cannot be split for validation; set dataset.val_fraction: 0 or add documents"
+            )
         draws = [self._draws(group) for group in self.row_groups]
         if min(float(d.min()) for d in draws) < self.val_fraction:
             return None
@@ -184,9 +177,54 @@ class ParquetText:
 
 
 def parquet_files(root: Path) -> list[Path]:
-    """Parquet files below a folder, sorted by path, without hidden ones and those of unfinished preparations."""
-    found = (p for p in root.rglob("*.parquet") if p.is_file())
-    return sorted(p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
+    """Parquet files below a folder, sorted by path, without hidden ones and those of unfinished preparations.
+
+    Raises DataError for a link to nothing and for a folder that cannot be listed: what they lead to may be text that is missed.
+    """
+    return _look_through(root)[0]
+
+
+def footer(file: Path, column: str) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of a parquet file, and rows and uncompressed bytes of each row group.
+
+    Raises DataError for a file that is damaged or has no such column of text.
+    """
+    try:
+        size = file.stat().st_size
+        with _opened(file) as opened:
+            schema = opened.schema_arrow
+            metadata = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
+            groups = [(group.num_rows, group.total_byte_size) for group in metadata]
+    except Exception as error:  # damaged bytes make pyarrow raise almost anything
+        raise DataError(f"{printable(file)}: not a readable parquet file: {first_line(error)}") from None
+    names = [printable(name) for name in schema.names]
+    if column not in schema.names:
+        raise DataError(f"{printable(file)}: no column `{printable(column)}`; it has {', '.join(names) or 'none'}. Set dataset.text_column")
+    if (count := schema.names.count(column)) > 1:
+        raise DataError(f"{printable(file)}: {count} columns are named `{column}`; rename all but the one with the text")
+    kind = schema.field(column).type
+    if not _is_text(kind):
+        raise DataError(f"{printable(file)}: column `{column}` holds {kind}; accepted: string, binary or a dictionary of them")
+    if any(rows < 0 for rows, _ in groups):
+        raise DataError(f"{printable(file)}: not a readable parquet file: a row group with a negative number of rows")
+    return size, groups
+
+
+def read_row_group(file: Path, number: int, column: str, rows: int) -> pa.LargeBinaryArray:
+    """Documents of a row group as bytes, some null or empty.   rows: as the footer says. Raises DataError for damaged pages."""
+    try:
+        with _opened(file) as opened:
+            texts = opened.read_row_group(number, columns=[column]).column(column)
+        if pa.types.is_dictionary(texts.type):
+            texts = texts.cast(texts.type.value_type)
+        texts = texts.cast(pa.large_binary())
+        documents = texts.chunk(0) if texts.num_chunks == 1 else texts.combine_chunks()
+        documents.validate()
+    except Exception as error:  # damaged bytes make pyarrow raise almost anything
+        raise DataError(f"{printable(file)}: row group {number} cannot be read: {first_line(error)}") from None
+    if len(documents) != rows:
+        raise DataError(f"{printable(file)}: row group {number} cannot be read: it holds {len(documents)} rows, its footer says {rows}")
+    return documents
 
 
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -205,8 +243,8 @@ def shuffled(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of the sha256 of a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    """64 bits of the sha256 of a text, or of the bytes of a file name that are not UTF-8."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -217,6 +255,54 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _nothing_to_read(root: Path) -> str:
-    found = "no such folder" if not root.exists() else "not a folder" if not root.is_dir() else "no parquet files in it"
-    return f"{root}: {found} (dataset.parquet_dir). Set dataset.source to have it built, or run: bdh-mlflow data prepare SOURCE {root}"
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[pq.ParquetFile]:
+    """Opened by Python, as pyarrow takes no file name that is not UTF-8."""
+    with file.open("rb") as raw, pq.ParquetFile(raw) as opened:
+        yield opened
+
+
+def _hidden(name: str) -> bool:
+    """Whether files, or all files of a folder, of this name are left out: hidden, or of a preparation or query engine."""
+    return name.startswith((".", "_"))
+
+
+def _look_through(root: Path) -> tuple[list[Path], list[Path]]:
+    """Parquet files and other files below a folder, see `parquet_files`."""
+    if kind_of(root) != "folder":
+        return [], []
+    if kind_of(root / UNFINISHED) == "folder":
+        raise DataError(
+            f"{printable(root)}: holds {UNFINISHED}: a preparation is writing here, or one was killed; "
+            f"wait for it, or empty the folder and prepare it again"
+        )
+    found = list_files(root, _hidden)
+    if found.unreadable:
+        path, reason = found.unreadable[0]
+        raise DataError(f"{printable(path)}: {reason}; restore or remove it, as it may stand for text")
+    return [p for p in found.files if is_parquet(p.name)], [p for p in found.files if not is_parquet(p.name)]
+
+
+def _nothing_to_read(root: Path, others: list[Path]) -> str:
+    shown, found = printable(root), kind_of(root)
+    if found == "folder":
+        if others:
+            names = _named(root, others)
+            return (
+                f"{shown}: no parquet files in it (dataset.parquet_dir), but {names}. "
+                f"To train on their text, run: bdh-mlflow data prepare {shown} FOLDER, and set dataset.parquet_dir to that FOLDER"
+            )
+        hidden = [p for p in list_files(root, lambda name: False).files if is_parquet(p.name)]
+        what = "no parquet files in it"
+        what += f" but some in hidden files or folders, which are not read: {_named(root, hidden)}" if hidden else ""
+    else:
+        near = nearest_folder(root) if found == "nothing" else None
+        what = "no such folder" if found == "nothing" else "not a folder" if found == "file" else f"not a folder but {found}"
+        what += f"; did you mean {printable(near)}?" if near else ""
+    return f"{shown}: {what} (dataset.parquet_dir). Set dataset.source to have it built, or run: bdh-mlflow data prepare SOURCE {shown}"
+
+
+def _named(root: Path, files: list[Path]) -> str:
+    """The first few files, and how many more there are."""
+    more = f" and {len(files) - NAMED_FILES:,} more" if len(files) > NAMED_FILES else ""
+    return ", ".join(printable(file.relative_to(root)) for file in files[:NAMED_FILES]) + more

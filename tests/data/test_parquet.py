@@ -1,5 +1,8 @@
 """A folder of parquet files as documents: what is read, what is validation text, and what is refused."""
 
+import hashlib
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,13 @@ import pytest
 
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data import parquet
+from bdh_mlflow.data.order import TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
 from tests.conftest import documents, write_shards
+
+SPLIT = "5edb1d7e1b5a1bf719844634951b797813951e4185213c271b1e2697b2cee837"
+ORDER = "bc9aabfab6e4735cbb371817142a7a5da06765153dd39804b55bf4795c26ed3a"
 
 
 def opened(folder: Path, val_fraction: float = 0.0, column: str = "text") -> ParquetText:
@@ -195,3 +202,136 @@ def test_bytes_are_not_copied_into_python_objects(tmp_path: Path) -> None:
     tokens = text.training_bytes(text.row_groups[0])
     assert tokens.dtype == np.uint8
     assert not tokens.flags.owndata
+
+
+NAMES = ("Z.parquet", "a.parquet", "b/c.parquet", "b/\u00e9 \u00fc.parquet", "b-x.parquet", "b.parquet", "lang=en/part 0#%.parquet")
+
+
+def ordinary_folder(root: Path) -> Path:
+    """Names of every ordinary kind, in the order in which they are read, and two that are not read."""
+    for number, name in enumerate([*NAMES, "_h/x.parquet", ".q.parquet"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        texts = [f"document {number} {row} " * (row % 7) for row in range(40)]
+        pq.write_table(pa.table({"text": texts}), root / name, row_group_size=11)
+    return root
+
+
+def test_order_and_split_of_an_ordinary_folder_never_change(tmp_path: Path) -> None:
+    """Values of version 0.2.0: a run begun with it resumes on the same text, in the same order, without its validation text."""
+    text = opened(ordinary_folder(tmp_path), val_fraction=0.1)
+    assert [f.relative_to(tmp_path).as_posix() for f in text.files] == list(NAMES)
+    held_out = hashlib.sha256(b"".join(text.validation_bytes(g).tobytes() for g in text.row_groups)).hexdigest()
+    assert held_out == SPLIT
+    batches = iter(TrainingBatches(text, lanes=3, batch_size=2, block_size=16, seed=7, position=None))
+    order = hashlib.sha256(b"".join(next(batches).tokens.numpy().tobytes() for _ in range(50))).hexdigest()
+    assert order == ORDER
+
+
+def test_digest_is_of_column_names_sizes_and_footers(tmp_path: Path) -> None:
+    """By its definition, as file sizes differ between versions of pyarrow."""
+    manifest = []
+    for name in NAMES:
+        metadata = pq.read_metadata(ordinary_folder(tmp_path) / name)
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        size = (tmp_path / name).stat().st_size
+        manifest.append({"file": name, "bytes": size, "row_groups": [[g.num_rows, g.total_byte_size] for g in groups]})
+    assert opened(tmp_path).digest == hashlib.sha256(json.dumps(["text", manifest], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def rename(file: Path, name: bytes) -> None:
+    os.rename(bytes(file), bytes(file.parent) + b"/" + name)  # noqa: PTH104 (a name that is not text)
+
+
+@pytest.mark.parametrize("name", ["part-1.PARQUET", "part-1.Parquet", b"caf\xe9.parquet", "line\nend.parquet"], ids=ascii)
+def test_parquet_files_of_any_name_are_read(tmp_path: Path, name: str | bytes) -> None:
+    write_shards(tmp_path, documents(20))
+    rename(tmp_path / "part-1.parquet", name.encode() if isinstance(name, str) else name)
+    text = opened(tmp_path, val_fraction=0.2)
+    read = [part for g in text.row_groups for part in (text.training_bytes(g).tobytes(), text.validation_bytes(g).tobytes())]
+    assert Counter(b"".join(read).decode().split("\0")[:-1]) == Counter(documents(20))
+    assert len(text.digest) == 32
+    assert json.loads(text.describe())["digest"] == text.digest
+
+
+def test_linked_subfolders_are_read(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", documents(20), shards=1)
+    write_shards(tmp_path / "disk", documents(20, seed=1), shards=1)
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "disk")
+    (tmp_path / "in" / "loop").symlink_to(".")
+    text = opened(tmp_path / "in")
+    assert [f.relative_to(tmp_path / "in").as_posix() for f in text.files] == ["more/part-0.parquet", "part-0.parquet"]
+    assert text.rows == 40
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "more"])
+def test_a_link_to_nothing_is_an_error_rather_than_less_text(tmp_path: Path, name: str) -> None:
+    write_shards(tmp_path, documents(20))
+    (tmp_path / name).symlink_to("not-mounted")
+    with pytest.raises(DataError, match=f"{name}: a link to not-mounted, which does not exist"):
+        opened(tmp_path)
+
+
+def test_files_that_are_not_read_are_noted(tmp_path: Path) -> None:
+    write_shards(tmp_path, documents(20))
+    assert opened(tmp_path).note() is None
+    for name in ("a.jsonl", "b.parquet.zst", "c.pq", "d.txt", ".hidden", "_SUCCESS"):
+        (tmp_path / name).touch()
+    assert opened(tmp_path).note() == f"{tmp_path}: not read, as only .parquet files are: a.jsonl, b.parquet.zst, c.pq and 1 more"
+
+
+def test_a_folder_of_other_files_is_refused_with_what_prepares_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError, match=r"no parquet files in it .*, but a\.jsonl\. .*: bdh-mlflow data prepare "):
+        opened(tmp_path)
+
+
+def test_a_folder_of_hidden_parquet_files_says_so(tmp_path: Path) -> None:
+    write_shards(tmp_path / "_tmp", ["a"], shards=1)
+    with pytest.raises(DataError, match=r"hidden files or folders, which are not read: _tmp/part-0\.parquet"):
+        opened(tmp_path)
+
+
+def test_a_missing_folder_names_the_one_that_is_spelled_alike(tmp_path: Path) -> None:
+    write_shards(tmp_path / "corpus", ["a"])
+    with pytest.raises(DataError, match=r"corpsu: no such folder; did you mean .*/corpus\?"):
+        opened(tmp_path / "corpsu")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="2 columns are named `text`"):
+        opened(tmp_path)
+
+
+def test_names_with_dots_and_nested_columns_do_not_hide_the_text(tmp_path: Path) -> None:
+    table = pa.table({"meta": [{"text": "no"}], "text.lang": ["en"], "text": ["yes"], "a.b": ["dotted"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert all_bytes(opened(tmp_path)) == b"yes\0"
+    assert all_bytes(opened(tmp_path, column="a.b")) == b"dotted\0"
+    with pytest.raises(DataError, match=r"no column `meta\.text`"):
+        opened(tmp_path, column="meta.text")
+
+
+@pytest.mark.parametrize("writer", [{"compression": "none"}, {"compression": "zstd", "data_page_version": "2.0"}], ids=["plain", "zstd"])
+def test_damaged_bytes_never_raise_anything_else(tmp_path: Path, writer: dict[str, Any]) -> None:
+    """Footer and pages with wrong bytes; pyarrow answers with many kinds of errors."""
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": documents(60)}), file, row_group_size=20, **writer)
+    intact, draw, refused = file.read_bytes(), np.random.default_rng(1), 0
+    for _ in range(150):
+        raw = bytearray(intact)
+        for place in draw.integers(0, len(raw), 3):
+            raw[place] = draw.integers(256)
+        file.write_bytes(raw)
+        try:
+            all_bytes(opened(tmp_path))
+        except DataError:
+            refused += 1
+    assert refused > 20
+
+
+def test_a_folder_of_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, ["a"])
+    (tmp_path / parquet.UNFINISHED).mkdir()
+    with pytest.raises(DataError, match="a preparation is writing here, or one was killed"):
+        opened(tmp_path)

@@ -1,0 +1,125 @@
+"""What lies in a folder and the folders below it: every file once, and what cannot be read by name instead of not at all.
+
+Links to folders are followed. A folder that is reached twice is read once, under its own name rather than a link's, because text read
+twice would be training and validation text at once; a link to a folder above itself leads nowhere new.
+"""
+
+import difflib
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bdh_mlflow.errors import DataError
+from bdh_mlflow.files import printable
+
+SUGGESTED, REFUSED = 0.6, 0.75  # likeness of two names, of 1: to ask "did you mean", and to take one for a misspelling of the other
+
+
+class Listing(NamedTuple):
+    """files: regular files, sorted by path.   unreadable: everything else that is no folder, or one that cannot be listed: path, reason."""
+
+    files: list[Path]
+    unreadable: list[tuple[Path, str]]
+
+
+def list_files(root: Path, passed_over: Callable[[str], bool]) -> Listing:
+    """All files of a folder and its subfolders.   passed_over: which names, of files or of folders with all they hold, are left out.
+
+    Raises DataError if the folder itself cannot be reached.
+    """
+    files: list[Path] = []
+    unreadable: list[tuple[Path, str]] = []
+    try:
+        seen = {_identity(folder) for folder in root.resolve().parents}
+    except OSError as error:
+        raise DataError(f"{printable(root)}: cannot be read: {error.strerror}") from None
+    folders: list[Path] = [root]
+    links: list[Path] = []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(links.index(min(links)))
+        try:
+            if (identity := _identity(folder)) in seen:
+                continue
+            seen.add(identity)
+            entries = list(folder.iterdir())
+        except OSError as error:
+            unreadable.append((folder, f"cannot be read: {error.strerror}"))
+            continue
+        for path in (entry for entry in entries if not passed_over(entry.name)):
+            found = kind_of(path)
+            if found == "folder":
+                (links if path.is_symlink() else folders).append(path)
+            elif found == "file":
+                files.append(path)
+            else:
+                unreadable.append((path, found))
+    return Listing(sorted(files), sorted(unreadable))
+
+
+def kind_of(path: Path) -> str:
+    """`file`, `folder`, `nothing`, or in words what else lies there; links are followed.   Raises DataError for an impossible path."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError:
+        raise DataError(f"{str(path)!r}: not a path, as it holds a NUL byte") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise DataError(f"{printable(path)}: the name is too long for this file system") from None
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return f"cannot be looked at: {error.strerror}"
+        if path.is_symlink():
+            return f"a link to {printable(path.readlink())}, which does not exist or leads back to itself"
+        return "nothing"
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing at all; False for one that cannot be listed."""
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
+
+
+def nearest_folder(missing: Path, likeness: float = SUGGESTED) -> Path | None:
+    """A folder with parquet files that a missing one may be a misspelling of: the first part of the path that is missing is spelled alike.
+
+    Names that differ in digits only are no misspellings of each other.
+    """
+    wrong, below = missing, Path()
+    while not wrong.parent.is_dir():
+        if wrong == wrong.parent:
+            return None
+        wrong, below = wrong.parent, Path(wrong.name) / below
+    name = wrong.name
+    try:
+        beside = [
+            p for p in sorted(wrong.parent.iterdir()) if not p.name.startswith(".") and re.sub(r"\d", "", p.name) != re.sub(r"\d", "", name)
+        ]
+    except OSError:
+        return None
+    alike = {p.name.casefold(): p for p in beside if _holds_parquet(p / below)}
+    found = difflib.get_close_matches(name.casefold(), alike, n=1, cutoff=likeness)
+    return alike[found[0]] / below if found else None
+
+
+def is_parquet(name: str) -> bool:
+    """Whether a file of this name is read as parquet."""
+    return name.lower().endswith(".parquet")
+
+
+def _holds_parquet(folder: Path) -> bool:
+    return any(is_parquet(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
