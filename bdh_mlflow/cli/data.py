@@ -8,6 +8,8 @@ from rich.console import Console
 
 from bdh_mlflow.cli.common import DEFAULT_CONFIG, mlflow_run, print_table
 from bdh_mlflow.config import Config
+from bdh_mlflow.errors import DataError
+from bdh_mlflow.files import printable
 from bdh_mlflow.text import decode
 
 SHOWN_SKIPPED = 10
@@ -20,15 +22,18 @@ def data() -> None:
 
 @data.command("prepare")
 @click.argument("source")
-@click.argument("folder", type=click.Path(file_okay=False))
-@click.option("--column", default="text", show_default=True, help="Field or column of jsonl and parquet sources, and of the result.")
+@click.argument("folder")
+@click.option("--column", default="text", show_default=True, help="Field or column of jsonl, json and parquet sources, and of the result.")
 def data_prepare(source: str, folder: str, column: str) -> None:
     """Turn SOURCE into parquet files in FOLDER.
 
-    SOURCE is python-stdlib (the sources of this Python), a txt, jsonl or parquet file, or a folder of them or of source code.
+    SOURCE is python-stdlib (the sources of this Python), a txt, jsonl, json or parquet file, compressed or not, or a folder of them or of
+    source code. FOLDER is a new or an empty folder.
     """
     from bdh_mlflow.data.prepare import prepare
 
+    if not folder:
+        raise DataError("FOLDER is empty text; name a folder, or . for the current one")
     out = Console(file=sys.stderr)
     with out.status("reading") as status:
         done = prepare(source, Path(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
@@ -36,12 +41,12 @@ def data_prepare(source: str, folder: str, column: str) -> None:
         click.echo(f"skipped {name}: {reason}")
     if len(done.skipped) > SHOWN_SKIPPED:
         click.echo(f"... and {len(done.skipped) - SHOWN_SKIPPED} more")
-    click.echo(f"{done.folder}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
-    click.echo(f"Next: {mlflow_run(DEFAULT_CONFIG, {'dataset.parquet_dir': str(done.folder)})}")
+    click.echo(f"{printable(done.folder)}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
+    click.echo(f"Next: {mlflow_run(DEFAULT_CONFIG, {'dataset.parquet_dir': printable(done.folder)})}")
 
 
 @data.command("inspect")
-@click.argument("folder", type=click.Path())
+@click.argument("folder")
 @click.option("--column", default="text", show_default=True, help="Column of the documents.")
 @click.option("--val-fraction", default=0.01, show_default=True, help="Share of the documents kept for validation.")
 def data_inspect(folder: str, column: str, val_fraction: float) -> None:
@@ -60,4 +65,6 @@ def data_inspect(folder: str, column: str, val_fraction: float) -> None:
         ["first row group", f"{first.rows:,} documents, {len(training):,} training and {len(validation):,} validation bytes"],
         ["begins", decode(training[:200].tolist())],
     ]
-    print_table(["", str(text.root)], rows)
+    print_table(["", printable(text.root)], rows)
+    if note := text.note():
+        click.echo(note)

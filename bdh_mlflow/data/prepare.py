@@ -1,33 +1,30 @@
-"""Text of any source to parquet shards that training reads: plain text, jsonl, parquet, folders, or the interpreter's own sources.
+"""Text of any source to parquet shards that training reads.
 
-All or nothing: shards are written to a hidden folder next to the target, which is renamed when it is complete. Knows nothing of training.
+All or nothing: shards are written to a hidden folder and moved into place when they are complete. That folder is beside the target, or
+inside it if the target was there before: a mount point or a current folder cannot be replaced, and its owner and mode stay. Where the
+result would go is checked before anything is read. Knows nothing of training.
 """
 
-import gzip
-import json
+import contextlib
+import itertools
 import shutil
-import sysconfig
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdh_mlflow.config import DatasetConfig
-from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.data import sources
+from bdh_mlflow.data.folder import kind_of
+from bdh_mlflow.data.parquet import UNFINISHED
 from bdh_mlflow.errors import DataError
+from bdh_mlflow.files import first_line, printable
 
 ROW_GROUP_BYTES = 4 * 2**20  # of text: small enough to keep several in memory, large enough to shuffle within
 SHARD_BYTES = 256 * 2**20  # of text in a prepared file
-TEXT_DOCUMENT_BYTES = 16 * 2**10  # plain text is cut into documents of about this size, at line ends;
-TEXT_DOCUMENTS, TEXT_DOCUMENT_LEAST_BYTES = 64, 512  # a short text into about 64, so that some can be held out for validation
-PYTHON_STDLIB = "python-stdlib"
-"""Source that stands for the Python sources of the running interpreter's standard library: real text without a network."""
-_SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
-_TEST_FOLDERS = {"test", "tests", "idle_test"}
+PREFIX_LETTERS = 50  # of the target's name in that of the hidden folder, which must not become too long for a file system
 
 
 @dataclass(frozen=True)
@@ -42,52 +39,114 @@ class Prepared:
 
 
 def prepare(source: str, folder: Path, column: str, on_progress: Callable[[int, int], None] = lambda documents, size: None) -> Prepared:
-    """Turn text into parquet shards in `folder`, all or nothing.
+    """Turn text into parquet shards in `folder`, which is missing or empty; all or nothing.
 
-    source: `python-stdlib`, or a txt, jsonl (also .gz) or parquet file, or a folder of them or of any text files (a source tree).
-    A folder's text files are a document each; a single text file is cut at line ends into documents of 16 KiB at most.
-    jsonl and parquet are read from their field or column `column`. Raises DataError; then nothing is written.
+    source: `python-stdlib`, or a file or folder, see `sources.documents`. jsonl, json and parquet are read from their field or column
+    `column`. Raises DataError; then nothing is written.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise DataError(f"{folder}: not empty; give another folder or remove it first")
+    _check_column(column)
+    there = _check_target(folder)
     skipped: list[tuple[str, str]] = []
-    documents = _documents(source, column, skipped)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
+    documents = sources.documents(source, column, skipped)
+    with _reported(folder), _unfinished(folder, there) as partial:
         count, size, files = _write_shards(documents, partial, column, on_progress)
         if not count:
-            raise DataError(f"{source}: no text found" + (f"; skipped {len(skipped)} files" if skipped else ""))
-        partial.chmod(0o755)
-        partial.replace(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            raise DataError(f"{printable(source)}: no text found{sources.listed(skipped)}")
+        if there:
+            _move_all(partial, folder)
+        else:
+            partial.chmod(0o755)
+            partial.replace(folder)
     return Prepared(folder, count, size, files, tuple(skipped))
 
 
+def _check_column(column: str) -> None:
+    if not column or printable(column) != column or "\0" in column:
+        raise DataError(f"column {printable(column)!r}: not a name for a column; accepted: text that is not empty, as in --column text")
+
+
+def _check_target(folder: Path) -> bool:
+    """Whether the target is there, an empty folder.   Raises DataError for one that cannot become the result."""
+    found = kind_of(folder)
+    if folder.parts[:1] == ("~",):
+        raise DataError(f"{printable(folder)}: `~` is not replaced by your home folder here; write the path in full")
+    if found == "nothing":
+        return False
+    if found != "folder":
+        raise DataError(
+            f"{printable(folder)}: {'a file' if found == 'file' else found}, not a folder; give another name or remove it first"
+        )
+    with _reported(folder):
+        held = sorted(entry.name for entry in folder.iterdir())
+    if UNFINISHED in held:
+        raise DataError(f"{printable(folder)}: holds {UNFINISHED}: another preparation is writing here, or one was killed; then remove it")
+    if held:
+        raise DataError(f"{printable(folder)}: not empty (it holds {printable(held[0])}); give another folder or remove it first")
+    return True
+
+
+@contextlib.contextmanager
+def _reported(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{printable(folder)}: cannot be written: {error.strerror or first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path, there: bool) -> Iterator[Path]:
+    """The hidden folder for shards; afterwards it is gone, and so are the folders above it that were made and are empty.
+
+    there: whether the target is there already.
+    """
+    made = [] if there else [above for above in folder.parents if not above.exists()]
+    partial = folder / UNFINISHED
+    try:
+        if there:
+            partial.mkdir()
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            kind_of(folder)  # a name that is too long is only noticed in a folder that exists
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:PREFIX_LETTERS]}.", suffix=".partial", dir=folder.parent))
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for above in made:
+            with contextlib.suppress(OSError):  # not empty: the result, or someone else's
+                above.rmdir()
+
+
+def _move_all(partial: Path, folder: Path) -> None:
+    """Move shards up into their folder, all or none; readers refuse the folder as long as `partial` is in it."""
+    names = [shard.name for shard in partial.iterdir()]
+    try:
+        for name in names:
+            (partial / name).rename(folder / name)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
 def _write_shards(documents: Iterable[str], folder: Path, column: str, on_progress: Callable[[int, int], None]) -> tuple[int, int, int]:
+    """Write documents to parquet files.   Returns how many documents, bytes of text and files there are."""
     schema = pa.schema([(column, pa.string())])
     count = size = files = 0
-    shard: pq.ParquetWriter | None = None
-    shard_size = 0
-    for group in _row_groups(documents):
-        if shard is None:
-            shard, shard_size = pq.ParquetWriter(folder / f"part-{files:05d}.parquet", schema, compression="zstd"), 0
-            files += 1
-        shard.write_table(pa.table({column: group}, schema), row_group_size=len(group))
-        group_size = sum(len(d.encode()) for d in group)
-        count, size, shard_size = count + len(group), size + group_size, shard_size + group_size
-        on_progress(count, size)
-        if shard_size >= SHARD_BYTES:
-            shard.close()
-            shard = None
-    if shard is not None:
-        shard.close()
+    groups = _row_groups(documents)
+    for first in groups:
+        shard_size = 0
+        with (  # opened by Python, as pyarrow takes no file name that is not UTF-8
+            (folder / f"part-{files:05d}.parquet").open("wb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as shard,
+        ):
+            for group in itertools.chain([first], groups):
+                shard.write_table(pa.table({column: group}, schema), row_group_size=len(group))
+                group_size = sum(len(d.encode()) for d in group)
+                count, size, shard_size = count + len(group), size + group_size, shard_size + group_size
+                on_progress(count, size)
+                if shard_size >= SHARD_BYTES:
+                    break
+        files += 1
     return count, size, files
 
 
@@ -102,91 +161,3 @@ def _row_groups(documents: Iterable[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    if source == PYTHON_STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [p for p in sorted(root.rglob("*.py")) if not _TEST_FOLDERS & set(p.relative_to(root).parts)]
-        return _from_files(files, root, column, skipped)
-    path = Path(source)
-    if path.is_file():
-        return _from_file(path, column, skipped, cut=True)
-    if path.is_dir():
-        return _from_files(sorted(p for p in path.rglob("*") if p.is_file()), path, column, skipped)
-    raise DataError(f"{source}: no such file or folder; accepted: {PYTHON_STDLIB}, a txt, jsonl or parquet file, or a folder")
-
-
-def _from_files(files: Iterable[Path], root: Path, column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    for file in files:
-        folders = file.relative_to(root).parts
-        unfinished = file.suffix == ".parquet" and file.name.startswith("_")
-        if not unfinished and not any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in folders):
-            yield from _from_file(file, column, skipped, cut=False)
-
-
-def _from_file(file: Path, column: str, skipped: list[tuple[str, str]], *, cut: bool) -> Iterator[str]:
-    try:
-        if file.name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
-            yield from _from_jsonl(file, column)
-        elif file.suffix == ".parquet":
-            yield from _from_parquet(file, column)
-        else:
-            raw = file.read_bytes()
-            if b"\0" in raw:
-                skipped.append((str(file), "binary"))
-                return
-            text = _decoded(raw)
-            yield from _cut(text) if cut else [text] * bool(text)
-    except (OSError, EOFError, UnicodeError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _decoded(raw: bytes) -> str:
-    """UTF-8, or Latin-1, which reads every byte, for the old files that are not."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
-def _cut(text: str) -> Iterator[str]:
-    enough = min(TEXT_DOCUMENT_BYTES, max(TEXT_DOCUMENT_LEAST_BYTES, len(text) // TEXT_DOCUMENTS))
-    piece: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        piece.append(line)
-        size += len(line)
-        if size >= enough:
-            yield "".join(piece)
-            piece, size = [], 0
-    if piece:
-        yield "".join(piece)
-
-
-def _from_jsonl(file: Path, column: str) -> Iterator[str]:
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: not JSON: {error.msg}") from None
-            if not isinstance(record, Mapping) or not isinstance(record.get(column), str | None):
-                raise DataError(f"{file}, line {number}: expected an object with text under `{column}`; set dataset.text_column")
-            if column not in record:
-                raise DataError(f"{file}, line {number}: no field `{column}`; it has {', '.join(record)}. Set dataset.text_column")
-            if record[column]:
-                yield record[column].encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, UTF-8 cannot
-
-
-def _from_parquet(file: Path, column: str) -> Iterator[str]:
-    text = ParquetText(DatasetConfig(parquet_dir=str(file.parent), text_column=column, val_fraction=0))
-    number = text.files.index(file)
-    for group in text.row_groups:
-        if group.file == number:
-            for document in text.read_documents(group):
-                if document.as_py():
-                    yield _decoded(document.as_py())
