@@ -7,9 +7,11 @@ the machine at hand. Knows nothing of torch: `model.precision.machine` measures.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdh_mlflow.config.config import Config
+from bdh_mlflow.config.settings import DatasetConfig
 
 KEPT_SHARE = 0.5
 """Most of the free memory that kept activations may take; weights, gradients, optimizer states and temporary tensors need the rest."""
@@ -51,6 +53,7 @@ def resolve(config: Config, machine: Machine | None = None, continued: Config | 
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: choice.value})})
         why[key] = choice.why
 
+    settle("dataset.source", _source(config))
     settle("scheduler.decay_steps", _decay_steps(config, continued))
     settle("low_precision.optimizer_bits", _optimizer_bits(config))
     settle("low_precision.use_4bit_optimizer", _use_4bit_optimizer(config))
@@ -58,6 +61,15 @@ def resolve(config: Config, machine: Machine | None = None, continued: Config | 
     settle("training.compile", _compile(config, machine, continued))
     settle("training.recompute", _recompute(config, machine))
     return Resolved(config, why)
+
+
+def _source(config: Config) -> _Choice | None:
+    """The default text is for the default folder: any other one that is missing is a mistake, or someone's own."""
+    if config.dataset.source != "auto":
+        return None
+    if Path(config.dataset.parquet_dir) == Path(DatasetConfig().parquet_dir):
+        return _Choice("python-stdlib", "auto for the default parquet_dir")
+    return _Choice(None, "auto for a parquet_dir of one's own")
 
 
 def _decay_steps(config: Config, continued: Config | None) -> _Choice | None:

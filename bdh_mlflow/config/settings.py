@@ -153,8 +153,8 @@ class DatasetConfig:
 
     parquet_dir: Annotated[Text, Role.FREE] = "data/python-stdlib"
     """Folder of parquet files, searched with its subfolders."""
-    source: Annotated[str | None, Role.FREE] = "python-stdlib"
-    """What parquet_dir is built from when it is missing or empty: python-stdlib, or a file or folder; null = never."""
+    source: Annotated[str | None, Role.FREE] = "auto"
+    """What a missing or empty parquet_dir is built from: python-stdlib, a file, a folder; null: nothing; auto: stdlib for the default."""
     text_column: Annotated[Text, Role.ORDER] = "text"
     """Column that holds the documents."""
     max_cached_files: Annotated[Count, Role.ORDER] = 5

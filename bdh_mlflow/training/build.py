@@ -11,11 +11,15 @@ from pathlib import Path
 
 import torch
 
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, DatasetConfig
 from bdh_mlflow.config.resolve import resolve
 from bdh_mlflow.data import order, prepare
+from bdh_mlflow.data.folder import REFUSED, is_empty, kind_of, nearest_folder
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
+from bdh_mlflow.errors import DataError
+from bdh_mlflow.files import printable
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
@@ -113,13 +117,39 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
 
 
 def open_text(config: Config, progress: Progress) -> ParquetText:
-    """The data, built from its source first if the folder is missing or empty."""
-    folder, source = Path(config.dataset.parquet_dir), config.dataset.source
-    if source is not None and not (folder.is_dir() and any(folder.iterdir())):
-        progress.note(f"{folder} is empty: preparing it from {source}")
-        done = prepare.prepare(source, folder, config.dataset.text_column)
-        progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text")
-    return ParquetText(config.dataset)
+    """The data, built from its source first if the folder is missing or empty.   config: resolved. Raises DataError."""
+    if config.dataset.source is not None:
+        _fill(config.dataset, config.dataset.source, progress)
+    text = ParquetText(config.dataset)
+    if note := text.note():
+        progress.note(note)
+    return text
+
+
+def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
+    """Build the folder from its source, unless there is something in it.
+
+    Raises DataError for a folder whose name looks misspelt: training on other text than meant is worse than a question.
+    """
+    folder = Path(dataset.parquet_dir)
+    found, shown = kind_of(folder), printable(folder)
+    if found == "folder":
+        if not is_empty(folder):
+            return
+        what = "is empty"
+    elif found == "nothing":
+        what = "does not exist"
+        near = nearest_folder(folder, REFUSED)
+        if near is not None and (folder, source) != (Path(DatasetConfig().parquet_dir), PYTHON_STDLIB):
+            raise DataError(
+                f"{shown}: no such folder (dataset.parquet_dir); did you mean {printable(near)}? "
+                f"To build {shown} beside it, run: bdh-mlflow data prepare {printable(source)} {shown}"
+            )
+    else:
+        return
+    progress.note(f"{shown} {what}: preparing it from {printable(source)} (dataset.source)")
+    done = prepare.prepare(source, folder, dataset.text_column)
+    progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text{listed(done.skipped)}")
 
 
 def build_batches(config: Config, text: ParquetText, position: order.Position | None, device: torch.device) -> Iterator[Batch]:

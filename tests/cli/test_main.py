@@ -30,6 +30,17 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         "optimizer_bits: 8 cannot be combined with low_precision",
     ),
     "no data": (("dataset.parquet_dir=nowhere",), "nowhere: no such folder (dataset.parquet_dir). Set dataset.source"),
+    "misspelt": (("dataset.parquet_dir=txt",), "txt: no such folder; did you mean text? (dataset.parquet_dir)"),
+    "misspelt, with a source": (
+        ("dataset.parquet_dir=txt", "dataset.source=python-stdlib"),
+        "txt: no such folder (dataset.parquet_dir); did you mean text? To build txt beside it, run: bdh-mlflow data prepare python-st",
+    ),
+    "default source": (("dataset.parquet_dir=nowhere", "dataset.source=auto"), "nowhere: no such folder (dataset.parquet_dir)"),
+    "other files": (
+        ("dataset.parquet_dir=jsonl", "dataset.source=python-stdlib"),
+        "jsonl: no parquet files in it (dataset.parquet_dir), but a.jsonl",
+    ),
+    "NUL": (("dataset.parquet_dir=a\0b",), "not a path"),
     "empty data": (("dataset.parquet_dir=hollow",), "hollow: no parquet files in it"),
     "column": (("dataset.text_column=body",), "text/part-0.parquet: no column `body`; it has text. Set dataset.text_column"),
     "corrupt": (("dataset.parquet_dir=corrupt",), "corrupt/part-1.parquet: not a readable parquet file"),
@@ -44,6 +55,8 @@ def test_bad_input_gets_one_clear_error_and_nothing_is_written(
     store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, case: str
 ) -> None:
     (tmp_path / "hollow").mkdir()
+    (tmp_path / "jsonl").mkdir()
+    (tmp_path / "jsonl" / "a.jsonl").touch()
     shutil.copytree(text, tmp_path / "corrupt")
     (tmp_path / "corrupt" / "part-1.parquet").write_bytes(b"PAR1 not really")
     before = listing(tmp_path)

@@ -105,7 +105,7 @@ def test_missing_data_is_prepared_from_its_source_with_a_message(store: MlflowCl
     (tmp_path / "book.txt").write_text("a line of text\n" * 5000)
     result = train(tiny, "dataset.source=book.txt")
     assert result.exit_code == 0, result.output
-    assert "text is empty: preparing it from book.txt" in result.output
+    assert "text does not exist: preparing it from book.txt (dataset.source)" in result.output
     assert "prepared 64 documents, 0.1 MB of text" in result.output
 
 

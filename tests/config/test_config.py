@@ -47,7 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dataloader": {"num_workers": 0, "pin_memory": True, "prefetch_factor": 2},
     "dataset": {
         "parquet_dir": "data/python-stdlib",
-        "source": "python-stdlib",
+        "source": "auto",
         "text_column": "text",
         "max_cached_files": 5,
         "val_fraction": 0.01,

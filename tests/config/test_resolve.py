@@ -57,6 +57,7 @@ def test_activations_are_recomputed_where_they_would_take_over_half_of_the_free_
 
 def test_every_decision_has_its_reason_and_nothing_else_has() -> None:
     assert resolve(config(), CUDA).why == {
+        "dataset.source": "auto for the default parquet_dir",
         "scheduler.decay_steps": "max_iters of the first segment",
         "low_precision.optimizer_bits": "use_4bit_optimizer is false",
         "training.layer_form": "auto on cuda, where blocked was never measured",
@@ -132,3 +133,20 @@ def test_both_names_of_the_optimizers_bits_agree(settings: dict[str, Any], bits:
     resolved = resolve(Config.from_dict({"low_precision": settings})).config.low_precision
     assert resolved.optimizer_bits == bits
     assert resolved.use_4bit_optimizer == (bits == 4)
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "expected"),
+    [
+        ("data/python-stdlib", "auto", "python-stdlib"),
+        ("./data/python-stdlib/", "auto", "python-stdlib"),
+        ("data/python-stdlb", "auto", None),
+        ("data/python-stdlib", None, None),
+        ("data/mine", "python-stdlib", "python-stdlib"),
+        ("data/mine", "book.txt", "book.txt"),
+    ],
+)
+def test_default_text_is_for_the_default_folder_only(folder: str, source: str | None, expected: str | None) -> None:
+    """A mistyped parquet_dir was filled with the standard library's sources, and trained on."""
+    settled = config(dataset__parquet_dir=folder, dataset__source=source)
+    assert resolve(settled).config.dataset.source == expected
