@@ -18,6 +18,9 @@ from bdh_mlflow.files import printable
 
 SUGGESTED, REFUSED = 0.6, 0.75  # likeness of two names, of 1: to ask "did you mean", and to take one for a misspelling of the other
 
+OF_THE_FILE_SYSTEM = "lost+found"
+"""Lies at the root of a disk, and only root may look into it: neither data nor a reason to call a folder filled."""
+
 
 class Listing(NamedTuple):
     """files: regular files, sorted by path.   unreadable: everything else that is no folder, or one that cannot be listed: path, reason."""
@@ -49,7 +52,7 @@ def list_files(root: Path, passed_over: Callable[[str], bool]) -> Listing:
         except OSError as error:
             unreadable.append((folder, f"cannot be read: {error.strerror}"))
             continue
-        for path in (entry for entry in entries if not passed_over(entry.name)):
+        for path in (entry for entry in entries if entry.name != OF_THE_FILE_SYSTEM and not passed_over(entry.name)):
             found = kind_of(path)
             if found == "folder":
                 (links if path.is_symlink() else folders).append(path)
@@ -81,12 +84,12 @@ def kind_of(path: Path) -> str:
     return "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing at all; False for one that cannot be listed."""
+def held(folder: Path) -> list[str]:
+    """Names of all that lies in a folder, sorted.   Raises DataError for one that cannot be listed."""
     try:
-        return not any(folder.iterdir())
-    except OSError:
-        return False
+        return sorted(entry.name for entry in folder.iterdir() if entry.name != OF_THE_FILE_SYSTEM)
+    except OSError as error:
+        raise DataError(f"{printable(folder)}: cannot be read: {error.strerror}") from None
 
 
 def nearest_folder(missing: Path, likeness: float = SUGGESTED) -> Path | None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdh_mlflow.data import sources
-from bdh_mlflow.data.folder import kind_of
+from bdh_mlflow.data.folder import held, kind_of
 from bdh_mlflow.data.parquet import UNFINISHED
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import first_line, printable
@@ -76,12 +76,11 @@ def _check_target(folder: Path) -> bool:
         raise DataError(
             f"{printable(folder)}: {'a file' if found == 'file' else found}, not a folder; give another name or remove it first"
         )
-    with _reported(folder):
-        held = sorted(entry.name for entry in folder.iterdir())
-    if UNFINISHED in held:
+    there = held(folder)
+    if UNFINISHED in there:
         raise DataError(f"{printable(folder)}: holds {UNFINISHED}: another preparation is writing here, or one was killed; then remove it")
-    if held:
-        raise DataError(f"{printable(folder)}: not empty (it holds {printable(held[0])}); give another folder or remove it first")
+    if there:
+        raise DataError(f"{printable(folder)}: not empty (it holds {printable(there[0])}); give another folder or remove it first")
     return True
 
 

@@ -14,7 +14,7 @@ import torch
 from bdh_mlflow.config import Config, DatasetConfig
 from bdh_mlflow.config.resolve import resolve
 from bdh_mlflow.data import order, prepare
-from bdh_mlflow.data.folder import REFUSED, is_empty, kind_of, nearest_folder
+from bdh_mlflow.data.folder import REFUSED, held, kind_of, nearest_folder
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
@@ -134,7 +134,7 @@ def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
     folder = Path(dataset.parquet_dir)
     found, shown = kind_of(folder), printable(folder)
     if found == "folder":
-        if not is_empty(folder):
+        if held(folder):
             return
         what = "is empty"
     elif found == "nothing":

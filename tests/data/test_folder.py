@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh_mlflow.data.folder import REFUSED, kind_of, list_files, nearest_folder
+from bdh_mlflow.data.folder import REFUSED, held, kind_of, list_files, nearest_folder
 from bdh_mlflow.errors import DataError
 from tests.conftest import write_shards
 
@@ -51,6 +51,12 @@ def test_links_to_nothing_pipes_and_loops_are_named(tmp_path: Path) -> None:
     assert reasons["gone"] == "a link to nowhere, which does not exist or leads back to itself"
     assert reasons["loop"].startswith("a link to loop")
     assert reasons["pipe"] == "a named pipe"
+
+
+def test_what_the_file_system_keeps_at_the_root_of_a_disk_is_not_data(tmp_path: Path) -> None:
+    """`lost+found` is readable by root only; a folder on a disk of its own would be neither readable nor empty."""
+    touch(tmp_path / "lost+found" / "a", tmp_path / "b")
+    assert found(tmp_path) == held(tmp_path) == ["b"]
 
 
 @pytest.mark.parametrize(("path", "message"), [("a\0b", "NUL byte"), ("n" * 300, "too long")], ids=["nul", "long"])
