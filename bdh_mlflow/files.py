@@ -7,21 +7,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bdh_mlflow.redact import masked
+from bdh_mlflow.text import printable
+
+LONGEST_LINE = 1000  # characters; MLflow names the reason at the end of long sentences
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line without secrets."""
     text = str(error).strip() or type(error).__name__
-    return masked(text.split("\n")[0])[:300]
+    return masked(text.split("\n")[0])[:LONGEST_LINE]
 
 
-def printable(value: object) -> str:
-    """Text that any terminal or log takes: bytes of a file name that are not UTF-8, and halves of surrogate pairs, are spelled out."""
-    text = str(value)
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "backslashreplace").decode()
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a message shows it: from the current folder on where it is in there, else in full."""
+    full = Path(path)
+    with contextlib.suppress(ValueError, OSError):
+        return printable(full.relative_to(Path.cwd()) if full != Path.cwd() else full)
+    return printable(full)
 
 
 def atomic_write(path: Path, content: bytes) -> None:

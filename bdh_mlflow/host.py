@@ -20,6 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What ends a training run with a checkpoint: Ctrl-C, a scheduler's end and its warnings, a closed terminal, a used-up limit of CPU time.
+They may be sent to every process of a run; only the one that trains obeys them."""
+
 SOURCES = {".py", ".yaml", ".yml", ".toml", ".sh", ".md"}
 LARGEST_SOURCE_BYTES = 200_000
 """Untracked files with these suffixes and up to this size are part of the patch."""

@@ -29,6 +29,25 @@ def decode(tokens: list[int]) -> str:
     return b"".join(visible).decode("utf-8", errors="replace")
 
 
+def printable(value: object) -> str:
+    """Text that any terminal or log takes: bytes of a file name that are not UTF-8, and halves of surrogate pairs, are spelled out."""
+    text = str(value)
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def storable(text: str) -> str:
+    """The same text as any store takes it: printable, and NUL, which PostgreSQL refuses, as U+2400."""
+    return printable(text.replace("\0", "\u2400"))
+
+
+def is_storable(text: str) -> bool:
+    """Whether any store takes it as it is."""
+    return storable(text) == text
+
+
 def bits_per_byte(loss: float) -> float:
     """Bits per byte of text for a loss in nats per token."""
     return loss / math.log(2) / BYTES_PER_TOKEN

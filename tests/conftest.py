@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import Config
+from bdh_mlflow.host import ENDING_SIGNALS
 from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import OnMessage
 from bdh_mlflow.tracking.sender import ThreadSender
@@ -74,7 +75,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build, "SAMPLE_BYTES", 4)  # a sample of full length takes longer than the evaluation it belongs to
     torch.manual_seed(0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # the command line sets it for what it starts
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

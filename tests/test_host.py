@@ -99,7 +99,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("place", ["global", "local"])
+@pytest.mark.parametrize("place", ["global", pytest.param("local", marks=pytest.mark.slow)])  # the same settings in the other file
 def test_patch_applies_whatever_the_configuration(name: str, place: str, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attributes, hook, ran = repo.parent / "attributes", repo.parent / "hook", repo.parent / "ran"
     attributes.write_text("* diff=upper\n")
@@ -290,6 +290,7 @@ def test_worktrees_and_submodules_are_checkouts_of_their_own(repo: Path, tmp_pat
     assert state.patch.endswith("# submodule, not shown: inner\n")
 
 
+@pytest.mark.slow  # waits for the limit each time
 @pytest.mark.parametrize(
     ("command", "dirty", "note"), [("rev-parse", None, ""), ("diff-index", None, ""), ("--binary", True, "took too long to give them")]
 )

@@ -1,6 +1,6 @@
 """Checkpoints on disk: written whole or not at all, verified, listed, pruned."""
 
-from bdh_mlflow.checkpoint.directory import PENDING, RUN_DIRECTORY, RunDirectory, list_all, pending, why_unwritable
+from bdh_mlflow.checkpoint.directory import PENDING, RUN_DIRECTORY, RunDirectory, by_last_save, list_all, pending, why_unwritable
 from bdh_mlflow.checkpoint.files import (
     CONFIG_NAME,
     FORMAT,
@@ -39,6 +39,7 @@ __all__ = [
     "State",
     "Throttle",
     "best",
+    "by_last_save",
     "describe",
     "expired",
     "file_digest",

@@ -11,10 +11,22 @@ import re
 import shutil
 import tempfile
 import time
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bdh_mlflow.checkpoint.files import CONFIG_NAME, FORMAT, Checkpoint, Provenance, State, Throttle, file_name, not_saved, write
+from bdh_mlflow.checkpoint.files import (
+    CONFIG_NAME,
+    FORMAT,
+    About,
+    Checkpoint,
+    Provenance,
+    State,
+    Throttle,
+    file_name,
+    list_run,
+    not_saved,
+    write,
+)
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.files import atomic_write
 from bdh_mlflow.text import Evaluation
@@ -39,6 +51,7 @@ class RunDirectory:
         self.path = path
         self._config_yaml = config_yaml
         self._lock: int | None = None
+        self._last_save: datetime | None = None
         try:
             if path.is_dir() and not new:
                 self.folder = path
@@ -67,9 +80,17 @@ class RunDirectory:
         """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
         self.make()
         try:
-            return write(self.path, {"format": FORMAT, **state}, provenance, evaluation, throttle)
+            about = About(provenance, evaluation, self._now())
+            return write(self.path, {"format": FORMAT, **state}, about, throttle)
         except (OSError, RuntimeError) as error:
             raise not_saved(self.path / file_name(state["step"]), error) from error
+
+    def _now(self) -> datetime:
+        """This instant, or, where the clock was set back since the last save beside this run, one just after that."""
+        if self._last_save is None:
+            self._last_save = max((c.saved_at for c in _last_saves(self.path.parent)), default=datetime.min.replace(tzinfo=UTC))
+        self._last_save = max(datetime.now().astimezone(), self._last_save + timedelta(microseconds=1))
+        return self._last_save
 
     def make(self) -> None:
         """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
@@ -133,8 +154,19 @@ def why_unwritable(checkpoint_dir: Path) -> str | None:
 
 
 def list_all(checkpoint_dir: Path) -> list[Path]:
-    """Run directories, oldest first."""
+    """Run directories by name."""
     return sorted(p for p in checkpoint_dir.glob("run_*") if p.is_dir() and RUN_DIRECTORY.fullmatch(p.name))
+
+
+def by_last_save(checkpoint_dir: Path) -> list[Path]:
+    """Run directories with a checkpoint, the one saved to last first: by instants, whatever the zone or the names of the folders."""
+    return [c.path.parent for c in sorted(_last_saves(checkpoint_dir), key=lambda c: (c.saved_at, c.path), reverse=True)]
+
+
+def _last_saves(checkpoint_dir: Path) -> list[Checkpoint]:
+    """The checkpoint of each run that was saved last."""
+    runs = (list_run(folder).checkpoints for folder in list_all(checkpoint_dir))
+    return [max(checkpoints, key=lambda c: c.saved_at) for checkpoints in runs if checkpoints]
 
 
 def pending(checkpoint_dir: Path) -> list[Path]:

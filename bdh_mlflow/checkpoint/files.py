@@ -9,14 +9,18 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from bdh_mlflow.errors import CheckpointError, SaveError
 from bdh_mlflow.files import atomic_write, first_line
@@ -67,14 +71,37 @@ class Manifest(Provenance):
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Manifest":
-        """What a manifest file holds; fields of a newer version are skipped.   Raises TypeError where one is missing."""
+        """What a manifest file holds; fields of a newer version are skipped.   Raises ValueError for missing and invalid ones."""
         names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in tree.items() if name in names})
+        values = {name: value for name, value in tree.items() if name in names}
+        for name in ("loss", "val_loss"):  # version 0.2.0 wrote NaN
+            if isinstance(values.get(name), float) and not math.isfinite(values[name]):
+                values[name] = None
+        manifest = _ADAPTER.validate_json(json.dumps(values), strict=True)  # strict about types, but for objects that JSON has not
+        if manifest.step < 0 or manifest.run_dir in ("", ".", "..") or Path(manifest.run_dir).name != manifest.run_dir:
+            raise ValueError(f"step {manifest.step} in a run directory {manifest.run_dir!r}")
+        return manifest
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether it has a validation loss that can be compared with others."""
+        return self.val_loss is not None and math.isfinite(self.val_loss)
+
+    @property
+    def instant(self) -> datetime | None:
+        """When it was saved; None where the text is no time."""
+        try:
+            return datetime.fromisoformat(self.saved_at).astimezone(UTC)
+        except (ValueError, OverflowError):
+            return None
 
     @property
     def written_by(self) -> str:
         """Version of this package that wrote the checkpoint."""
         return self.versions.get("bdh-mlflow", "an unknown version")
+
+
+_ADAPTER = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,11 @@ class Checkpoint:
     def manifest_path(self) -> Path:
         """The file that says what it should be, written last."""
         return self.path.with_suffix(".json")
+
+    @property
+    def saved_at(self) -> datetime:
+        """The instant when it was saved, as its manifest says, else as the file system does."""
+        return self.manifest.instant or datetime.fromtimestamp(self.manifest_path.stat().st_mtime, UTC)
 
 
 @dataclass(frozen=True)
@@ -132,8 +164,13 @@ def describe(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint (no manifest {manifest_path.name} beside it: the save was interrupted)")
     try:
         manifest = Manifest.from_json(json.loads(manifest_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {error})") from None
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, each["loc"])) for each in error.errors()) or "no fields"
+        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: missing or invalid: {wrong})") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {first_line(error)})") from None
+    if step_of(path) not in (None, manifest.step):
+        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is of step {manifest.step})")
     size = path.stat().st_size
     if size != manifest.bytes:
         raise CheckpointError(f"{path}: damaged ({size:,} bytes, its manifest says {manifest.bytes:,})")
@@ -164,9 +201,9 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def best(checkpoints: tuple[Checkpoint, ...]) -> Checkpoint | None:
-    """The checkpoint of lowest validation loss, if any was evaluated."""
-    evaluated = [(c.manifest.val_loss, c.manifest.step, c) for c in checkpoints if c.manifest.val_loss is not None]
-    return min(evaluated)[2] if evaluated else None
+    """The checkpoint of lowest validation loss, if any has a finite one; of equal ones the first."""
+    evaluated = [(c.manifest.val_loss, c.manifest.step, c) for c in checkpoints if c.manifest.is_evaluated]
+    return min(evaluated, key=lambda each: each[:2])[2] if evaluated else None
 
 
 def expired(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]:
@@ -253,7 +290,16 @@ class _Pieces:
         self._file.flush()
 
 
-def write(run_dir: Path, state: State, provenance: Provenance, evaluation: Evaluation | None, throttle: Throttle) -> Checkpoint:
+@dataclass(frozen=True)
+class About:
+    """What a manifest says besides the state.   saved_at: later than that of every checkpoint before."""
+
+    provenance: Provenance
+    evaluation: Evaluation | None
+    saved_at: datetime
+
+
+def write(run_dir: Path, state: State, about: About, throttle: Throttle) -> Checkpoint:
     """Write a state and then its manifest into a run directory.   Raises OSError or RuntimeError; then neither is there."""
     import torch
 
@@ -271,11 +317,11 @@ def write(run_dir: Path, state: State, provenance: Provenance, evaluation: Evalu
             bytes=partial.stat().st_size,
             sha256=pieces.digest.hexdigest(),
             loss=state["loss"],
-            val_loss=evaluation.loss if evaluation else None,
+            val_loss=about.evaluation.loss if about.evaluation else None,
             run_dir=run_dir.name,
             artifact_path=f"checkpoints/{run_dir.name}/{path.name}",
-            saved_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **dataclasses.asdict(provenance),
+            saved_at=about.saved_at.isoformat(timespec="microseconds"),
+            **dataclasses.asdict(about.provenance),
         )
         checkpoint = Checkpoint(path, manifest)
         # A file of that name from before a rewind: its manifest must never stand beside the new bytes, nor the new manifest beside the old.
@@ -285,5 +331,5 @@ def write(run_dir: Path, state: State, provenance: Provenance, evaluation: Evalu
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    atomic_write(checkpoint.manifest_path, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+    atomic_write(checkpoint.manifest_path, json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False).encode())
     return checkpoint

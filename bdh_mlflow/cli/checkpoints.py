@@ -1,6 +1,8 @@
 """The group `bdh-mlflow checkpoints`: list, verify, pull, export and register them."""
 
 import functools
+import os
+import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bdh_mlflow.cli.common import config_option, print_table
+from bdh_mlflow.cli.common import config_option, print_table, read_config
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import CheckpointError, InputError, ResumeError
 
@@ -31,7 +33,7 @@ def checkpoints_list(target: str, config_path: str, best: bool, all_runs: bool) 
 
     TARGET is a run directory, the folder of run directories, or an MLflow run (whose mirrored checkpoints are listed).
     """
-    if all_runs or not Path(target).exists():
+    if all_runs or not os.path.exists(target):  # noqa: PTH110 - also for a name that is too long
         _list_mirrored(None if all_runs else target, config_path, best)
     else:
         _list_local(Path(target), best)
@@ -62,7 +64,7 @@ def _list_local(target: Path, best: bool) -> None:
 def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
     from bdh_mlflow.tracking import locate
 
-    tracking = Config.from_yaml(config_path).tracking
+    tracking = read_config(config_path).tracking
     locator = locate.Locator(Path(), tracking)
     found = locator.mirror.search(locator.mirrored(target)[0] if target else None, best)
     rows = [[m.uri, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
@@ -96,7 +98,7 @@ def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> Non
             click.echo(f"{name}: intact")
             intact += 1
 
-    if Path(target).exists():
+    if os.path.exists(target):  # noqa: PTH110
         for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
             listing = checkpoint.list_run(run_dir)
             for path, reason in listing.rejected:
@@ -107,7 +109,7 @@ def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> Non
     else:
         from bdh_mlflow.tracking import locate
 
-        locator = locate.Locator(Path(), Config.from_yaml(config_path).tracking)
+        locator = locate.Locator(Path(), read_config(config_path).tracking)
         run_id, paths = locator.mirrored(target)
         for file in paths:
             with tempfile.TemporaryDirectory(prefix="verify-") as folder:  # one at a time: all of them may not fit on this disk
@@ -129,7 +131,7 @@ def checkpoints_pull(target: str, config_path: str) -> None:
     """
     from bdh_mlflow.tracking import locate
 
-    config = Config.from_yaml(config_path)
+    config = read_config(config_path)
     found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     click.echo(str(found.path))
 
@@ -148,7 +150,7 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
     from bdh_mlflow.inference import export
     from bdh_mlflow.tracking import locate
 
-    config = Config.from_yaml(config_path)
+    config = read_config(config_path)
     found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
         raise InputError(f"{found.path}: weights without a configuration; train from them first (a warm start)")
@@ -167,7 +169,8 @@ def checkpoints_export(target: str, kind: "Format", output: str | None, config_p
     click.echo(f"{exported.path}: {exported.bytes / 1e6:.2f} MB of step {found.checkpoint.manifest.step}; {weights}")
     if exported.bits is not None and not formats.use_4bit:
         click.echo("This run was not trained for 4-bit weights (low_precision.use_4bit: false): expect a higher loss than its val/loss.")
-    click.echo(f"Next: bdh-mlflow evaluate {exported.path} (or generate {exported.path} --prompt 'def ')")
+    file = shlex.quote(str(exported.path))
+    click.echo(f"Next: bdh-mlflow evaluate {file} (or generate {file} --prompt 'def ')")
 
 
 @checkpoints.command("register")
@@ -182,13 +185,13 @@ def checkpoints_register(target: str, name: str, alias: str | None, kind: "Forma
     """Register the model of TARGET (given as for --resume) as a new version of a model that `mlflow models serve` can serve."""
     from bdh_mlflow.inference import registry
 
-    config = Config.from_yaml(config_path)
+    config = read_config(config_path)
     registration = registry.Registration(name, alias, kind)
     version, uri = registry.register(
         target, registration, Path(config.training.checkpoint_dir), config.tracking, lambda text: click.echo(text, err=True)
     )
     click.echo(f"{name}, version {version}: {uri}")
-    click.echo(f"Serve: mlflow models serve -m {uri} --env-manager local --port 5001")
+    click.echo(f"Serve: mlflow models serve -m {shlex.quote(uri)} --env-manager local --port 5001")
     click.echo(
         """Ask:   curl -H 'Content-Type: application/json' -d '{"inputs": {"prompt": ["def "]}}' http://127.0.0.1:5001/invocations"""
     )

@@ -1,19 +1,24 @@
-"""What several commands share: options, settings given as words, the `mlflow run` line, tables, loading a model."""
+"""What several commands share: options, settings given as words, the line to type next, tables, loading a model."""
 
 import difflib
 import json
+import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from bdh_mlflow.config import Config
+from bdh_mlflow.config.places import BUILT_IN, expanded
+from bdh_mlflow.errors import InputError
+from bdh_mlflow.text import printable
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.generate import Loaded
@@ -29,6 +34,17 @@ set_option = click.option(
 )
 ACCEPTS_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of commands that also take settings as `--section.key VALUE`; `dotted_options` reads them."""
+
+
+class TrainingCommand(click.Command):
+    """A command that trains: whatever becomes of its output, it goes on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it with output that never raises."""
+        from bdh_mlflow.cli.console import unfailing_output
+
+        with unfailing_output():
+            return super().invoke(ctx)
 
 
 def dotted_options(ctx: click.Context) -> list[str]:
@@ -52,12 +68,58 @@ def dotted_options(ctx: click.Context) -> list[str]:
     return overrides
 
 
-def mlflow_run(config_path: str, parameters: Mapping[str, object], experiment: str = DEFAULT_EXPERIMENT) -> str:
-    """The shell line that trains with a configuration.   parameters: further `-P` options (`resume` or settings) and their values."""
-    words = ["mlflow", "run", ".", "--env-manager", "local", "--experiment-name", experiment]
-    for name, value in {"config": config_path, **parameters}.items():
-        words += ["-P", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return shlex.join(words)
+class Launch(NamedTuple):
+    """How this process was started, so that the lines to type next start another one the same way.
+
+    project: of `mlflow run`, as its user names it; None for `bdh-mlflow`.   env_manager: of `mlflow run`.
+    """
+
+    project: str | None
+    env_manager: str
+
+    @classmethod
+    def of_this_process(cls) -> "Launch":
+        """Under `mlflow run` the current folder is the project, whatever folder its user is in."""
+        if not os.environ.get("MLFLOW_RUN_ID"):
+            return cls(None, "local")
+        try:
+            same = Path(f"/proc/{os.getppid()}/cwd").resolve() == Path.cwd()
+        except OSError:
+            same = True
+        return cls("." if same else str(Path.cwd()), _env_manager(Path(sys.prefix)))
+
+    def train(self, config_path: str, parameters: Mapping[str, object], experiment: str = DEFAULT_EXPERIMENT) -> str:
+        """The shell line that trains with a configuration.   parameters: `resume`, settings, and their values."""
+        given = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+        if self.project is None:
+            words = ["bdh-mlflow", "train", "--config", config_path]
+            for name, value in given.items():
+                words += ["--resume", value] if name == "resume" else ["--set", f"{name}={value}"]
+            return shlex.join(words)
+        words = ["mlflow", "run", self.project, "--env-manager", self.env_manager, "--experiment-name", experiment]
+        for name, value in {"config": config_path, **given}.items():
+            words += ["-P", f"{name}={value}"]
+        return shlex.join(words)
+
+
+def _env_manager(prefix: Path) -> str:
+    """Which of MLflow's environment managers has made this environment; `local` for one that none has."""
+    if not re.fullmatch(r"mlflow-[0-9a-f]{32,}", prefix.name):
+        return "local"
+    if (prefix / "conda-meta").is_dir():
+        return "conda"
+    settings = prefix / "pyvenv.cfg"
+    return "uv" if settings.is_file() and re.search(r"^uv\s*=", settings.read_text(encoding="utf-8"), re.MULTILINE) else "virtualenv"
+
+
+def read_config(config_path: str) -> Config:
+    """The configuration of a command that only needs to know where things are: without the default file, the defaults.
+
+    Raises ConfigError for a file that is named and missing.
+    """
+    if config_path == DEFAULT_CONFIG and not Path(config_path).exists():
+        return Config.from_dict({}, base=Path.cwd())
+    return Config.from_yaml(config_path)
 
 
 def exit_stopped_early(ctx: click.Context, stop: "StopRequest") -> NoReturn:
@@ -70,11 +132,29 @@ def load_model(target: str, config_path: str) -> "Loaded":
     """The model that a target names (same grammar as `--resume`); prints each file that was skipped to standard error."""
     from bdh_mlflow.inference import load
 
-    config = Config.from_yaml(config_path)
+    config = read_config(config_path)
     loaded = load.load(target, Path(config.training.checkpoint_dir), config.tracking)
     for note in loaded.notes:
         click.echo(note, err=True)
     return loaded
+
+
+def place(text: str) -> str:
+    """A path given as a word: what is there as it is written, else with `~` and `${NAME}` expanded, which a shell may not have done.
+
+    Raises InputError for what stands for nothing.
+    """
+    if text in BUILT_IN or os.path.lexists(text.replace("\0", "")):
+        return text
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise InputError(f"{printable(text)}: {error}") from None
+
+
+def console_on(stream: TextIO) -> Console:
+    """A console on a stream; a file is no terminal, also where FORCE_COLOR is set."""
+    return Console(file=stream, force_terminal=stream.isatty())
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -82,7 +162,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*(str(h).replace("[", "\\[") for h in header))
     for row in rows:
         table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
-    console = Console(file=sys.stdout)
+    console = console_on(sys.stdout)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     console.print(table)

@@ -4,13 +4,12 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from bdh_mlflow.cli.common import DEFAULT_CONFIG, mlflow_run, print_table
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, console_on, place, print_table
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import printable
-from bdh_mlflow.text import decode
+from bdh_mlflow.files import shown
+from bdh_mlflow.text import decode, printable
 
 SHOWN_SKIPPED = 10
 
@@ -34,15 +33,15 @@ def data_prepare(source: str, folder: str, column: str) -> None:
 
     if not folder:
         raise DataError("FOLDER is empty text; name a folder, or . for the current one")
-    out = Console(file=sys.stderr)
+    source, folder, out = place(source), place(folder), console_on(sys.stderr)
     with out.status("reading") as status:
         done = prepare(source, Path(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
     for name, reason in done.skipped[:SHOWN_SKIPPED]:
         click.echo(f"skipped {name}: {reason}")
     if len(done.skipped) > SHOWN_SKIPPED:
         click.echo(f"... and {len(done.skipped) - SHOWN_SKIPPED} more")
-    click.echo(f"{printable(done.folder)}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
-    click.echo(f"Next: {mlflow_run(DEFAULT_CONFIG, {'dataset.parquet_dir': printable(done.folder)})}")
+    click.echo(f"{shown(done.folder)}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
+    click.echo(f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, {'dataset.parquet_dir': shown(done.folder)})}")
 
 
 @data.command("inspect")
@@ -53,7 +52,7 @@ def data_inspect(folder: str, column: str, val_fraction: float) -> None:
     """Show what the parquet files in FOLDER hold and how training would split them."""
     from bdh_mlflow.data.parquet import ParquetText
 
-    tree = {"dataset": {"parquet_dir": folder, "text_column": column, "val_fraction": val_fraction}}
+    tree = {"dataset": {"parquet_dir": place(folder), "text_column": column, "val_fraction": val_fraction}}
     text = ParquetText(Config.from_dict(tree, origin="options").dataset)
     first = text.row_groups[0]
     training, validation = text.training_bytes(first), text.validation_bytes(first)

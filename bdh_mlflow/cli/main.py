@@ -4,8 +4,11 @@ Only this package prints and exits. Modules that import torch, mlflow or pyarrow
 `--help` and `config show` answer at once.
 """
 
+import errno
+import io
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -13,7 +16,7 @@ import click
 
 from bdh_mlflow import __version__
 from bdh_mlflow.cli import checkpoints, config, data, runs, studies, training
-from bdh_mlflow.errors import BdhError
+from bdh_mlflow.errors import BdhError, InputError
 
 
 class _Commands(click.Group):
@@ -25,6 +28,11 @@ class _Commands(click.Group):
         except BdhError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            click.echo(f"Error: {str(error.filename)[:80]}...: {error.strerror}; give another path", err=True)
+            ctx.exit(InputError.exit_code)
 
 
 @click.group(cls=_Commands)
@@ -32,6 +40,7 @@ class _Commands(click.Group):
 def cli() -> None:
     """Train BDH language models from a YAML config, track them with MLflow, and resume them bit for bit."""
     _quiet_libraries()
+    _guard_processes()
 
 
 def main() -> None:
@@ -49,6 +58,24 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\..*")
     warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)  # MLflow's, about its own classes in mlflow.pyfunc
+
+
+def _guard_processes() -> None:
+    """What holds for this process and all that it starts.
+
+    None looks for modules in the current folder, where a user may have a random.py. A warning of a library is a line, not the end, also
+    where PYTHONWARNINGS=error is set. A character that the output cannot show is printed as its code.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.filters[:] = [each for each in warnings.filters if each[0] != "error"]  # type: ignore[index]
+        sys.warnoptions[:] = [option for option in sys.warnoptions if not option.startswith("error")]
+        os.environ["PYTHONWARNINGS"] = ",".join(sys.warnoptions)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a prompt is bytes, whatever they are
 
 
 for _command in (

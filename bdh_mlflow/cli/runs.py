@@ -1,14 +1,14 @@
 """Commands about one trained run and its delivery: evaluate, generate, sync, doctor."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bdh_mlflow.cli.common import config_option, load_model, mlflow_run, print_table
-from bdh_mlflow.config import Config
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, load_model, place, print_table, read_config
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.text import bits_per_byte
 
@@ -32,12 +32,12 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
     loaded = load_model(run, config_path)
     dataset = loaded.config.dataset
     if folder is not None:
-        dataset = dataclasses.replace(dataset, parquet_dir=folder)
+        dataset = dataclasses.replace(dataset, parquet_dir=place(folder))
     loss = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
     click.echo(f"{loaded.path}: step {loaded.step}")
     click.echo(f"val/loss {loss:.4f} nats per byte, val/bpb {bits_per_byte(loss):.4f} on {dataset.parquet_dir}")
     if log and loaded.run_id is not None:
-        names = load.record(loaded, dataset, loss, Config.from_yaml(config_path).tracking)
+        names = load.record(loaded, dataset, loss, read_config(config_path).tracking)
         click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}")
 
 
@@ -71,6 +71,9 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
     if any(value != value for value in sampling.values()):
         raise click.UsageError("--temperature and --top-p must be numbers")
     how = generate.Sampling(**sampling)
+    reads = interactive or "-" in prompts or not prompts
+    if reads and (sys.stdin is None or sys.stdin.closed):  # `<&-`
+        raise click.UsageError("standard input is closed; give --prompt TEXT")
     if interactive:
         _converse(load_model(run, config_path), max_new_tokens, how)
         return
@@ -127,18 +130,23 @@ def sync(ctx: click.Context, folder: str | None, config_path: str, tracking_uri:
         if not (folders[0] / journal.FILE_NAME).is_file():
             raise InputError(f"{folder}: no {journal.FILE_NAME} in this folder; name a run directory")
     else:
-        folders = sync.folders_with_journal(Path(Config.from_yaml(config_path).training.checkpoint_dir))
+        folders = sync.folders_with_journal(Path(read_config(config_path).training.checkpoint_dir))
     left = 0
-    for place in folders:
+    for waiting in folders:
         try:
-            done = sync.sync(place, tracking_uri, lambda text: click.echo(text, err=True))
-        except (TrackingError, OSError) as error:  # other journals may go to another store
-            click.echo(f"{place}: {error}", err=True)
+            done = sync.sync(waiting, tracking_uri, lambda text: click.echo(text, err=True))
+        except (TrackingError, OSError, ValueError) as error:  # other journals may go to another store
+            click.echo(f"{waiting}: {error}", err=True)
             left += 1
         else:
-            click.echo(f"{place}: {done.words}")
+            click.echo(f"{waiting}: {done.words}")
             left += done.left
-    click.echo(f"{len(folders)} journals, {left} records left" + (f"; try again: {ctx.command_path}" if left else ""))
+    again = [
+        *ctx.command_path.split(),
+        *([folder] if folder else []),
+        *(["--config", config_path] if config_path != DEFAULT_CONFIG else []),
+    ]
+    click.echo(f"{len(folders)} journals, {left} records left" + (f"; try again: {shlex.join(again)}" if left else ""))
     if left:
         ctx.exit(1)
 
@@ -154,10 +162,10 @@ def doctor(ctx: click.Context, config_path: str) -> None:
     """
     from bdh_mlflow.cli.doctor import examine
 
-    findings = examine(Config.from_yaml(config_path))
+    findings = examine(read_config(config_path))
     print_table(["", "found", "do"], [[f.what, f"{f.found}{'' if f.good else '  <- '}", f.do] for f in findings])
     wrong = [f.what for f in findings if not f.good]
     if wrong:
         click.echo(f"Problems: {', '.join(wrong)}")
         ctx.exit(1)
-    click.echo(f"No problems. Next: {mlflow_run(config_path, {})}")
+    click.echo(f"No problems. Next: {Launch.of_this_process().train(config_path, {})}")

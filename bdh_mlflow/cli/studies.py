@@ -12,11 +12,13 @@ import click
 
 from bdh_mlflow.cli.common import (
     ACCEPTS_SETTINGS,
+    Launch,
+    TrainingCommand,
     config_option,
     dotted_options,
     exit_stopped_early,
-    mlflow_run,
     print_table,
+    read_config,
     set_option,
 )
 from bdh_mlflow.config import Config
@@ -50,10 +52,12 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, metrics: tuple[st
     from bdh_mlflow.studies import compare as study
     from bdh_mlflow.studies import report
 
-    tracking, path = Config.from_yaml(config_path).tracking, Path(out)
+    tracking, path = read_config(config_path).tracking, Path(out)
     if not path.absolute().parent.is_dir():
         raise InputError(f"--out {path}: there is no folder {path.parent}")
-    comparison = study.read(_split(runs, study.FILTER), tracking, metrics)
+    if not (names := _split(runs, study.FILTER)):
+        raise InputError("no run is named; give an id, a name, latest, an experiment or a filter")
+    comparison = study.read(names, tracking, metrics)
     shown = comparison.runs[:SHOWN_RUNS]
     print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in study.rows(comparison)])
     if len(shown) < len(comparison.runs):
@@ -69,7 +73,7 @@ def _split(runs: Sequence[str], filters: re.Pattern[str]) -> list[str]:
     return [word for run in runs for word in ([run] if filters.search(run) else run.split())]
 
 
-@click.command(context_settings=ACCEPTS_SETTINGS)
+@click.command(cls=TrainingCommand, context_settings=ACCEPTS_SETTINGS)
 @config_option
 @set_option
 @click.option("--space", "space_path", default="configs/sweep.yaml", show_default=True, help="YAML file of what is searched.")
@@ -83,12 +87,14 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     """
     from bdh_mlflow.cli import console
     from bdh_mlflow.studies import sweep as study
+    from bdh_mlflow.studies.space import Space
     from bdh_mlflow.tracking.sender import SubprocessSender
     from bdh_mlflow.training.problems import problems
     from bdh_mlflow.training.stop import StopRequest
 
-    given, space = [*overrides, *dotted_options(ctx)], study.Space.from_yaml(space_path)
-    shared = [f"{key}={yaml_scalar(value)}" for key, value in space.settings.items()]
+    launch = Launch.of_this_process()  # now: the sweep hides the wrapper run from its trials
+    given, space = [*overrides, *dotted_options(ctx)], Space.from_yaml(space_path)
+    shared = [f"{key}={value if isinstance(value, str) else yaml_scalar(value)}" for key, value in space.settings.items()]
     config, stop = Config.from_yaml(config_path, [*given, *shared], checks=(problems,)), StopRequest()
     stop.install()
     try:
@@ -102,12 +108,15 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
         number, value, found = result.best
         named = dict(override.split("=", 1) for override in given)
         click.echo(f"Best: trial {number}, val/loss {value:.4f}")
-        click.echo(f"Next: {mlflow_run(config_path, {**named, **space.settings, **found})}")
+        click.echo(f"Next: {launch.train(config_path, {**named, **space.settings, **found}, result.experiment)}")
+    elif not result.stopped:
+        click.echo("No trial is complete: see above why")
+        ctx.exit(0 if result.counts["pruned"] else 1)
     if result.stopped:
         ctx.exit(128 + signal.Signals[result.stopped])
 
 
-@click.command("verify-resume", context_settings=ACCEPTS_SETTINGS)
+@click.command("verify-resume", cls=TrainingCommand, context_settings=ACCEPTS_SETTINGS)
 @config_option
 @set_option
 @click.option("--steps", default=40, show_default=True, type=click.IntRange(2), help="Optimizer updates to train, twice.")

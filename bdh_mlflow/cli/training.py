@@ -1,5 +1,6 @@
 """The command `train`, and what it prints at the end."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -7,15 +8,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bdh_mlflow.cli.common import ACCEPTS_SETTINGS, config_option, dotted_options, exit_stopped_early, mlflow_run, set_option
+from bdh_mlflow.cli.common import (
+    ACCEPTS_SETTINGS,
+    Launch,
+    TrainingCommand,
+    config_option,
+    dotted_options,
+    exit_stopped_early,
+    set_option,
+)
 from bdh_mlflow.config import Config
+from bdh_mlflow.files import shown
 from bdh_mlflow.text import bits_per_byte
 
 if TYPE_CHECKING:
     from bdh_mlflow.training.start import Outcome
 
 
-@click.command(context_settings=ACCEPTS_SETTINGS)
+@click.command(cls=TrainingCommand, context_settings=ACCEPTS_SETTINGS)
 @config_option
 @set_option
 @click.option(
@@ -68,18 +78,22 @@ def _summary(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> 
         yield "Samples (text in \u27e6 \u27e7 is the model's):"
         yield from map(str, ending.samples)
     how = "Finished" if finished else f"Stopped by {ending.reason}"
+    if finished and outcome.first_step == ending.step:
+        how = "Nothing to do: the run was"
     val = f", val/loss {ending.val_loss:.4f}, val/bpb {bits_per_byte(ending.val_loss):.4f}" if ending.val_loss is not None else ""
     yield f"{how} at step {ending.step}{val}; peak memory {outcome.peak_gib:.2f} GiB"
     if outcome.run_dir:
-        yield f"Checkpoints: {outcome.run_dir}"
+        place = shown(outcome.run_dir)
+        yield f"Checkpoints: {place}"
         if finished:
-            yield f"Try it:  bdh-mlflow generate {outcome.run_dir} --prompt 'def '"
+            yield f"Try it:  bdh-mlflow generate {shlex.quote(place)} --prompt 'def '"
         yield f"Resume:  {_resume_line(outcome, config_path, overrides)}"
-    if outcome.undelivered:
+    if outcome.undelivered and outcome.journal:
         yield f"{outcome.undelivered} records wait for the tracking server; they are kept, and the checkpoints here are complete"
-        yield f"Deliver: bdh-mlflow sync {outcome.journal}"
+        yield f"Deliver: bdh-mlflow sync {shlex.quote(shown(outcome.journal))}"
     elif identity and not identity.on_server:
-        yield f"Look:    mlflow ui --backend-store-uri {identity.tracking_uri}"
+        uri = shlex.quote(identity.tracking_uri) if "***" not in identity.tracking_uri else '"$MLFLOW_TRACKING_URI"'
+        yield f"Look:    mlflow ui --backend-store-uri {uri}"
         yield f"         then open {identity.page}"
     elif identity:
         yield f"Look:    {identity.page}"
@@ -88,9 +102,10 @@ def _summary(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> 
 def _resume_line(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> str:
     """The command that continues this run with the same settings; a finished one for as many steps again."""
     identity, ending = outcome.identity, outcome.ending
-    target = identity.run_id if identity and not outcome.undelivered else str(outcome.run_dir)
+    target = identity.run_id if identity and not outcome.undelivered else shown(outcome.run_dir or "")
     settings = dict(override.split("=", 1) for override in overrides)  # `mlflow run` refuses a parameter given twice
     settings.pop("training.resume_from_checkpoint", None)
     if ending.reason == "finished":
         settings["training.max_iters"] = str(2 * ending.step)
-    return mlflow_run(config_path, {"resume": target, **settings}, identity.experiment if identity else outcome.experiment)
+    experiment = identity.experiment if identity else outcome.experiment
+    return Launch.of_this_process().train(config_path, {"resume": target, **settings}, experiment)

@@ -9,6 +9,7 @@ from bdh_mlflow.config.config import (
     Incompatibility,
     changes_trajectory,
     incompatible,
+    problem_of,
 )
 from bdh_mlflow.config.messages import Problem, documentation
 from bdh_mlflow.config.resolve import Machine, Resolved, resolve
@@ -49,6 +50,7 @@ __all__ = [
     "changes_trajectory",
     "documentation",
     "incompatible",
+    "problem_of",
     "resolve",
     "role_of",
 ]

@@ -18,7 +18,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bdh_mlflow import __version__
-from bdh_mlflow.config.messages import Problem, explain, yaml_scalar
+from bdh_mlflow.config.messages import Problem, entry_problems, explain, yaml_scalar
+from bdh_mlflow.config.places import absolute
 from bdh_mlflow.config.reading import read_yaml, with_overrides
 from bdh_mlflow.config.settings import (
     SECTIONS,
@@ -31,6 +32,7 @@ from bdh_mlflow.config.settings import (
     SchedulerConfig,
     TrackingConfig,
     TrainingConfig,
+    place_of,
     role_of,
 )
 from bdh_mlflow.errors import ConfigError
@@ -96,16 +98,23 @@ class Config:
         checks: further rules, for what this file alone cannot tell (the hardware, say). Raises ConfigError with every problem found.
         """
         tree = read_yaml(Path(path))
-        return cls.from_dict(tree, overrides, checks, origin=str(path))
+        return cls.from_dict(tree, overrides, checks, origin=str(path), base=Path.cwd())
 
     @classmethod
     def from_dict(
-        cls, tree: Mapping[str, Any], overrides: Sequence[str] = (), checks: Sequence[Check] = (), origin: str = "config"
+        cls,
+        tree: Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        checks: Sequence[Check] = (),
+        origin: str = "config",
+        base: Path | None = None,
     ) -> "Config":
-        """The same from a nested mapping; `origin` heads the error message."""
+        """The same from a nested mapping.   origin: heads the error message.   base: folder of relative places; None leaves them so."""
         problems: list[Problem] = []
         merged = with_overrides(tree, overrides, problems)
         config = _validated(merged, problems)
+        if base is not None:
+            config = _placed(config, base, problems)
         faulty = {p.key for p in problems}
         for check in (_consistency, *checks):
             problems += [p for p in check(config) if p.key not in faulty]
@@ -162,7 +171,7 @@ class Config:
         Raises ConfigError; where another version wrote the file, the message says so.
         """
         try:
-            return cls.from_dict(tree, origin=f"{file} (its configuration)")
+            return cls.from_dict(tree, origin=f"{file} (its configuration)", base=Path.cwd())
         except ConfigError as error:
             if written_by == __version__:
                 raise
@@ -228,6 +237,14 @@ def incompatible(config: Config) -> Iterable[Problem]:
             yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
 
 
+def problem_of(key: str, value: Any) -> Problem | None:
+    """What is wrong with a value of one setting, whatever the others are.   key: dotted."""
+    problems: list[Problem] = []
+    section, _, name = key.partition(".")
+    _validated(with_overrides({section: {name: value}}, (), problems), problems)
+    return problems[0] if problems else None
+
+
 def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> Config:
     """A configuration from the valid part of the tree; each invalid setting becomes a problem and keeps its default."""
     sections = {}
@@ -240,10 +257,28 @@ def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> C
         try:
             sections[name] = adapter.validate_python(values)
         except ValidationError as error:
-            for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
-                problems.append(Problem(f"{name}.{key}", explain(name, key, values[key])))
-                del values[key]
+            reasons = {str(e["loc"][0]): str(e.get("ctx", {}).get("error", "")) for e in reversed(error.errors())}
+            for key in [key for key in values if key in reasons]:
+                value = values.pop(key)
+                entries = entry_problems(name, key, value) if isinstance(value, Mapping) else []
+                problems += entries or [Problem(f"{name}.{key}", explain(name, key, value, reasons[key]))]
             sections[name] = adapter.validate_python(values)
+    return Config(**sections)
+
+
+def _placed(config: Config, base: Path, problems: list[Problem]) -> Config:
+    """The same with every place in full; one that cannot be becomes a problem."""
+    sections = {}
+    for name, section in SECTIONS.items():
+        values = vars(getattr(config, name))
+        places = {field.name: kind for field in dataclasses.fields(section) if (kind := place_of(name, field.name))}
+        changed = {}
+        for key, kind in places.items():
+            try:
+                changed[key] = values[key] and absolute(values[key], base, kind)
+            except ValueError as error:
+                problems.append(Problem(f"{name}.{key}", str(error)))
+        sections[name] = dataclasses.replace(getattr(config, name), **changed)
     return Config(**sections)
 
 

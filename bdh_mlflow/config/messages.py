@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from bdh_mlflow.config.settings import SECTIONS, Refused, declared
 from bdh_mlflow.files import nearest
 
+LONGEST_SHOWN = 80  # characters of a value in a message
+
 
 class Problem(NamedTuple):
     """One thing wrong with a configuration: the dotted key (empty for the whole file) and a sentence."""
@@ -31,13 +33,20 @@ def documentation() -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def explain(section: str, key: str, value: object) -> str:
-    """What is wrong with a value: what was found and what is accepted."""
+def explain(section: str, key: str, value: object, reason: str = "") -> str:
+    """What is wrong with a value: what was found and what is accepted.   reason: what a rule for this type says."""
     fields = SECTIONS[section].__pydantic_fields__
     if key not in fields:
         return f"unknown key{nearest(key, fields)}"
     known = [r.reason for r in typing.get_args(declared(section, key)) if isinstance(r, Refused) and r.value == value]
-    return "; ".join([f"found {found(value)}", *known, f"accepted: {accepted(section, key)}"])
+    if reason and isinstance(value, Mapping):
+        return reason
+    return "; ".join([f"found {found(value)}", *known, *([reason] if reason else []), f"accepted: {accepted(section, key)}"])
+
+
+def entry_problems(section: str, key: str, value: Mapping[str, object]) -> list[Problem]:
+    """What is wrong with the entries of a mapping of text to text, one by one."""
+    return [Problem(f"{section}.{key}.{name}", f"found {found(v)}; accepted: text") for name, v in value.items() if not isinstance(v, str)]
 
 
 def found(value: object) -> str:
@@ -45,7 +54,7 @@ def found(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return f"the text {json.dumps(value)}"
+        return f"the text {json.dumps(value if len(value) <= LONGEST_SHOWN else value[:LONGEST_SHOWN] + '...')}"
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list):

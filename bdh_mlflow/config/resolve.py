@@ -67,7 +67,7 @@ def _source(config: Config) -> _Choice | None:
     """The default text is for the default folder: any other one that is missing is a mistake, or someone's own."""
     if config.dataset.source != "auto":
         return None
-    if Path(config.dataset.parquet_dir) == Path(DatasetConfig().parquet_dir):
+    if Path(config.dataset.parquet_dir).absolute() == Path(DatasetConfig().parquet_dir).absolute():
         return _Choice("python-stdlib", "auto for the default parquet_dir")
     return _Choice(None, "auto for a parquet_dir of one's own")
 

@@ -1,37 +1,91 @@
 """Every setting: its type, default, limits and meaning, and whether a resumed run may change it.
 
 Sections are frozen dataclasses that pydantic validates. The declared type of a field is the only place that says what is accepted, how an
-override is read, and what its `Role` is. A new setting needs a field here, a line in each of configs/*.yaml, and code that reads it.
+override is read, what its `Role` is, and whether it names a place on disk. A new setting needs a field here, a line in each of
+configs/*.yaml, and code that reads it.
 """
 
 import dataclasses
 import enum
 import functools
+import posixpath
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from bdh_mlflow.text import VOCAB_SIZE
+from bdh_mlflow.text import VOCAB_SIZE, is_storable
+
+TAG_KEY = re.compile(r"[/\w.\- :]{1,250}")
+"""Names that MLflow takes for tags; besides, they must not change when they are read as paths (mlflow.utils.validation)."""
+LONGEST_TAG, LONGEST_EXPERIMENT, LONGEST_RUN_NAME = 8000, 500, 250  # characters that MLflow stores
 
 
-def _not_bool(value: object) -> object:
-    """YAML's `true` is not the number 1."""
+def _decimal(value: object) -> object:
+    """YAML's `true` is not the number 1, and a number in another base than ten is more likely a slip than meant."""
     if isinstance(value, bool):
         raise ValueError("true and false are not numbers")
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*[-+]?0(?:([xob])[0-9a-f_]*|[0-9_]+)\s*", value, re.IGNORECASE)):
+        base = {"x": "base 16", "o": "base 8", "b": "base 2"}.get((found[1] or "").lower())
+        reason = f"a number in {base}" if base else "a number with a leading zero, which some read in base 8"
+        raise ValueError(f"{reason}; write it in base 10, without the zero")
     return value
 
 
-Int = Annotated[int, BeforeValidator(_not_bool)]
-Float = Annotated[float, BeforeValidator(_not_bool)]
+def _one_line(value: str) -> str:
+    """Text that every store, file system and process takes."""
+    if "\0" in value:
+        raise ValueError("the character NUL has no place in it")
+    return value
+
+
+def _name(longest: int) -> AfterValidator:
+    """Text that MLflow takes as a name."""
+
+    def check(value: str) -> str:
+        if not value.strip():
+            raise ValueError("a name of blanks")
+        if not is_storable(value):
+            raise ValueError("it holds bytes that are not UTF-8, or NUL, which cannot be stored")
+        if len(value) > longest:
+            raise ValueError(f"{len(value):,} characters; MLflow stores {longest}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    for key, value in tags.items():
+        tidy = posixpath.normpath(key) == key != "." and not key.startswith(("/", ".."))
+        if not (tidy and TAG_KEY.fullmatch(key)):
+            raise ValueError(f"`{key[:60]}` is no name that MLflow takes for a tag: letters, digits, blanks and _ - . : /, at most 250")
+        if key.startswith("bdh."):
+            raise ValueError(f"`{key}`: names that begin with bdh. are set by the program")
+        if not is_storable(value):
+            raise ValueError(f"the value of `{key}` holds bytes that are not UTF-8, or NUL, which cannot be stored")
+        if len(value) > LONGEST_TAG:
+            raise ValueError(f"the value of `{key}` has {len(value):,} characters; MLflow stores {LONGEST_TAG:,}")
+    return tags
+
+
+class Place(enum.Enum):
+    """What kind of place a text names: made absolute once, when a configuration is read (see `places`)."""
+
+    PATH = "a file or folder"
+    STORE = "the URI of a tracking store"
+
+
+Int = Annotated[int, BeforeValidator(_decimal)]
+Float = Annotated[float, BeforeValidator(_decimal)]
 Count = Annotated[Int, Field(ge=1)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
 
 
 class Role(enum.Enum):
@@ -99,11 +153,11 @@ class TrainingConfig:
     """Validation batches in one evaluation, always the same ones."""
     checkpoint_freq: Annotated[Count, Role.FREE] = 500
     """Updates between two checkpoints; the last update is always saved."""
-    checkpoint_dir: Annotated[Text, Role.FREE] = "checkpoints"
+    checkpoint_dir: Annotated[Text, Role.FREE, Place.PATH] = "checkpoints"
     """Folder of the run directories."""
     keep_checkpoints: Annotated[Count | None, Role.FREE] = None
     """Newest checkpoints to keep besides the best one, here and in the mirror; null keeps all."""
-    resume_from_checkpoint: Annotated[str | None, Role.FREE] = None
+    resume_from_checkpoint: Annotated[Text | None, Role.FREE] = None
     """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], RUN:N (its step N) or an artifact URI; null: a new run."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: auto compiles on CUDA only."""
@@ -151,9 +205,9 @@ class DataLoaderConfig:
 class DatasetConfig:
     """The text."""
 
-    parquet_dir: Annotated[Text, Role.FREE] = "data/python-stdlib"
+    parquet_dir: Annotated[Text, Role.FREE, Place.PATH] = "data/python-stdlib"
     """Folder of parquet files, searched with its subfolders."""
-    source: Annotated[str | None, Role.FREE] = "auto"
+    source: Annotated[Text | None, Role.FREE, Place.PATH] = "auto"
     """What a missing or empty parquet_dir is built from: python-stdlib, a file, a folder; null: nothing; auto: stdlib for the default."""
     text_column: Annotated[Text, Role.ORDER] = "text"
     """Column that holds the documents."""
@@ -203,13 +257,13 @@ class Fp8Config:
 class TrackingConfig:
     """What is sent to MLflow, and where."""
 
-    experiment: Annotated[Text, Role.FREE] = "bdh"
+    experiment: Annotated[str, _name(LONGEST_EXPERIMENT), Role.FREE] = "bdh"
     """Experiment of a new run; under `mlflow run` its --experiment-name decides."""
-    run_name: Annotated[str | None, Role.FREE] = None
+    run_name: Annotated[Annotated[str, _name(LONGEST_RUN_NAME)] | None, Role.FREE] = None
     """Name of a new run; null lets MLflow choose."""
-    tags: Annotated[dict[str, str], Role.FREE] = dataclasses.field(default_factory=dict)
+    tags: Annotated[dict[str, str], AfterValidator(_tags), Role.FREE] = dataclasses.field(default_factory=dict)
     """Tags of the run."""
-    tracking_uri: Annotated[str | None, Role.FREE] = None
+    tracking_uri: Annotated[Text | None, Role.FREE, Place.STORE] = None
     """Tracking server or store; null = MLFLOW_TRACKING_URI, or sqlite:///mlflow.db here."""
     mirror_checkpoints: Annotated[bool, Role.FREE] = True
     """Copy every checkpoint to the run's artifacts."""
@@ -240,6 +294,11 @@ def role_of(dotted_key: str) -> Role:
     section, _, key = dotted_key.partition(".")
     marks = typing.get_args(declared(section, key.partition(".")[0]))
     return next((mark for mark in marks if isinstance(mark, Role)), Role.TRAJECTORY)
+
+
+def place_of(section: str, key: str) -> Place | None:
+    """What kind of place a setting names, if it names one."""
+    return next((mark for mark in typing.get_args(declared(section, key)) if isinstance(mark, Place)), None)
 
 
 def takes_text(section: str, key: str) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import printable
+from bdh_mlflow.files import shown
+from bdh_mlflow.text import printable
 
 SUGGESTED, REFUSED = 0.6, 0.75  # likeness of two names, of 1: to ask "did you mean", and to take one for a misspelling of the other
 
@@ -39,7 +40,7 @@ def list_files(root: Path, passed_over: Callable[[str], bool]) -> Listing:
     try:
         seen = {_identity(folder) for folder in root.resolve().parents}
     except OSError as error:
-        raise DataError(f"{printable(root)}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{shown(root)}: cannot be read: {error.strerror}") from None
     folders: list[Path] = [root]
     links: list[Path] = []
     while folders or links:
@@ -71,7 +72,7 @@ def kind_of(path: Path) -> str:
         raise DataError(f"{str(path)!r}: not a path, as it holds a NUL byte") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise DataError(f"{printable(path)}: the name is too long for this file system") from None
+            raise DataError(f"{shown(path)}: the name is too long for this file system") from None
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return f"cannot be looked at: {error.strerror}"
         if path.is_symlink():
@@ -89,7 +90,7 @@ def held(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir() if entry.name != OF_THE_FILE_SYSTEM)
     except OSError as error:
-        raise DataError(f"{printable(folder)}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
 
 
 def nearest_folder(missing: Path, likeness: float = SUGGESTED) -> Path | None:

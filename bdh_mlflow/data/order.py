@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data.parquet import Bytes, ParquetText, shuffled
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import printable
+from bdh_mlflow.files import shown
+from bdh_mlflow.host import ENDING_SIGNALS
 from bdh_mlflow.text import SEPARATOR
 
 Position = dict[str, Any]
@@ -196,7 +197,7 @@ class _Walk:
         while not lane.left:
             if without_window == len(self._text.row_groups):
                 raise DataError(
-                    f"{printable(self._text.root)}: an epoch of training text does not fill one window of block_size {self.block_size}; "
+                    f"{shown(self._text.root)}: an epoch of training text does not fill one window of block_size {self.block_size}; "
                     f"lower training.block_size or add text"
                 )
             lane.open(self._next_group)
@@ -227,7 +228,7 @@ class _Walk:
         """Continue from `position`.   Raises DataError for one of another number of lanes."""
         if len(position["lanes"]) != len(self._lanes):
             raise DataError(
-                f"{printable(self._text.root)}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}"
+                f"{shown(self._text.root)}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}"
             )
         self._next_group, self._turn = position["next_unit"], position["turn"]
         for lane, state in zip(self._lanes, position["lanes"], strict=True):
@@ -235,6 +236,6 @@ class _Walk:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore SIGINT and SIGTERM: Ctrl-C and schedulers send them to every process, but the trainer decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C and schedulers signal every process, but the trainer decides when its workers end."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

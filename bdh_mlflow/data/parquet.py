@@ -26,8 +26,8 @@ from torch import Tensor
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files, nearest_folder
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line, printable
-from bdh_mlflow.text import SEPARATOR
+from bdh_mlflow.files import first_line, shown
+from bdh_mlflow.text import SEPARATOR, printable
 
 Bytes = npt.NDArray[np.uint8]
 NAMED_FILES = 3  # of those that are not read, in a message
@@ -64,7 +64,7 @@ class ParquetText:
         for number, file in enumerate(self.files):
             self._index(number, file)
         if not self.row_groups:
-            raise DataError(f"{printable(self.root)}: {len(self.files)} parquet files without a single row")
+            raise DataError(f"{shown(self.root)}: {len(self.files)} parquet files without a single row")
         self.rows = sum(group.rows for group in self.row_groups)
         self.bytes = sum(entry["bytes"] for entry in self.manifest)
         self._file_hashes = [text_hash(self._name(f)) for f in self.files]
@@ -104,7 +104,7 @@ class ParquetText:
             length += len(text[-1])
         if length <= block_size:
             raise DataError(
-                f"{printable(self.root)}: validation text has {length - 1} bytes, block_size {block_size} needs more; "
+                f"{shown(self.root)}: validation text has {length - 1} bytes, block_size {block_size} needs more; "
                 f"raise dataset.val_fraction (now {self.val_fraction}), lower training.block_size or add text"
             )
         windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(text), block_size + 1)[::block_size]
@@ -119,7 +119,7 @@ class ParquetText:
         """Which files of the folder are not read, in a line; None if there is none."""
         if not self.passed_over:
             return None
-        return f"{printable(self.root)}: not read, as only .parquet files are: {_named(self.root, self.passed_over)}"
+        return f"{shown(self.root)}: not read, as only .parquet files are: {_named(self.root, self.passed_over)}"
 
     def _index(self, number: int, file: Path) -> None:
         size, groups = footer(file, self.column)
@@ -167,7 +167,7 @@ class ParquetText:
             return None
         if self.rows == 1:
             raise DataError(
-                f"{printable(self.root)}: one document cannot be split for validation; set dataset.val_fraction: 0 or add documents"
+                f"{shown(self.root)}: one document cannot be split for validation; set dataset.val_fraction: 0 or add documents"
             )
         draws = [self._draws(group) for group in self.row_groups]
         if min(float(d.min()) for d in draws) < self.val_fraction:
@@ -196,17 +196,17 @@ def footer(file: Path, column: str) -> tuple[int, list[tuple[int, int]]]:
             metadata = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
             groups = [(group.num_rows, group.total_byte_size) for group in metadata]
     except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise DataError(f"{printable(file)}: not a readable parquet file: {first_line(error)}") from None
+        raise DataError(f"{shown(file)}: not a readable parquet file: {first_line(error)}") from None
     names = [printable(name) for name in schema.names]
     if column not in schema.names:
-        raise DataError(f"{printable(file)}: no column `{printable(column)}`; it has {', '.join(names) or 'none'}. Set dataset.text_column")
+        raise DataError(f"{shown(file)}: no column `{printable(column)}`; it has {', '.join(names) or 'none'}. Set dataset.text_column")
     if (count := schema.names.count(column)) > 1:
-        raise DataError(f"{printable(file)}: {count} columns are named `{column}`; rename all but the one with the text")
+        raise DataError(f"{shown(file)}: {count} columns are named `{column}`; rename all but the one with the text")
     kind = schema.field(column).type
     if not _is_text(kind):
-        raise DataError(f"{printable(file)}: column `{column}` holds {kind}; accepted: string, binary or a dictionary of them")
+        raise DataError(f"{shown(file)}: column `{column}` holds {kind}; accepted: string, binary or a dictionary of them")
     if any(rows < 0 for rows, _ in groups):
-        raise DataError(f"{printable(file)}: not a readable parquet file: a row group with a negative number of rows")
+        raise DataError(f"{shown(file)}: not a readable parquet file: a row group with a negative number of rows")
     return size, groups
 
 
@@ -221,9 +221,9 @@ def read_row_group(file: Path, number: int, column: str, rows: int) -> pa.LargeB
         documents = texts.chunk(0) if texts.num_chunks == 1 else texts.combine_chunks()
         documents.validate()
     except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise DataError(f"{printable(file)}: row group {number} cannot be read: {first_line(error)}") from None
+        raise DataError(f"{shown(file)}: row group {number} cannot be read: {first_line(error)}") from None
     if len(documents) != rows:
-        raise DataError(f"{printable(file)}: row group {number} cannot be read: it holds {len(documents)} rows, its footer says {rows}")
+        raise DataError(f"{shown(file)}: row group {number} cannot be read: it holds {len(documents)} rows, its footer says {rows}")
     return documents
 
 
@@ -273,24 +273,24 @@ def _look_through(root: Path) -> tuple[list[Path], list[Path]]:
         return [], []
     if kind_of(root / UNFINISHED) == "folder":
         raise DataError(
-            f"{printable(root)}: holds {UNFINISHED}: a preparation is writing here, or one was killed; "
+            f"{shown(root)}: holds {UNFINISHED}: a preparation is writing here, or one was killed; "
             f"wait for it, or empty the folder and prepare it again"
         )
     found = list_files(root, _hidden)
     if found.unreadable:
         path, reason = found.unreadable[0]
-        raise DataError(f"{printable(path)}: {reason}; restore or remove it, as it may stand for text")
+        raise DataError(f"{shown(path)}: {reason}; restore or remove it, as it may stand for text")
     return [p for p in found.files if is_parquet(p.name)], [p for p in found.files if not is_parquet(p.name)]
 
 
 def _nothing_to_read(root: Path, others: list[Path]) -> str:
-    shown, found = printable(root), kind_of(root)
+    where, found = shown(root), kind_of(root)
     if found == "folder":
         if others:
             names = _named(root, others)
             return (
-                f"{shown}: no parquet files in it (dataset.parquet_dir), but {names}. "
-                f"To train on their text, run: bdh-mlflow data prepare {shown} FOLDER, and set dataset.parquet_dir to that FOLDER"
+                f"{where}: no parquet files in it (dataset.parquet_dir), but {names}. "
+                f"To train on their text, run: bdh-mlflow data prepare {where} FOLDER, and set dataset.parquet_dir to that FOLDER"
             )
         hidden = [p for p in list_files(root, lambda name: False).files if is_parquet(p.name)]
         what = "no parquet files in it"
@@ -298,8 +298,8 @@ def _nothing_to_read(root: Path, others: list[Path]) -> str:
     else:
         near = nearest_folder(root) if found == "nothing" else None
         what = "no such folder" if found == "nothing" else "not a folder" if found == "file" else f"not a folder but {found}"
-        what += f"; did you mean {printable(near)}?" if near else ""
-    return f"{shown}: {what} (dataset.parquet_dir). Set dataset.source to have it built, or run: bdh-mlflow data prepare SOURCE {shown}"
+        what += f"; did you mean {shown(near)}?" if near else ""
+    return f"{where}: {what} (dataset.parquet_dir). Set dataset.source to have it built, or run: bdh-mlflow data prepare SOURCE {where}"
 
 
 def _named(root: Path, files: list[Path]) -> str:

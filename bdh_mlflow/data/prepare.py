@@ -20,7 +20,8 @@ from bdh_mlflow.data import sources
 from bdh_mlflow.data.folder import held, kind_of
 from bdh_mlflow.data.parquet import UNFINISHED
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line, printable
+from bdh_mlflow.files import first_line, shown
+from bdh_mlflow.text import printable
 
 ROW_GROUP_BYTES = 4 * 2**20  # of text: small enough to keep several in memory, large enough to shuffle within
 SHARD_BYTES = 256 * 2**20  # of text in a prepared file
@@ -68,19 +69,15 @@ def _check_column(column: str) -> None:
 def _check_target(folder: Path) -> bool:
     """Whether the target is there, an empty folder.   Raises DataError for one that cannot become the result."""
     found = kind_of(folder)
-    if folder.parts[:1] == ("~",):
-        raise DataError(f"{printable(folder)}: `~` is not replaced by your home folder here; write the path in full")
     if found == "nothing":
         return False
     if found != "folder":
-        raise DataError(
-            f"{printable(folder)}: {'a file' if found == 'file' else found}, not a folder; give another name or remove it first"
-        )
+        raise DataError(f"{shown(folder)}: {'a file' if found == 'file' else found}, not a folder; give another name or remove it first")
     there = held(folder)
     if UNFINISHED in there:
-        raise DataError(f"{printable(folder)}: holds {UNFINISHED}: another preparation is writing here, or one was killed; then remove it")
+        raise DataError(f"{shown(folder)}: holds {UNFINISHED}: another preparation is writing here, or one was killed; then remove it")
     if there:
-        raise DataError(f"{printable(folder)}: not empty (it holds {printable(there[0])}); give another folder or remove it first")
+        raise DataError(f"{shown(folder)}: not empty (it holds {printable(there[0])}); give another folder or remove it first")
     return True
 
 
@@ -89,7 +86,7 @@ def _reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{printable(folder)}: cannot be written: {error.strerror or first_line(error)}") from None
+        raise DataError(f"{shown(folder)}: cannot be written: {error.strerror or first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ import pyarrow as pa
 from bdh_mlflow.data import parquet
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line, printable
+from bdh_mlflow.files import first_line, shown
+from bdh_mlflow.text import printable
 
 TEXT_DOCUMENT_BYTES = 16 * 2**10  # plain text is cut into documents of about this size, at line ends;
 TEXT_DOCUMENTS, TEXT_DOCUMENT_LEAST_BYTES = 64, 512  # a short text into about 64, so that some can be held out for validation
@@ -121,14 +122,14 @@ def _from_files(files: Iterable[Path], column: str, skipped: list[tuple[str, str
         try:
             yield from _read(file, column, cut=False)
         except _NotText as reason:
-            skipped.append((printable(file), str(reason)))
+            skipped.append((shown(file), str(reason)))
 
 
 def _from_file(file: Path, column: str) -> Iterator[str]:
     try:
         yield from _read(file, column, cut=True)
     except _NotText as reason:
-        raise DataError(f"{printable(file)}: no text found: {reason}; accepted: {ACCEPTED}") from None
+        raise DataError(f"{shown(file)}: no text found: {reason}; accepted: {ACCEPTED}") from None
 
 
 def _read(file: Path, column: str, *, cut: bool) -> Iterator[str]:
@@ -163,7 +164,7 @@ def _reported(file: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        raise DataError(f"{printable(file)}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise DataError(f"{shown(file)}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
 
 
 def _ends_in(raw: BinaryIO, ending: bytes) -> bool:
@@ -223,7 +224,7 @@ def _cut(text: str) -> Iterator[str]:
 def _from_lines(file: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            place = f"{printable(file)}, line {number}"
+            place = f"{shown(file)}, line {number}"
             try:
                 record = _parsed(line, column)
             except _NotJson as reason:
@@ -251,7 +252,7 @@ def _from_json(file: Path, text: str, column: str) -> Iterator[str]:
         yield from _from_lines(file, lines, column)
         return
     for number, record in enumerate(records, start=1):
-        yield from _document(record, column, f"{printable(file)}, record {number}")
+        yield from _document(record, column, f"{shown(file)}, record {number}")
 
 
 def _parsed(text: str, column: str) -> Any:

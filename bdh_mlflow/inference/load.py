@@ -5,6 +5,7 @@ A target is given as for `--resume` (see `locate`). Evaluation computes in the n
 
 import dataclasses
 import json
+import math
 import re
 import tempfile
 import time
@@ -17,7 +18,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
 from bdh_mlflow.data.parquet import ParquetText
-from bdh_mlflow.errors import CheckpointError, InputError
+from bdh_mlflow.errors import CheckpointError, InputError, NonFiniteError
 from bdh_mlflow.inference import export, generate
 from bdh_mlflow.inference.generate import Loaded
 from bdh_mlflow.redact import masked
@@ -66,13 +67,15 @@ def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
 
 
 def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:
-    """Loss in nats per token on validation text of `dataset`.   Raises DataError."""
+    """Loss in nats per token on validation text of `dataset`.   Raises DataError, NonFiniteError."""
     training = loaded.config.training
     windows = ParquetText(dataset).validation_batches(batches, training.batch_size, training.block_size)
     if not windows:
         raise InputError("dataset.val_fraction is 0: no text is kept for validation")
     loss = evaluate(loaded.model, windows, loaded.precision.autocast, loaded.precision.device)
     assert loss is not None, "it was given no way to be interrupted"
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"{loaded.path}: val/loss {loss}: its weights, or the number format they are computed in, are no good")
     return loss
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdh_mlflow.errors import NonFiniteError
+
 GREEDY_BELOW_TEMPERATURE = 1e-6  # dividing logits by less can overflow float32
 
 
@@ -19,7 +21,12 @@ class Sampler:
     top_p: float | None = None
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Next token of each row.   logits: (B, V).   generator: torch's global one if None.   Returns (B, 1)."""
+        """Next token of each row.   logits: (B, V).   generator: torch's global one if None.   Returns (B, 1).
+
+        Raises NonFiniteError for logits that are not finite: no token is likelier than another then.
+        """
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError("the model gives non-finite values: its weights, or the number format they are computed in, are no good")
         if self.temperature < GREEDY_BELOW_TEMPERATURE:
             return logits.argmax(dim=-1, keepdim=True)
         logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / self.temperature

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from bdh_mlflow import files
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
-from bdh_mlflow.studies.curves import Curve, RunCurves, read_run
+from bdh_mlflow.studies.curves import LARGEST, Curve, RunCurves, read_run
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.mlflow_internals import metric_histories
 
@@ -173,5 +173,7 @@ def _lowest(curve: Curve) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    if not abs(value) < LARGEST:
+        return "not finite"
     digits = 4 if abs(value) < 100 else 1
     return f"{value:,.{digits}f}".rstrip("0").rstrip(".")

@@ -5,10 +5,12 @@ journal file under the checkpoint directory; it stores the parent run and the se
 continues from its last checkpoint when the sweep is started again.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config
-from bdh_mlflow.config.reading import read_yaml
-from bdh_mlflow.errors import ConfigError, InputError, NonFiniteError
+from bdh_mlflow.errors import BdhError, ConfigError, InputError, TrackingError
+from bdh_mlflow.files import first_line
+from bdh_mlflow.studies.space import Space
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.sender import SubprocessSender
 from bdh_mlflow.tracking.tracker import MakeSender
@@ -44,62 +46,6 @@ STARTUP_TRIALS = 4  # drawn at random, and none pruned, before sampler and prune
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 Display = Callable[[int], AbstractContextManager[Progress]]
 """Opens what shows the progress of training for so many steps."""
-
-
-class Choice(BaseModel):
-    """Values that one setting may take: `choices`, or numbers from `low` to `high` (in steps of `step`, or on a `log` scale)."""
-
-    model_config = ConfigDict(extra="forbid")
-    choices: list[Any] | None = None
-    low: int | float | None = None
-    high: int | float | None = None
-    step: int | float | None = None
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "Choice":
-        if (self.choices is None) == (self.low is None or self.high is None):
-            raise ValueError("needs choices, or low and high")
-        if self.choices is not None and (not self.choices or self.low is not None or self.high is not None):
-            raise ValueError("needs choices (at least one), or low and high, not both")
-        if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}")
-        if self.log and (self.step is not None or (self.low or 0) <= 0):
-            raise ValueError("a log scale needs low above 0 and no step")
-        return self
-
-    def suggest(self, trial: optuna.Trial, key: str) -> Any:
-        """The value that the sampler picks for a trial."""
-        if self.choices is not None:
-            return trial.suggest_categorical(key, self.choices)
-        assert self.low is not None
-        assert self.high is not None
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(key, self.low, self.high, step=int(self.step or 1), log=self.log)
-        return trial.suggest_float(key, float(self.low), float(self.high), step=self.step, log=self.log)
-
-    def extremes(self) -> list[Any]:
-        """Values whose validity shows that of all others."""
-        return self.choices if self.choices is not None else [self.low, self.high]
-
-
-class Space(BaseModel):
-    """What a sweep searches: its name, the settings to vary, and settings that all trials share."""
-
-    model_config = ConfigDict(extra="forbid")
-    study: str = Field(pattern=r"^[\w.-]+$")
-    parameters: dict[str, Choice] = Field(min_length=1)
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-    @classmethod
-    def from_yaml(cls, path: str) -> "Space":
-        """Read and validate a file.   Raises ConfigError with every problem."""
-        tree = read_yaml(Path(path), f"{', '.join(cls.model_fields)}")
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-            raise ConfigError("\n  ".join([f"{path}: {len(lines)} problem{'s' if len(lines) > 1 else ''}", *lines])) from None
 
 
 @dataclass(frozen=True)
@@ -124,6 +70,7 @@ class SweepResult:
     """
 
     parent_run_id: str
+    experiment: str
     counts: dict[str, int]
     best: tuple[int, float, dict[str, Any]] | None
     journal: Path
@@ -138,37 +85,69 @@ def sweep(config: Config, space: Space, trials: int, controls: Controls) -> Swee
     base = _replaced(config, space.settings)
     if base.dataset.val_fraction == 0:
         raise ConfigError(f"dataset.val_fraction: 0; trials are judged by {METRIC}, which needs validation text")
-    for key, choice in space.parameters.items():
-        for value in choice.extremes():
-            _replaced(base, {key: value})
     folder = Path(base.training.checkpoint_dir) / FOLDER / space.study
-    study = _open_study(space, folder, base.training.seed, controls.note)
-    client = store.connect(base.tracking)
-    parent, experiment = _parent_run(client, study, space, base)
-    tags = {**base.tracking.tags, MLFLOW_PARENT_RUN_ID: parent}
-    base = base.replaced({"tracking.experiment": experiment, "tracking.tags": tags})
-    runner = _Trials(study, space, base, folder, controls)
+    with _only_sweep(folder):
+        study = _open_study(space, folder, base.training.seed, controls.note)
+        client = store.connect(base.tracking)
+        parent, experiment = _parent_run(client, study, space, base)
+        tags = {**base.tracking.tags, MLFLOW_PARENT_RUN_ID: parent}
+        base = base.replaced({"tracking.experiment": experiment, "tracking.tags": tags})
+        runner = _Trials(study, space, base, folder, controls)
+        ended = "FAILED"
+        try:
+            runner.requeue_interrupted()
+            while sum(_counts(study).values()) < trials and not controls.stop.received:
+                runner.run_next()
+                _report(lambda: _log_results(client, parent, study), controls.note)
+            ended = "FINISHED" if _counts(study)["complete"] or _counts(study)["pruned"] else "FAILED"
+        finally:
+            stopped = controls.stop.received.name if controls.stop.received else None
+            _report(lambda: client.set_terminated(parent, "KILLED" if stopped else ended), controls.note)
+        counts = _counts(study)
+        best = (study.best_trial.number, float(study.best_value), dict(study.best_params)) if counts["complete"] else None
+        return SweepResult(parent, experiment, counts, best, folder / "study.log", stopped)
+
+
+def _report(act: Callable[[], object], note: Callable[[str], None]) -> None:
+    """Write to the parent run. A store that does not answer now does not end the study: all of it is written again after the next trial."""
     try:
-        runner.requeue_interrupted()
-        while sum(_counts(study).values()) < trials:
-            runner.run_next()
-            _log_results(client, parent, study)
-            if controls.stop.received:
-                break
+        with store.reported("the sweep's run cannot be written"):
+            act()
+    except TrackingError as error:
+        note(str(error))
+
+
+@contextlib.contextmanager
+def _only_sweep(folder: Path) -> Iterator[None]:
+    """One process runs a study at a time.   Raises InputError if another does, or if the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise InputError(f"{folder}: another process runs this study; wait for it, or give this one another name") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
     finally:
-        stopped = controls.stop.received.name if controls.stop.received else None
-        client.set_terminated(parent, "KILLED" if stopped else "FINISHED")
-    counts = _counts(study)
-    best = (study.best_trial.number, float(study.best_value), dict(study.best_params)) if counts["complete"] else None
-    return SweepResult(parent, counts, best, folder / "study.log", stopped)
+        os.close(lock)
 
 
 def _open_study(space: Space, folder: Path, seed: int, note: Callable[[str], None]) -> optuna.Study:
     """The study in `folder`, new or from earlier calls.   Raises InputError if it searches another space."""
-    folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
-    study = optuna.create_study(study_name=space.study, storage=storage, direction="minimize", load_if_exists=True)
+    file = folder / "study.log"
+    _mend(file, note)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(file)))
+        study = optuna.create_study(study_name=space.study, storage=storage, direction="minimize", load_if_exists=True)
+    except Exception as error:  # whatever a record that is not optuna's makes it raise
+        raise InputError(f"{file}: not a journal of this study ({type(error).__name__}: {first_line(error)}); remove {folder}") from error
     known = len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=(seed + known) % 2**32)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS)
@@ -181,16 +160,32 @@ def _open_study(space: Space, folder: Path, seed: int, note: Callable[[str], Non
     return study
 
 
+def _mend(file: Path, note: Callable[[str], None]) -> None:
+    """Take away what a kill left of its last record, and its lock.   Raises InputError for a record that is damaged otherwise."""
+    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # ours is on the folder, so nobody else holds this one
+    if not file.exists():
+        return
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+        note(f"{file}: its last record was cut short by a kill and is dropped")
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            json.loads(line)
+        except ValueError:
+            raise InputError(f"{file}, line {number}: damaged; restore it, or remove {file.parent} for a new study") from None
+
+
 def _parent_run(client: MlflowClient, study: optuna.Study, space: Space, base: Config) -> tuple[str, str]:
     """The parent run's id and its experiment: the run of earlier calls, else the one that `mlflow run` has made, else a new one."""
     wrapper = os.environ.pop("MLFLOW_RUN_ID", None)  # trials make runs of their own
     known = study.user_attrs.get("parent")
     with store.reported("the sweep's run cannot be created"):
-        run = (store.find_run(client, known) if known else None) or (store.find_run(client, wrapper) if wrapper else None)
+        own = store.wrapper_run(client, wrapper, known) if wrapper else None
+        run = (store.find_run(client, known) if known else None) or own
         if run is None:
-            name = base.tracking.experiment
-            experiment_id = store.experiment_of(client, name) or client.create_experiment(name)
-            run = client.create_run(experiment_id, run_name=f"sweep {space.study}")
+            run = client.create_run(store.make_experiment(client, base.tracking.experiment), run_name=f"sweep {space.study}")
         run_id = str(run.info.run_id)
         if wrapper and wrapper != run_id:
             client.set_tag(wrapper, MLFLOW_PARENT_RUN_ID, run_id)
@@ -235,14 +230,17 @@ class _Trials:
         """Train the next trial and give its result to the study; a trial that a signal stopped stays unfinished."""
         trial = self.study.ask()
         varied = {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}
-        config = self._config(trial, varied)
         self.controls.note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
         try:
+            config = self._config(trial, varied)
             with self.controls.display(config.training.max_iters) as progress:
                 judged = _PruningProgress(progress, trial, self.controls.stop)
                 outcome = start.train(config, judged, self.controls.stop, make_sender=self.controls.make_sender)
-        except NonFiniteError as error:
-            self.controls.note(f"trial {trial.number}: {error}")
+        except (
+            Exception
+        ) as error:  # settings that do not go together, data that do not fit, memory that does not suffice: the next trial may
+            kind = "" if isinstance(error, BdhError) else f"{type(error).__name__}: "
+            self.controls.note(f"trial {trial.number} failed: {kind}{error}")
             self.study.tell(trial, state=TrialState.FAIL)
             return
         if outcome.ending.reason == PRUNED:
@@ -261,9 +259,8 @@ class _Trials:
         for step, value in trial.user_attrs.get("seen", {}).items():
             trial.report(value, int(step))
         own: dict[str, Any] = {**varied, "training.checkpoint_dir": str(folder), "tracking.run_name": f"trial {trial.number}"}
-        run_dirs = [d for d in checkpoint.list_all(folder) if checkpoint.list_run(d).checkpoints]
-        if run_dirs:
-            own["training.resume_from_checkpoint"] = str(run_dirs[-1])
+        if run_dirs := checkpoint.by_last_save(folder):
+            own["training.resume_from_checkpoint"] = str(run_dirs[0])
         return _replaced(self.base, own)
 
 
@@ -279,7 +276,7 @@ class _PruningProgress:
     def point(self, values: Mapping[str, float], step: int) -> None:
         self._progress.point(values, step)
         if METRIC in values:
-            self._trial.report(values[METRIC], step)
+            self._trial.report(values[METRIC], step)  # finite: the trainer ends at another one
             if self._trial.should_prune() and not self._stop.received:
                 self._stop.ask(PRUNED)
 
@@ -290,21 +287,20 @@ class _PruningProgress:
 def _log_results(client: MlflowClient, parent: str, study: optuna.Study) -> None:
     """Log the best trial so far, the table of trials and two plots to the parent run."""
     complete = study.get_trials(states=(TrialState.COMPLETE,))
-    with store.reported("the sweep's run cannot be written"):
-        rows = [_row(t) for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
-        client.log_text(parent, json.dumps(table), "sweep/trials.json")
-        client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": "sweep/trials.json", "type": "table"}]))
-        if not complete:
-            return
-        client.log_metric(parent, f"best/{METRIC}", study.best_value, step=len(rows))
-        for key, value in study.best_params.items():
-            client.set_tag(parent, f"best.{key}", str(value))
-        if len(complete) < 2 or len({t.value for t in complete}) < 2:
-            return
-        for name, plot in (("importance", "plot_param_importances"), ("parallel_coordinates", "plot_parallel_coordinate")):
-            client.log_figure(parent, _figure(plot, study), f"sweep/{name}.png")
+    rows = [_row(t) for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
+    client.log_text(parent, json.dumps(table), "sweep/trials.json")
+    client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": "sweep/trials.json", "type": "table"}]))
+    if not complete:
+        return
+    client.log_metric(parent, f"best/{METRIC}", study.best_value, step=len(rows))
+    for key, value in study.best_params.items():
+        client.set_tag(parent, f"best.{key}", str(value))
+    if len(complete) < 2 or len({t.value for t in complete}) < 2:
+        return
+    for name, plot in (("importance", "plot_param_importances"), ("parallel_coordinates", "plot_parallel_coordinate")):
+        client.log_figure(parent, _figure(plot, study), f"sweep/{name}.png")
 
 
 def _figure(plot: str, study: optuna.Study) -> Figure:
@@ -326,4 +322,4 @@ def _row(t: FrozenTrial) -> dict[str, Any]:
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
     """The configuration with other values under dotted keys, also checked against this machine.   Raises ConfigError."""
-    return Config.from_dict(config.replaced(values).to_dict(), checks=(problems,), origin="settings")
+    return Config.from_dict(config.replaced(values).to_dict(), checks=(problems,), origin="settings", base=Path.cwd())

@@ -22,6 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from bdh_mlflow.tracking.records import (
     FILES_LANE,
     POINTS_LANE,
@@ -130,6 +132,9 @@ class Delivered:
     ended: int = 0
     lost: int = 0
     set_aside: list[int] = field(default_factory=list)
+
+
+_DELIVERED = TypeAdapter(Delivered)
 
 
 @dataclass
@@ -359,8 +364,9 @@ class JournalReader:
         try:
             with os.fdopen(os.open(STATE_NAME, os.O_RDONLY, dir_fd=self._folder), "rb") as file:
                 tree = json.load(file)
-                return Delivered(**{f.name: tree[f.name] for f in dataclasses.fields(Delivered) if f.name in tree})
-        except (OSError, ValueError, TypeError):
+                known = {f.name: tree[f.name] for f in dataclasses.fields(Delivered) if f.name in tree}
+                return _DELIVERED.validate_python(known)
+        except (OSError, ValueError, TypeError, RecursionError):
             return Delivered()
 
     def acknowledge(self, state: Delivered) -> None:
@@ -402,6 +408,6 @@ def parsed(line: bytes, end: int) -> Entry | None:
     try:
         tree: Any = json.loads(line)
         record, at_ms = from_line(tree)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return Entry(end, at_ms, record)

@@ -147,7 +147,7 @@ class Lane(ABC):
         """
         return store.is_invalid(error)
 
-    def _store_name(self) -> str:
+    def _store_name(self, error: Exception) -> str:
         """Who does not answer, when something fails."""
         return masked(self._shared.uri)
 
@@ -192,8 +192,9 @@ class Lane(ABC):
                     return first_line(error)
                 if not self.failing:
                     self.failing = True
+                    goes_on = "training goes on, " if shared.reader.is_training() else ""
                     shared.say(
-                        Note(text=f"tracking: {self._store_name()} does not answer ({first_line(error)}); training goes on, trying again")
+                        Note(text=f"tracking: {self._store_name(error)} does not answer ({first_line(error)}); {goes_on}trying again")
                     )
                 if shared.closing.is_set():
                     self.given_up.wait(min(pause_s, patience.first_retry_s))

@@ -5,10 +5,13 @@ that trained was killed, the points lane delivers what it left and marks the run
 is in `run`.
 """
 
+import errno
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from mlflow.exceptions import MlflowException
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.errors import CheckpointError
@@ -34,6 +37,10 @@ from bdh_mlflow.tracking.records import (
 RECORDS_AT_ONCE = 500
 REFUSED_UPLOADS = {400, 403, 404, 405, 411, 413, 415}
 """HTTP statuses after which the same upload would be refused again."""
+
+
+IMPOSSIBLE_PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP}
+"""Errors of a folder that can hold no artifacts; a full or broken disk may be mended."""
 
 
 class PointsLane(Lane):
@@ -166,6 +173,7 @@ class FilesLane(Lane):
     def __init__(self, shared: Shared, points: PointsLane) -> None:
         super().__init__(shared)
         self._points = points
+        self._told = set[str]()
 
     def _begin(self) -> None:
         while not self._points.rejoined.wait(0.05):
@@ -198,15 +206,25 @@ class FilesLane(Lane):
                 self._write_segments()
 
     def _refused(self, entry: Entry, refusal: str) -> None:
-        self._shared.state.set_aside.append(entry.end)
-        self._shared.say(Note(text=f"tracking: {named(entry.record)} was refused and stays here, `sync` offers it again ({refusal})"))
+        """Set aside; a reason that holds for many files is told once."""
+        name, state = named(entry.record), self._shared.state
+        state.set_aside.append(entry.end)
+        reason = refusal.replace(Path(name).stem, "")
+        if reason not in self._told:
+            self._told.add(reason)
+            self._shared.say(
+                Note(text=f"tracking: {name} was refused and stays here, `sync` offers it again ({refusal}); further ones are only counted")
+            )
 
     def _is_permanent(self, error: Exception) -> bool:
-        """For files also: the server or a proxy before it will not have this upload."""
-        return super()._is_permanent(error) or getattr(getattr(error, "response", None), "status_code", None) in REFUSED_UPLOADS
+        """For files also: the server or a proxy before it will not have this upload, or there can be no such place on this machine."""
+        refused = getattr(getattr(error, "response", None), "status_code", None) in REFUSED_UPLOADS
+        nowhere = isinstance(error, OSError) and error.errno in IMPOSSIBLE_PLACES and self._shared.run.stores_in_a_folder
+        return refused or nowhere or super()._is_permanent(error)
 
-    def _store_name(self) -> str:
-        return "the artifact store"
+    def _store_name(self, error: Exception) -> str:
+        """Errors of the tracking store are MLflow's own; those of an artifact store pass through it."""
+        return super()._store_name(error) if isinstance(error, MlflowException) else "the artifact store"
 
     def _write_segments(self) -> None:
         reader = self._shared.reader

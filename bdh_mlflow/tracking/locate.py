@@ -12,6 +12,7 @@ there is a choice. A file of another program with BDH weights in it is a warm st
 """
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -22,10 +23,13 @@ from typing import Any
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.config.places import expanded
 from bdh_mlflow.errors import CheckpointError, ResumeError
+from bdh_mlflow.files import shown
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.mirrored import GRAMMAR, MirrorReader
 
+LONGEST_NAME = 255  # bytes of each part of a path
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUNS_URI = re.compile(r"runs:/+([^/]+)/?(.*)")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -57,12 +61,13 @@ class Locator:
 
     def find(self, target: str) -> ResolvedCheckpoint:
         """The checkpoint that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""
+        target = _in_full(target)
         if target.endswith(".safetensors"):
             raise ResumeError(f"{target}: an exported file holds weights alone; generate and evaluate take it. Here: {GRAMMAR}")
         self._notes = []
         found: Checkpoint | Path
         run_id = None
-        if (match := _WITH_STEP.fullmatch(target)) and not Path(target).exists():
+        if (match := _WITH_STEP.fullmatch(target)) and not os.path.lexists(target):
             run_id, found = self._at_step(match[1], int(match[2]))
         elif target == "latest":
             found = self._latest()
@@ -87,19 +92,12 @@ class Locator:
         return run_id, [path for _, path in reversed(self.mirror.checkpoints(run_id))]
 
     def _latest(self) -> Checkpoint:
-        for run_dir in self._by_last_save():
+        for run_dir in checkpoint.by_last_save(self._checkpoint_dir):
             found, skipped = checkpoint.newest(run_dir)
             self._notes += skipped
             if found:
                 return found
         return self._of_run(self._newest_mirrored())
-
-    def _by_last_save(self) -> list[Path]:
-        """Run directories with a checkpoint, the one saved to last first."""
-        found = []
-        for run_dir in checkpoint.list_all(self._checkpoint_dir):
-            found += [(c.manifest.saved_at, run_dir) for c in checkpoint.list_run(run_dir).checkpoints[-1:]]
-        return [run_dir for _, run_dir in sorted(found, reverse=True)]
 
     def _newest_mirrored(self) -> str:
         """Id of the newest run with a mirrored checkpoint."""
@@ -111,7 +109,7 @@ class Locator:
     def _at_step(self, run: str, step: int) -> tuple[str | None, Checkpoint | Path]:
         """The checkpoint of one step of a run, and the run's id if it is found by that."""
         if run == "latest":
-            folder = next(iter(self._by_last_save()), None)
+            folder = next(iter(checkpoint.by_last_save(self._checkpoint_dir)), None)
             run = str(folder or self._newest_mirrored())
             if folder and not (folder / checkpoint.file_name(step)).is_file():
                 run = run_of(checkpoint.list_run(folder).checkpoints[-1]) or run  # the mirror may have it
@@ -173,7 +171,7 @@ class Locator:
             except (CheckpointError, ResumeError) as error:
                 self._notes.append(str(error))
         if local is None:
-            where = f"neither in {self._checkpoint_dir} nor mirrored"
+            where = f"neither in {shown(self._checkpoint_dir)} nor mirrored"
             raise ResumeError("\n  ".join([f"run {run_id}: no checkpoint that verifies, {where}", *self._notes]))
         return local
 
@@ -246,6 +244,20 @@ class Locator:
             for folder_made in made:
                 with contextlib.suppress(OSError):
                     folder_made.rmdir()
+
+
+def _in_full(target: str) -> str:
+    """A target without the blanks around it, `~` and `${NAME}` expanded.   Raises ResumeError for text that can name nothing."""
+    text = target.strip()
+    if not text or "\0" in text or max(map(len, os.fsencode(text).split(b"/"))) > LONGEST_NAME:
+        what = "empty text" if not text else f"{text[:40]!r}{'...' * (len(text) > 40)}"
+        raise ResumeError(f"{what} names no checkpoint; accepted: {GRAMMAR}")
+    if os.path.lexists(text):
+        return text
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise ResumeError(f"{text}: {error}") from None
 
 
 def run_of(found: Checkpoint) -> str | None:

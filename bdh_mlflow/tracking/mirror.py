@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import io
+import math
 import os
 import shutil
 import time
@@ -136,8 +137,7 @@ class Mirror:
     def _pointers(self, saved: Checkpoint, newest: bool, have: dict[str, str]) -> dict[str, str]:
         manifest = saved.manifest
         tags = {"bdh.run_dir": manifest.run_dir} | ({"bdh.latest_checkpoint": manifest.artifact_path} if newest else {})
-        best = float(have.get("bdh.best_val_loss", "inf"))
-        if manifest.val_loss is not None and manifest.val_loss < best:
+        if manifest.val_loss is not None and manifest.val_loss < _number(have.get("bdh.best_val_loss")):
             return {**tags, "bdh.best_checkpoint": manifest.artifact_path, "bdh.best_val_loss": repr(manifest.val_loss)}
         return tags | {key: have[key] for key in ("bdh.best_checkpoint",) if key in have}
 
@@ -237,6 +237,15 @@ def link_or_copy(source: Path, target: Path) -> None:
             os.fsync(write.fileno())
     partial.replace(target)
     partial.unlink(missing_ok=True)  # renaming a name of one file onto another name of it does nothing (rename(2))
+
+
+def _number(text: str | None) -> float:
+    """A finite number in a tag; infinity where there is none."""
+    try:
+        value = float(text or "inf")
+    except ValueError:
+        return math.inf
+    return value if math.isfinite(value) else math.inf
 
 
 def _about_limits(saved: Checkpoint, error: Exception) -> str:

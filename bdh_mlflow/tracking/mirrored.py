@@ -1,6 +1,8 @@
 """Mirrored checkpoints read back: which MLflow run is looked at, what is mirrored of it, one file fetched, and a search over all runs."""
 
 import functools
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -66,7 +68,8 @@ class MirrorReader:
                     run = store.find_run(client, run.data.tags["bdh.continues"])
             if run is None:
                 raise ResumeError(f"run {run_id}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
-            found = Training(run.info.run_id, run.data.tags.get("bdh.run_dir"))
+            run_dir = run.data.tags.get("bdh.run_dir", "")
+            found = Training(run.info.run_id, run_dir if checkpoint.RUN_DIRECTORY.fullmatch(run_dir) else None)
             self._trainings |= {run_id: found, found.run_id: found}
         return self._trainings[run_id]
 
@@ -124,16 +127,17 @@ class MirrorReader:
             wanted = f"model_type = '{MODEL_TYPE}'" + (f" AND source_run_id = '{run_id}'" if run_id else "")
             order = [{"field_name": f"metrics.{VAL_LOSS}", "ascending": True}] if best or run_id is None else None
             found: list[LoggedModel] = []
-            page = client.search_logged_models([experiment_id], wanted, max_results=1 if best else None, order_by=order)
+            page = client.search_logged_models([experiment_id], wanted, order_by=order)
             found += page
-            while page.token and not best:
+            while page.token:
                 page = client.search_logged_models([experiment_id], wanted, order_by=order, page_token=page.token)
                 found += page
             names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}
         rows = [_row(m, names.get(m.source_run_id or "", "")) for m in found]
-        if best:
-            return [row for row in rows if row.val_loss is not None][:1]
-        return sorted(rows, key=lambda row: row.step) if run_id else rows
+        if run_id and not best:
+            return sorted(rows, key=lambda row: row.step)
+        ordered = sorted(rows, key=lambda row: math.inf if row.val_loss is None else row.val_loss)
+        return [row for row in ordered if row.val_loss is not None][:1] if best else ordered
 
 
 def _place(client: MlflowClient, uri: str) -> str:
@@ -147,5 +151,6 @@ def _place(client: MlflowClient, uri: str) -> str:
 
 def _row(model: LoggedModel, run_name: str) -> MirroredCheckpoint:
     values = [m.value for m in model.metrics or [] if m.key == VAL_LOSS]
-    step = int((model.params or {}).get("step", 0))
-    return MirroredCheckpoint((model.tags or {}).get("bdh.checkpoint", model.name or ""), step, values[0] if values else None, run_name)
+    loss = values[0] if values and 0 < values[0] < sys.float_info.max else None  # 0: NaN, as version 0.2.0 logged it
+    step = store.whole_number((model.params or {}).get("step"))
+    return MirroredCheckpoint((model.tags or {}).get("bdh.checkpoint", model.name or ""), step, loss, run_name)

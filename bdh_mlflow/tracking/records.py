@@ -8,6 +8,9 @@ to commit a152983, had no `v`; it is read as well. Knows nothing of MLflow or of
 """
 
 import dataclasses
+import functools
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -32,11 +35,34 @@ class _Kind:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`.   Raises TypeError or KeyError where a field is missing."""
-        names = {f.name for f in dataclasses.fields(cls)} - {"unknown_fields"}
-        own = {name: value for name, value in tree.items() if name in names}
-        rest = {name: value for name, value in tree.items() if name not in names and name not in _ENVELOPE}
+        """The inverse of `to_json`.   Raises TypeError or KeyError where a field is missing or of another type."""
+        fields = _types(cls)  # type: ignore[arg-type]
+        for name, kinds in fields.items():
+            if name in tree and not any(_is(tree[name], kind) for kind in kinds):
+                raise TypeError(f"{cls.kind}.{name}: {type(tree[name]).__name__}")
+        own = {name: value for name, value in tree.items() if name in fields}
+        rest = {name: value for name, value in tree.items() if name not in fields and name not in _ENVELOPE}
         return cls(**own, unknown_fields=rest)
+
+
+@functools.cache
+def _types(kind: type[_Kind]) -> dict[str, tuple[Any, ...]]:
+    """Fields of a kind and the types that their values may have."""
+    hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in ("kind", "unknown_fields")}
+    return {name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; of lists and mappings also what is in them."""
+    if kind is float:
+        return isinstance(value, int | float)
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is Any:
+        return True
+    if not isinstance(value, origin):
+        return False
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_is(each, args[-1]) for each in inside)
 
 
 # ---- journal records -------------------------------------------------------------------------------------------------------------------
@@ -147,7 +173,8 @@ class CheckpointSaved(_Kind):
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         e = tree["evaluation"]
-        return super().from_json({**tree, "evaluation": e and Evaluation(e["step"], e["values"]["val/loss"], e["at_ms"])})
+        evaluation = e and Evaluation(int(e["step"]), float(e["values"]["val/loss"]), int(e["at_ms"]))
+        return super().from_json({**tree, "evaluation": evaluation or None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +217,7 @@ def to_line(record: JournalRecord, at_ms: int) -> dict[str, Any]:
 
 def from_line(tree: Mapping[str, Any]) -> tuple[JournalRecord, int]:
     """A record and its time stamp.   Raises KeyError or TypeError for what is no record."""
-    kind, at_ms = tree["kind"], tree["at_ms"]
+    kind, at_ms = str(tree["kind"]), int(tree["at_ms"])
     known = _RECORDS.get(kind)
     if known is None:
         return Unknown(kind=kind, fields={k: v for k, v in tree.items() if k not in _ENVELOPE}), at_ms

@@ -6,6 +6,7 @@ the business of `lanes`.
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.errors import TrackingError
+from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import segments, store
@@ -52,6 +54,11 @@ class RemoteRun:
         """Id of the run, once attached."""
         return self.identity.run_id
 
+    @property
+    def stores_in_a_folder(self) -> bool:
+        """Whether its artifacts go to a folder on this machine, once attached."""
+        return store.local_path(self.identity.artifact_uri) is not None
+
     def connect(self) -> None:
         """Open the store: for a database that takes as long as its server does not answer."""
         self._client = store.client_of(self._uri)
@@ -82,21 +89,25 @@ class RemoteRun:
         client, wrapper, number = self._client, segment.wrapper, segment.number
         run = next((run for id in (segment.continues, known) if id and (run := store.find_run(client, id))), None)
         continued = run is not None
+        if run is None and wrapper:
+            own = store.find_run(client, wrapper)
+            run = own if own is not None and store.is_free(own, segment.continues, segment.training) else None  # checked at the start, too
         if run is None:
-            run = (store.find_run(client, wrapper) if wrapper else None) or self._create(segment)
-        run_id, later = run.info.run_id, int(run.data.tags.get("bdh.segment", 0))
+            run = self._create(segment)
+        run_id, later = run.info.run_id, segment_number(run)
         self._superseded = later > furthest  # another machine has gone on since: the status of the run is its to set
         if not self._superseded and not (again and continued):
             if continued:
                 self._end_killed_children(run, wrapper)
-            if wrapper and wrapper != run_id:
-                tags = {"mlflow.parentRunId": run_id, "bdh.continues": run_id}
-                client.log_batch(wrapper, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
+            if continued and wrapper and wrapper != run_id:
+                child = {"mlflow.parentRunId": run_id, "bdh.continues": run_id}
+                client.log_batch(wrapper, tags=[RunTag(k, v) for k, v in child.items()], synchronous=True)
                 client.update_run(wrapper, name=f"segment {number}")
             if segment.run_name and not continued:
                 client.update_run(run_id, name=segment.run_name)
             client.update_run(run_id, status="RUNNING")
-            client.log_batch(run_id, tags=[RunTag("bdh.segment", str(number))], synchronous=True)
+            tags = {"bdh.segment": str(number), "bdh.training": segment.training}
+            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
         has_points = continued and max(later, number) > 1
         load = (lambda: points_of(client, client.get_run(run_id))) if has_points else None
         self._replay = Replay(load, segment.audit, lambda text: self._say(Note(text=text)))
@@ -143,7 +154,7 @@ class RemoteRun:
             self._client.set_tag(self.run_id, "bdh.run_dir", saved.path.parent.name)
             return
         points: list[Metric] = []
-        if evaluation is not None:
+        if evaluation is not None and math.isfinite(evaluation.loss):
             for key, value in (("val/loss", evaluation.loss), ("val/bpb", evaluation.bits_per_byte)):
                 there = [m for m in self._client.get_metric_history(self.run_id, key) if m.step == evaluation.step]
                 logged = Metric(key, value, evaluation.logged_at_ms, evaluation.step)
@@ -184,7 +195,9 @@ class RemoteRun:
             rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
         ordered = [[row[key] for key in columns] for row in sorted([*rows, *new], key=lambda row: row["step"])]
         self._client.log_text(self.run_id, json.dumps({"columns": columns, "data": ordered}), SAMPLES)
-        listed = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        listed: list[Any] = []
+        with contextlib.suppress(ValueError, TypeError):  # somebody else's tag: begun anew
+            listed = [*json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))]
         entry = {"path": SAMPLES, "type": "table"}
         if entry not in listed:
             self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*listed, entry]))
@@ -217,18 +230,19 @@ class RemoteRun:
     def _create(self, segment: Segment) -> Run:
         """A new run, or the one that an attempt without an answer has made."""
         client, name = self._client, segment.experiment
-        experiment_id = store.experiment_of(client, name)
-        if experiment_id is None:
-            try:
-                experiment_id = client.create_experiment(name)
-            except MlflowException as error:  # another run was quicker
-                if error.error_code != "RESOURCE_ALREADY_EXISTS" or (experiment_id := store.experiment_of(client, name)) is None:
-                    raise
+        experiment_id = store.make_experiment(client, name)
         made = client.search_runs([experiment_id], f"tags.`bdh.training` = '{segment.training}'", max_results=1)
         if made:
             return made[0]
         tags = {"mlflow.user": segment.user, "mlflow.source.name": "bdh-mlflow train", "bdh.training": segment.training}
-        return client.create_run(experiment_id, run_name=segment.run_name, tags=tags, start_time=segment.started_at_ms)
+        try:
+            return client.create_run(experiment_id, run_name=segment.run_name, tags=tags, start_time=segment.started_at_ms)
+        except MlflowException as error:
+            if not store.is_denied(error):
+                raise
+            raise TrackingError(
+                f"this user may not create runs in experiment {name} of {masked(self._uri)}: {first_line(error)}"
+            ) from error
 
     def _end_killed_children(self, run: Run, wrapper: str | None) -> None:
         """Children of earlier segments that a hard kill left RUNNING: there is one process at a time, so theirs is gone."""
@@ -236,3 +250,8 @@ class RemoteRun:
         for child in children:
             if child.info.status == "RUNNING" and child.info.run_id != wrapper and "bdh.continues" in child.data.tags:
                 self._client.set_terminated(child.info.run_id, "KILLED")
+
+
+def segment_number(run: Run) -> int:
+    """Number of the segment that worked on a run last; 0 for a run of another program, whatever its tag says."""
+    return store.whole_number(run.data.tags.get("bdh.segment"))

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from bdh_mlflow.tracking.journal import SegmentSpan
 
 FILE_NAME = "segments.json"
@@ -36,6 +38,9 @@ class SegmentRow:
     mlflow_run: str | None
 
 
+_ROW = TypeAdapter(SegmentRow)
+
+
 def row_of(span: SegmentSpan) -> SegmentRow:
     """The row of a segment in the journal of this machine."""
     own, end = span.segment, span.end
@@ -63,9 +68,10 @@ def table(spans: Iterable[SegmentSpan], written: Any, training: bool) -> list[di
     alive.
     """
     rows = {span.segment.number: row_of(span) for span in spans}
-    with contextlib.suppress(TypeError, KeyError):  # no file, or somebody else's
-        for row in written:
-            rows.setdefault(row["segment"], SegmentRow(**row))
+    for row in written if isinstance(written, list) else []:
+        with contextlib.suppress(ValidationError):  # somebody else's
+            other = _ROW.validate_python(row)
+            rows.setdefault(other.segment, other)
     ordered = [rows[number] for number in sorted(rows)]
     for before, row in itertools.pairwise(ordered):
         ended = before.ended_at_ms or before.last_seen_ms

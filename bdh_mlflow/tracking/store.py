@@ -5,11 +5,16 @@ Every call names its store by a client or a URI; no process-wide tracking URI is
 """
 
 import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
 import os
 import re
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +24,34 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.config.places import DATABASES, store_uri
 from bdh_mlflow.errors import BdhError, TrackingError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 
 PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
+OPENING_S = 60.0  # longest wait for another process that opens the same database
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 RETRIES_GIVEN = RETRIES in os.environ
+ARTIFACT_PACKAGES = {
+    "s3": ("boto3", "boto3"),
+    "r2": ("boto3", "boto3"),
+    "b2": ("boto3", "boto3"),
+    "gs": ("google.cloud.storage", "google-cloud-storage"),
+    "wasbs": ("azure.storage.blob", "azure-storage-blob"),
+    "abfss": ("azure.storage.filedatalake", "azure-storage-file-datalake"),
+    "sftp": ("paramiko", "paramiko pysftp"),
+}
+"""Module that MLflow needs for the artifact stores of a scheme, and what pip calls it."""
+_UNSTORABLE = re.compile(r"codec can't encode|surrogates not allowed|NUL \(0x00\)|null byte|\\u0000 cannot be converted", re.IGNORECASE)
+_HALF_MADE = re.compile(r"already exists|duplicate column|Online migration expected|no such (table|column)", re.IGNORECASE)
+_FOR_GOOD = re.compile(r"password|authentication|access denied|does not exist|unknown database|no module named", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,17 +64,36 @@ class StoreStatus:
 
 
 def tracking_uri(tracking: TrackingConfig) -> str:
-    """The configured URI, else MLflow's own resolution (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here), which is made absolute."""
-    inherited = mlflow.get_tracking_uri()
+    """The configured URI, else MLflow's own resolution (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here), in full.
+
+    Raises TrackingError for what is no URI of a store.
+    """
+    inherited = _in_full("MLFLOW_TRACKING_URI", mlflow.get_tracking_uri())
     if tracking.tracking_uri is None:
-        path = inherited.removeprefix("sqlite:///")
-        return f"sqlite:///{Path(path).absolute()}" if path != inherited and not path.startswith("/") else inherited
-    if os.environ.get("MLFLOW_RUN_ID") and inherited != tracking.tracking_uri:
+        return inherited
+    configured = _in_full("tracking.tracking_uri", tracking.tracking_uri)
+    if os.environ.get("MLFLOW_RUN_ID") and inherited != configured:
         raise TrackingError(
-            f"tracking.tracking_uri is {masked(tracking.tracking_uri)}, but `mlflow run` has made its run at {masked(inherited)}. "
-            f"Set MLFLOW_TRACKING_URI={masked(tracking.tracking_uri)} instead, or start with `bdh-mlflow train`"
+            f"tracking.tracking_uri is {masked(configured)}, but `mlflow run` has made its run at {masked(inherited)}. "
+            f"Set MLFLOW_TRACKING_URI={masked(configured)} instead, or start with `bdh-mlflow train`"
         )
-    return tracking.tracking_uri
+    return configured
+
+
+def _in_full(name: str, uri: str) -> str:
+    try:
+        return store_uri(uri, Path.cwd())
+    except ValueError as error:
+        raise TrackingError(f"{name}: {masked(str(error))}") from None
+
+
+def overruled(tracking: TrackingConfig) -> str | None:
+    """What the environment says of the experiment, where the configuration says otherwise; None if nothing is overruled."""
+    if os.environ.get("MLFLOW_RUN_ID"):
+        return None  # its experiment is that of the run which `mlflow run` has made
+    given = {name: os.environ.get(name) for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")}
+    others = [f"{name}={value}" for name, value in given.items() if value and value != tracking.experiment]
+    return f"{' and '.join(others)} overruled by tracking.experiment {tracking.experiment}" if others else None
 
 
 def connect(tracking: TrackingConfig) -> MlflowClient:
@@ -65,9 +106,63 @@ def connect(tracking: TrackingConfig) -> MlflowClient:
 
 
 def client_of(uri: str) -> MlflowClient:
-    """A client of the store at a URI, with the retries inside one call bounded. A database is opened here, a server is not asked yet."""
+    """A client of the store at a URI, with the retries inside one call bounded. A database is opened here, a server is not asked yet.
+
+    Raises whatever MLflow does.
+    """
     os.environ.setdefault(RETRIES, HTTP_RETRIES)
-    return MlflowClient(uri)
+    with _only_opener(uri):
+        try:
+            return MlflowClient(uri)
+        except Exception as error:  # SQLAlchemy's and alembic's pass through MLflow
+            if uri.startswith("sqlite:") and _HALF_MADE.search(str(error)):
+                raise TrackingError(
+                    f"{masked(uri)} was left half made by a program that was stopped while it made its tables, or by two that made them at "
+                    f"once ({first_line(error)}). If it holds no runs yet, remove the file; else restore it from a copy"
+                ) from error
+            raise
+
+
+@contextlib.contextmanager
+def _only_opener(uri: str) -> Iterator[None]:
+    """MLflow makes the tables of a new database when it is opened, and two processes at once leave it half made: one opens at a time.
+
+    The lock is one of the folder of a database file, so that nothing is left behind; for a database server of a file of this machine.
+    """
+    place = _lock_place(uri)
+    try:
+        lock = None if place is None else os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:  # no such folder: opening says so
+        lock = None
+    try:
+        if lock is not None:
+            _await_lock(lock)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_place(uri: str) -> Path | None:
+    kind = uri.partition(":")[0].partition("+")[0]
+    if kind == "sqlite":
+        return Path(unquote(uri.partition(":///")[2].partition("?")[0])).parent
+    if kind in DATABASES:
+        return Path(tempfile.gettempdir()) / f"bdh-mlflow-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    return None
+
+
+def _await_lock(lock: int) -> None:
+    end = time.monotonic() + OPENING_S
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
 
 
 def probe_store(tracking: TrackingConfig, continues: str | None) -> StoreStatus:
@@ -95,11 +190,13 @@ def probe_store(tracking: TrackingConfig, continues: str | None) -> StoreStatus:
 def _status(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreStatus:
     wrapper = os.environ.get("MLFLOW_RUN_ID")
     with reported(f"tracking store {masked(uri)} cannot be used"):
-        client = client_of(uri)
         try:
+            _try_database(uri)
+            client = client_of(uri)
+            own = wrapper_run(client, wrapper, continues) if wrapper else None
             run = find_run(client, continues) if continues else None
-            if run is None and wrapper:
-                check_artifacts(client, (own := client.get_run(wrapper)).info.artifact_uri, own.info.experiment_id)
+            if run is None and own is not None:
+                check_artifacts(client, own.info.artifact_uri, own.info.experiment_id)
             elif run is None:
                 experiment_of(client, tracking.experiment)
         except Exception as error:  # requests', SQLAlchemy's and OS errors pass through MLflow
@@ -107,6 +204,54 @@ def _status(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreS
                 raise
             return StoreStatus(uri, False, None)
     return StoreStatus(uri, True, run)
+
+
+def _try_database(uri: str) -> None:
+    """Connect to a database server once: MLflow would repeat it for minutes, also with a wrong password.   Raises SQLAlchemy's errors."""
+    if uri.partition(":")[0].partition("+")[0] not in DATABASES or uri.startswith("sqlite"):
+        return
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def wrapper_run(client: MlflowClient, run_id: str, continues: str | None) -> Run:
+    """The run that MLFLOW_RUN_ID names.   continues: run that is resumed.   Raises TrackingError if no training can log to it."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise TrackingError(
+            f"MLFLOW_RUN_ID names run {run_id}, which is not at {masked(client.tracking_uri)}; unset MLFLOW_RUN_ID, or set "
+            f"MLFLOW_TRACKING_URI to the store that has it"
+        ) from None
+    if run.info.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLFLOW_RUN_ID names run {run_id}, which is deleted; restore it (mlflow runs restore --run-id {run_id}), or unset "
+            f"MLFLOW_RUN_ID"
+        )
+    if not is_free(run, continues):
+        raise TrackingError(
+            f"MLFLOW_RUN_ID names run {run_id} ({run.info.run_name}), which holds another training already; unset MLFLOW_RUN_ID for a run "
+            f"of its own, or continue that one with --resume {run_id}"
+        )
+    return run
+
+
+def is_free(run: Run, continues: str | None, training: str | None = None) -> bool:
+    """Whether a training may log to a run: it is fresh, or its own.   continues: run that is resumed.   training: id of the training."""
+    tags = run.data.tags
+    if run.info.run_id == continues or (training and tags.get("bdh.training") == training):
+        return True
+    if "bdh.continues" in tags:  # the wrapper of a segment, a child of the run that it continued
+        return tags["bdh.continues"] == continues
+    fresh = not {"bdh.training", "bdh.segment", "bdh.sweep"} & tags.keys()
+    return fresh and all(key.startswith("system/") for key in run.data.metrics)
 
 
 def experiment_of(client: MlflowClient, name: str) -> str | None:
@@ -123,8 +268,38 @@ def experiment_of(client: MlflowClient, name: str) -> str | None:
     return str(experiment.experiment_id)
 
 
+def make_experiment(client: MlflowClient, name: str) -> str:
+    """Id of an experiment to make a run in, made if there is none.   Raises TrackingError if it cannot take one."""
+    known = experiment_of(client, name)
+    if known is None:
+        try:
+            client.create_experiment(name, _artifact_location(client.tracking_uri, name))
+        except MlflowException as error:
+            if is_denied(error):
+                raise TrackingError(
+                    f"experiment {name}: this user may not create it at {masked(client.tracking_uri)}: {first_line(error)}"
+                ) from error
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was quicker
+                raise
+        known = experiment_of(client, name)
+    assert known is not None, "it was made or found"
+    return known
+
+
+def _artifact_location(uri: str, name: str) -> str | None:
+    """Where the artifacts of a new experiment go: as MLflow decides, but where it would decode a `%` in the name of this folder."""
+    here = Path.cwd()
+    return (here / "mlruns" / name.replace("/", "_")).as_uri() if uri.startswith("sqlite:") and "%" in str(here) else None
+
+
 def check_artifacts(client: MlflowClient, artifact_uri: str, experiment_id: str) -> None:
-    """Raises TrackingError where artifacts go through a server that is not there."""
+    """Raises TrackingError where artifacts go through a server that is not there, or to a store that cannot be reached from here."""
+    scheme = urlsplit(artifact_uri).scheme
+    module, package = ARTIFACT_PACKAGES.get(scheme, ("", ""))
+    if module and not _is_installed(module):
+        raise TrackingError(f"artifacts go to {masked(artifact_uri)}, which needs a package that is not installed: pip install {package}")
+    if scheme not in get_registered_artifact_repositories():
+        raise TrackingError(f"artifacts go to {masked(artifact_uri)}, and MLflow knows no artifact store of that kind here")
     if artifact_uri.startswith("mlflow-artifacts:") and not client.tracking_uri.startswith(("http://", "https://")):
         raise TrackingError(
             f"experiment {client.get_experiment(experiment_id).name} was made by an MLflow server, which alone can store its artifacts; "
@@ -142,6 +317,11 @@ def find_run(client: MlflowClient, run_id: str) -> Run | None:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def whole_number(text: str | None) -> int:
+    """The number in a tag or param; 0 for anything else, which somebody else has set."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 
 def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
@@ -171,14 +351,29 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_invalid(error: BaseException) -> bool:
-    """Whether the content of the request is at fault; not so for a deleted run, which can be restored."""
-    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
+    """Whether the content of the request is at fault, or what it needs is not installed, so that waiting does not help.
+
+    Not so for a deleted run, which can be restored.
+    """
+    if isinstance(error, MlflowException):  # of a database also for whatever is raised in between
+        invalid = error.error_code == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
+        return invalid or _UNSTORABLE.search(str(error)) is not None
+    if isinstance(error, OSError | json.JSONDecodeError):  # requests' errors are OSErrors, and an answer that is no JSON comes from a proxy
+        return False
+    return isinstance(error, ValueError | TypeError | ImportError | NotImplementedError)
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether this user may not do it."""
+    return isinstance(error, MlflowException) and error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 def _may_come_back(uri: str, error: BaseException) -> bool:
     """Whether a store that failed like this may answer later; a wrong password, another server or an unreadable file will stay."""
     if uri.startswith("sqlite:"):
         return "locked" in str(error)
+    if uri.partition(":")[0].partition("+")[0] in DATABASES:
+        return not _FOR_GOOD.search(str(error))
     status = re.search(r"error code (\d{3})", str(error))
     return not (status and status[1].startswith("4") and status[1] not in ("408", "429"))
 
@@ -195,11 +390,17 @@ def reported(what: str) -> Iterator[None]:
 
 
 def local_path(artifact_uri: str) -> Path | None:
-    """The folder of an artifact store on this machine, None for any other."""
-    parts = urlsplit(artifact_uri)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    return Path(artifact_uri) if parts.scheme == "" else None
+    """The folder of an artifact store on this machine, None for any other; the only place that turns such a URI into a path."""
+    if urlsplit(artifact_uri).scheme not in ("", "file"):
+        return None
+    return Path(local_file_uri_to_path(artifact_uri))  # type: ignore[no-untyped-call]  # as MLflow: `%2F` is decoded also without a scheme
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def on_this_machine(uri: str) -> bool:

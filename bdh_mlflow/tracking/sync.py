@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bdh_mlflow import checkpoint
+from bdh_mlflow.config.places import store_uri
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import journal, store
@@ -33,7 +34,7 @@ def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: P
     """Deliver what an ended training has left.
 
     uri: None for the store that the training named.   note: called with lines for the user. Raises TrackingError where the store cannot
-    be named, FileNotFoundError where there is no journal.
+    be named, ValueError where `uri` is none, FileNotFoundError where there is no journal.
     """
     reader = JournalReader(folder)
     try:
@@ -68,10 +69,12 @@ def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: P
 def _address(named: str, given: str | None) -> str:
     """Where to deliver: the given URI, else the one the training named; its credentials come from the environment."""
     if given:
-        return given
+        return store_uri(given, Path.cwd())
     here = os.environ.get("MLFLOW_TRACKING_URI", "")
     if masked(here) == named:
         return here
     if "***" in named:
         raise TrackingError(f"the run was to go to {named}: set MLFLOW_TRACKING_URI to that with its credentials, or give --tracking-uri")
+    if named.startswith("sqlite:") and ":////" not in named:  # of version 0.2.0: relative to where the training was started
+        raise TrackingError(f"the run was to go to {named}, in the folder where it was trained: give --tracking-uri with the full path")
     return named

@@ -4,6 +4,7 @@
 keeps nothing. Knows nothing of MLflow.
 """
 
+import dataclasses
 import json
 import threading
 import time
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bdh_mlflow.config.settings import LONGEST_TAG
 from bdh_mlflow.errors import SaveError, TrackingError
 from bdh_mlflow.redact import masked
-from bdh_mlflow.text import Evaluation, Sample
+from bdh_mlflow.text import Evaluation, Sample, storable
 from bdh_mlflow.tracking.journal import Journal
 from bdh_mlflow.tracking.records import (
     Attached,
@@ -84,7 +86,8 @@ class Tracker:
         self._delivered = 0
         self._lost = 0
         self._about_self = (time.monotonic(), 0, 0.0)
-        self._journal.append(segment)
+        user, host, device = map(_outgoing, (segment.user, segment.host, segment.device))
+        self._journal.append(dataclasses.replace(segment, user=user, host=host, device=device))
         self.sender = make_sender(folder, uri, self._on_message)
         """The sender of this run."""
 
@@ -119,16 +122,16 @@ class Tracker:
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """What the model writes, as artifact `samples/step_N.txt` and as rows of the run's table of samples."""
-        rows = [{"step": step, "prompt": masked(sample.prompt), "written": masked(sample.written)} for sample in samples]
-        self._journal.append(Text(artifact=f"samples/step_{step}.txt", text=masked("\n".join(map(str, samples))), rows=rows))
+        rows = [{"step": step, "prompt": _outgoing(sample.prompt), "written": _outgoing(sample.written)} for sample in samples]
+        self._journal.append(Text(artifact=f"samples/step_{step}.txt", text=_outgoing("\n".join(map(str, samples))), rows=rows))
 
     def text(self, text: str, artifact: str) -> None:
         """A small text file among the artifacts."""
-        self._journal.append(Text(artifact=artifact, text=masked(text)))
+        self._journal.append(Text(artifact=artifact, text=_outgoing(text)))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Tags of the run; later values replace earlier ones."""
-        self._journal.append(Tags(tags={key: masked(value) for key, value in tags.items()}))
+        self._journal.append(Tags(tags=_outgoing_tags(tags)))
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Settings, written once: what the run has already stays as it is."""
@@ -136,9 +139,9 @@ class Tracker:
 
     def dataset(self, data: DatasetFacts) -> None:
         """A dataset of the run, by name and digest."""
-        source = json.dumps({"uri": masked(data.folder)})
+        source = json.dumps({"uri": _outgoing(data.folder)})
         self._journal.append(
-            Input(name=data.name, digest=data.digest, source=source, profile=json.dumps(data.profile), context=data.context)
+            Input(name=_outgoing(data.name), digest=data.digest, source=source, profile=json.dumps(data.profile), context=data.context)
         )
 
     def sync(self) -> None:
@@ -151,7 +154,7 @@ class Tracker:
 
     def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
         """Deliver what is left and set the run's status (FINISHED, FAILED, KILLED).   Returns how many records still wait."""
-        self._journal.append(End(status=status, tags={key: masked(value) for key, value in tags.items()}, step=step))
+        self._journal.append(End(status=status, tags=_outgoing_tags(tags), step=step))
         unwritten = self._journal.close()
         if unwritten:
             self._note(f"tracking: lost: {unwritten:,} bytes of the journal could not be written to disk")
@@ -213,5 +216,14 @@ class NullTracker:
         return 0
 
 
+def _outgoing(text: str) -> str:
+    """Text as it leaves the process: without secrets, and as every store takes it; one record that none takes would be retried for ever."""
+    return storable(masked(text))
+
+
+def _outgoing_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: _outgoing(value)[:LONGEST_TAG] for key, value in tags.items()}
+
+
 def _as_text(value: object) -> str:
-    return masked(value) if isinstance(value, str) else json.dumps(value)
+    return _outgoing(value) if isinstance(value, str) else json.dumps(value)

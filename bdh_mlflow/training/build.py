@@ -5,6 +5,7 @@ Everything that can be refused is refused here, before a run begins: the configu
 
 import itertools
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import printable
+from bdh_mlflow.files import shown
 from bdh_mlflow.model import bdh, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.model.sampling import Sampler
-from bdh_mlflow.text import Sample, decode
+from bdh_mlflow.text import Sample, decode, printable
 from bdh_mlflow.training import optim
 from bdh_mlflow.training.origin import Origin, find_origin, load_warm, position_of
 from bdh_mlflow.training.stop import StopRequest
@@ -79,7 +80,7 @@ def build(config: Config, progress: Progress, fork: bool) -> Built:
         runs=runs,
         peak_flops=peak_flops,
         text=text,
-        batches=shown(batches, progress) if training.debug else batches,
+        batches=showing_first(batches, progress) if training.debug else batches,
         validation=validation,
         network=network,
         optimizer=optimizer,
@@ -132,7 +133,7 @@ def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
     Raises DataError for a folder whose name looks misspelt: training on other text than meant is worse than a question.
     """
     folder = Path(dataset.parquet_dir)
-    found, shown = kind_of(folder), printable(folder)
+    found, name = kind_of(folder), shown(folder)
     if found == "folder":
         if held(folder):
             return
@@ -140,14 +141,14 @@ def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
     elif found == "nothing":
         what = "does not exist"
         near = nearest_folder(folder, REFUSED)
-        if near is not None and (folder, source) != (Path(DatasetConfig().parquet_dir), PYTHON_STDLIB):
+        if near is not None and (folder.absolute(), source) != (Path(DatasetConfig().parquet_dir).absolute(), PYTHON_STDLIB):
             raise DataError(
-                f"{shown}: no such folder (dataset.parquet_dir); did you mean {printable(near)}? "
-                f"To build {shown} beside it, run: bdh-mlflow data prepare {printable(source)} {shown}"
+                f"{name}: no such folder (dataset.parquet_dir); did you mean {shown(near)}? "
+                f"To build {name} beside it, run: bdh-mlflow data prepare {shlex.join([printable(source), name])}"
             )
     else:
         return
-    progress.note(f"{shown} {what}: preparing it from {printable(source)} (dataset.source)")
+    progress.note(f"{name} {what}: preparing it from {shown(source)} (dataset.source)")
     done = prepare.prepare(source, folder, dataset.text_column)
     progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text{listed(done.skipped)}")
 
@@ -224,7 +225,7 @@ def build_sampler(
     return samples
 
 
-def shown(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
+def showing_first(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
     """debug: the first window of the first batch, as text."""
     first = next(batches)
     progress.note(f"first window of {tuple(first.tokens.shape)}:\n{decode(first.tokens[0].tolist())}")

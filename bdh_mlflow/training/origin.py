@@ -77,6 +77,12 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
     settings = found.state["config"]
     settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
     saved = resolve(Config.from_saved(settings, found.path, found.checkpoint.manifest.written_by), machine).config
+    step, last = found.state["step"], config.training.max_iters
+    if step > last or (fork and step == last):
+        raise ResumeError(
+            f"cannot resume {found.path}: nothing to do, it is at step {step} and training.max_iters is {last}. "
+            f"Set training.max_iters above {step}"
+        )
     changes = _refused_changes(saved, config, machine, fork)
     if changes:
         lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]

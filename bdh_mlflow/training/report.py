@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
+from bdh_mlflow.files import shown
 from bdh_mlflow.tracking import store, tracker
 from bdh_mlflow.tracking import system_metrics as system
 from bdh_mlflow.tracking.records import RunIdentity, Segment
+from bdh_mlflow.tracking.run import segment_number
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
 from bdh_mlflow.training.build import Built
 from bdh_mlflow.training.stop import StopRequest
@@ -29,6 +31,7 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
     """
     config, origin = built.config, built.origin
     tags = status.run.data.tags if status.run else {}
+    later = segment_number(status.run) if status.run else 0
     saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
     audit = list(tracker.REPLAYED)
     if origin.saved:  # a mean over other spans is another number
@@ -36,7 +39,7 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
             if getattr(origin.saved.training, key) != getattr(config.training, key):
                 audit.remove(metric)
     return Segment(
-        number=1 + max(saved, int(tags.get("bdh.segment", 0)), earlier[-1].number if earlier else 0),
+        number=1 + max(saved, later, earlier[-1].number if earlier else 0),
         training=earlier[0].training if earlier else tags.get("bdh.training", uuid.uuid4().hex),
         continues=origin.run_id if origin.kind == "resumed" else None,
         wrapper=os.environ.get("MLFLOW_RUN_ID"),
@@ -100,19 +103,21 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
     lines = [
         f"BDH with {config.parameters / 1e6:.2f} M parameters, {config.tokens_per_step:,} tokens a step; {facts['bdh.precision']}; "
         f"{facts['bdh.optimizer']}",
-        f"data: {text.root}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
+        f"data: {shown(text.root)}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
         if identity
         else f"MLflow: {uri} {'has not named the run yet' if status.reachable else 'does not answer'}; training goes on, "
         f"everything is journalled and delivered when it does",
     ]
+    if missed := store.overruled(config.tracking):
+        lines.append(f"note: {missed}")
     if origin.found is not None:
         how = {
             "resumed": f"segment {segment}",
             "forked": "a new run from its state",
             "warm": "warm start: its weights, a new optimizer",
         }
-        lines.append(f"{origin.kind} from {origin.found.path} ({how[origin.kind]})")
+        lines.append(f"{origin.kind} from {shown(origin.found.path)} ({how[origin.kind]})")
     return "\n".join(lines)
 
 

@@ -31,11 +31,12 @@ from bdh_mlflow.training.trainer import Ending, Progress, peak_gib
 class Outcome:
     """What a training run left behind.
 
-    identity: None if the store has not answered yet.   run_dir: None if no checkpoint was saved.   undelivered: records that wait for the
-    store, in the journal of the folder `journal`.
+    first_step: updates completed before it.   identity: None if the store has not answered yet.   run_dir: None if no checkpoint was saved.
+    undelivered: records that wait for the store, in the journal of the folder `journal`.
     """
 
     ending: Ending
+    first_step: int
     identity: RunIdentity | None
     run_dir: Path | None
     peak_gib: float
@@ -106,6 +107,7 @@ def _outcome(built: Built, tracker: Tracker, run_dir: RunDirectory, report: Fina
     assert report.ending is not None, "without an ending an error was raised"
     return Outcome(
         ending=report.ending,
+        first_step=built.origin.state["step"] if built.origin.state else 0,
         identity=tracker.identity,
         run_dir=run_dir.path if run_dir.made else None,
         peak_gib=peak_gib(built.device),

@@ -1,8 +1,11 @@
 """How a signal, or a study that prunes a trial, ends a training run after the update at hand."""
 
+import contextlib
 import signal
 from dataclasses import dataclass
 from types import FrameType
+
+from bdh_mlflow.host import ENDING_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,11 @@ class StopRequest:
     begun: bool = False
 
     def install(self) -> None:
-        """Handle SIGINT and SIGTERM from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        """Handle ENDING_SIGNALS from now on; a SIGHUP that is ignored stays so, which is what nohup means."""
+        for number in ENDING_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                with contextlib.suppress(OSError):  # a sandbox may forbid some
+                    signal.signal(number, self.handle)
 
     def ask(self, reason: str) -> None:
         """End after this update, as after a signal; a reason already received stays."""

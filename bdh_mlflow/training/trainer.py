@@ -3,9 +3,11 @@
 Parts are passed in and described here by small protocols: the trainer builds nothing and knows neither the model, the data, MLflow nor
 the disk. `step` counts completed optimizer updates. Everything that changes while it runs is in `state_dict`, taken only between updates.
 An update that fails, or whose numbers are not finite, leaves that state as it was before; one that float16 overflowed is skipped, and only
-lowers the loss scale and moves on in the data.
+lowers the loss scale and moves on in the data. Whatever ends the loop, a state that is good is saved, once; weights that evaluate to a
+non-finite loss, and those in the middle of an update, are not good.
 """
 
+import contextlib
 import math
 import resource
 import sys
@@ -19,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from bdh_mlflow.config import TrainingConfig
-from bdh_mlflow.errors import BdhError, InputError, NonFiniteError, SaveError, StoppedError
+from bdh_mlflow.errors import InputError, NonFiniteError, SaveError, StoppedError
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
 from bdh_mlflow.training.stop import StopRequest
 
 State = dict[str, Any]
+REMEDY = "Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
 SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scaling: the run has diverged
 
 
@@ -162,6 +165,7 @@ class Trainer:
         self._grad_norm = 0.0
         self._interval = Interval()
         self._saved_step: int | None = None
+        self._good = True  # what state_dict gives may be saved
         self._evaluation: Evaluation | None = None
         self._evaluated_step = 0
         self._samples: Sequence[Sample] = ()
@@ -185,11 +189,10 @@ class Trainer:
                     self._save()
         except SaveError:
             raise
-        except InputError as error:
-            self._save_once()
-            raise StoppedError(f"stopped after step {self.step}: {error}") from error
-        except BdhError:
-            self._save_once()
+        except BaseException as error:  # also those of libraries, and of whoever watches: none may cost the steps since the last checkpoint
+            self._save_despite(error)
+            if isinstance(error, InputError):
+                raise StoppedError(f"stopped after step {self.step}: {error}") from error
             raise
         self._save_once()
         val_loss = self._evaluation.loss if self._evaluation else None
@@ -235,13 +238,18 @@ class Trainer:
         parts = self._parts
         rng, restore_formats = _rng_state(parts.device), parts.formats.savepoint()
         try:
-            return self._try_update()
-        except BdhError:
+            tokens_per_s = self._try_update()
+        except BaseException:
             _set_rng_state(parts.device, rng)  # what is saved now is the state before this update, all of it
             restore_formats()
+            parts.optimizer.zero_grad(set_to_none=True)
             raise
+        if tokens_per_s is not None:
+            parts.progress.advance(self.step, self._loss or 0.0, tokens_per_s)
+        return tokens_per_s is not None
 
-    def _try_update(self) -> bool:
+    def _try_update(self) -> float | None:
+        """Returns the speed in tokens a second, None if the update was skipped."""
         parts = self._parts
         started = time.perf_counter()
         batch, losses, tokens = self._accumulate()
@@ -252,6 +260,7 @@ class Trainer:
         for value in values:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
             loss += value / len(values)
         self._guard(loss, grad_norm)
+        self._good = False
         self._position, self._interval.epoch = batch.position, batch.epoch
         rate = parts.schedule.at(self.step)
         for group in parts.optimizer.param_groups:
@@ -262,13 +271,12 @@ class Trainer:
         self.tokens_seen += tokens
         elapsed_s = time.perf_counter() - started
         self._interval.add_attempt(tokens, elapsed_s)
-        if not math.isfinite(grad_norm):
-            return False
-        self.step += 1
-        self._loss, self._grad_norm = loss, grad_norm
-        self._interval.add_loss(loss)
-        parts.progress.advance(self.step, loss, tokens / elapsed_s)
-        return True
+        if applied := math.isfinite(grad_norm):
+            self.step += 1
+            self._loss, self._grad_norm = loss, grad_norm
+            self._interval.add_loss(loss)
+        self._good = True
+        return tokens / elapsed_s if applied else None
 
     def _accumulate(self) -> tuple[Item, list[Tensor], int]:
         """Gradients of all passes of an update.   Returns the last batch, the loss of each pass, still on the device, and the tokens."""
@@ -294,12 +302,8 @@ class Trainer:
         scaler = self._parts.scaler
         if finite_loss and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE:
             return
-        self._parts.optimizer.zero_grad(set_to_none=True)
         what = f"gradient norm {grad_norm}" if finite_loss else f"loss {loss}"
-        raise NonFiniteError(
-            f"update {self.step + 1}: {what}; it was not applied. Weights of step {self.step} are good. "
-            f"Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
-        )
+        raise NonFiniteError(f"update {self.step + 1}: {what}; it was not applied. Weights of step {self.step} are good. {REMEDY}")
 
     def _log(self) -> None:
         parts, step, interval = self._parts, self.step, self._interval
@@ -318,9 +322,9 @@ class Trainer:
             values["optim/loss_scale"] = parts.scaler.get_scale()
         parts.tracker.metrics(values, step)
         parts.tracker.metrics({"by_tokens/train_loss": values["train/loss"]}, self.tokens_seen // 1000)
-        parts.progress.point(values, step)
         if step % self._config.log_freq == 0:  # the extra point of a last step that is no multiple leaves the interval open
             interval.reset()
+        parts.progress.point(values, step)
 
     def _evaluate(self) -> None:
         parts, step = self._parts, self.step
@@ -330,13 +334,16 @@ class Trainer:
             val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped)
         if val_loss is None:
             return
+        if not math.isfinite(val_loss):
+            self._good = False
+            raise _diverged(step, val_loss, self._saved_step)
         values = {"val/loss": val_loss, "val/bpb": bits_per_byte(val_loss)}
         logged_at_ms = parts.tracker.metrics({**values, **observed}, step)
         self._evaluation, self._evaluated_step = Evaluation(step, val_loss, logged_at_ms), step
         parts.tracker.metrics({"by_tokens/val_loss": val_loss, "by_tokens/val_bpb": values["val/bpb"]}, self.tokens_seen // 1000)
-        parts.progress.point(values, step)
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
+        parts.progress.point(values, step)
         samples = parts.samples(self._stopped)
         if samples:
             self._samples = samples
@@ -350,12 +357,27 @@ class Trainer:
         self._parts.tracker.metrics({"ckpt/blocked_ms": 1e3 * (time.perf_counter() - started)}, self.step)
 
     def _save_once(self) -> None:
-        if self.step and self._saved_step != self.step:
+        if self.step and self._saved_step != self.step and self._good:
             self._save()
         self._parts.saver.finish()
 
+    def _save_despite(self, error: BaseException) -> None:
+        """Save what is good, once; if that fails as well, it is told with the error that ended the loop."""
+        try:
+            self._save_once()
+        except SaveError as failed:
+            error.add_note(str(failed))
+            with contextlib.suppress(Exception):  # whoever watches may be what failed
+                self._parts.progress.note(str(failed))
+
     def _stopped(self) -> bool:
         return self._parts.stop.received is not None
+
+
+def _diverged(step: int, val_loss: float, saved_step: int | None) -> NonFiniteError:
+    """The error of weights that evaluate to no number.   saved_step: of the last checkpoint."""
+    last = f"the last good checkpoint is of step {saved_step}" if saved_step else "there is none before it"
+    return NonFiniteError(f"evaluation after step {step}: val/loss {val_loss}; weights of this step are not saved, {last}. {REMEDY}")
 
 
 def peak_gib(device: torch.device) -> float:

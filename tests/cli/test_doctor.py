@@ -22,7 +22,7 @@ def test_setup_without_problems_ends_with_what_to_type(store: MlflowClient, text
     assert train(tiny).exit_code == 0
     result = run_cli("doctor", "--config", str(tiny))
     assert result.exit_code == 0, result.output
-    assert "Next: mlflow run . --env-manager local" in result.output
+    assert "Next: bdh-mlflow train --config" in result.output
     assert found("tracking URI").found == f"{store.tracking_uri} (MLFLOW_TRACKING_URI)"
     assert found("checkpoints").found.endswith("checkpoints: 1 runs")
     assert "the UI on this machine shows them" in found("artifact root").found

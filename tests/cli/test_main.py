@@ -40,7 +40,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("dataset.parquet_dir=jsonl", "dataset.source=python-stdlib"),
         "jsonl: no parquet files in it (dataset.parquet_dir), but a.jsonl",
     ),
-    "NUL": (("dataset.parquet_dir=a\0b",), "not a path"),
+    "NUL": (("dataset.parquet_dir=a\0b",), "the character NUL has no place in it"),
     "empty data": (("dataset.parquet_dir=hollow",), "hollow: no parquet files in it"),
     "column": (("dataset.text_column=body",), "text/part-0.parquet: no column `body`; it has text. Set dataset.text_column"),
     "corrupt": (("dataset.parquet_dir=corrupt",), "corrupt/part-1.parquet: not a readable parquet file"),

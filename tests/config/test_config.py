@@ -88,7 +88,7 @@ def test_defaults_are_the_documented_ones() -> None:
 def test_main_configuration_is_complete_and_holds_the_defaults() -> None:
     path = PROJECT / "configs" / "config.yaml"
     assert yaml.safe_load(path.read_text()) == DEFAULTS
-    assert Config.from_yaml(path) == Config()
+    assert Config.from_yaml(path) == Config.from_dict({}, base=Path.cwd())
 
 
 @pytest.mark.parametrize("path", sorted(p for p in (PROJECT / "configs").glob("*.yaml") if p.name != "sweep.yaml"), ids=lambda p: p.name)
@@ -123,7 +123,7 @@ def test_text_stays_text_also_where_it_looks_like_a_number_or_a_date(tmp_path: P
     (tmp_path / "a.yaml").write_text("tracking: {run_name: 2025-11-08}\n")
     config = Config.from_yaml(tmp_path / "a.yaml", ["tracking.experiment=2024_01", "dataset.parquet_dir=007", "dataset.source=null"])
     assert (config.tracking.run_name, config.tracking.experiment) == ("2025-11-08", "2024_01")
-    assert (config.dataset.parquet_dir, config.dataset.source) == ("007", None)
+    assert (Path(config.dataset.parquet_dir), config.dataset.source) == (Path.cwd() / "007", None)
 
 
 def test_unknown_key_names_the_nearest() -> None:
@@ -146,7 +146,7 @@ def test_all_problems_are_reported_at_once() -> None:
             'training.batch_size: found the text "many"; accepted: whole number >= 1',
             "training.log_freq: found 0; accepted: whole number >= 1",
             "training.debug: found 3; accepted: true | false",
-            "training.seed: found true; accepted: whole number >= 0 and < 9223372036854775808",
+            "training.seed: found true; true and false are not numbers; accepted: whole number >= 0 and < 9223372036854775808",
             "training.nothing: unknown key; known: " + ", ".join(DEFAULTS["training"]),
             'low_precision.compute_dtype: found the text "bf16"; accepted: bfloat16 | float16 | float32',
             "model.mlp_internal_dim_multiplier: 10 * n_embd 256 is not a multiple of 2 * n_head 3 "
@@ -205,7 +205,7 @@ def test_text_that_is_not_a_configuration_says_where(tmp_path: Path, content: st
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("model:\n")
-    assert Config.from_yaml(tmp_path / "empty.yaml") == Config()
+    assert Config.from_yaml(tmp_path / "empty.yaml") == Config.from_dict({}, base=Path.cwd())
 
 
 def test_saved_yaml_reads_back_to_the_same_configuration() -> None:

@@ -293,7 +293,7 @@ def test_a_folder_of_hidden_parquet_files_says_so(tmp_path: Path) -> None:
 
 def test_a_missing_folder_names_the_one_that_is_spelled_alike(tmp_path: Path) -> None:
     write_shards(tmp_path / "corpus", ["a"])
-    with pytest.raises(DataError, match=r"corpsu: no such folder; did you mean .*/corpus\?"):
+    with pytest.raises(DataError, match=r"corpsu: no such folder; did you mean corpus\?"):
         opened(tmp_path / "corpsu")
 
 

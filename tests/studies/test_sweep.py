@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli import console
 from bdh_mlflow.errors import ConfigError, NonFiniteError
-from bdh_mlflow.studies.sweep import Space
+from bdh_mlflow.studies.space import Space
 from bdh_mlflow.training import start
 from tests.conftest import run_cli
 from tests.training.test_endings import wait_until

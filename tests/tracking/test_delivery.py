@@ -11,7 +11,9 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 
+from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.text import Sample
 from bdh_mlflow.tracking import (
     journal,
@@ -253,3 +255,77 @@ def test_segments_that_were_refused_first_do_not_replace_what_came_later(
     rows = json.loads(Path(store.download_artifacts(tracked.run_id, segments.FILE_NAME, str(tmp_path))).read_text())
     assert [row["reason"] for row in rows] == ["finished"]
     assert any("segment was refused" in note for note in tracked.notes)
+
+
+def test_text_that_no_store_takes_is_made_storable_at_the_door(store: MlflowClient, tmp_path: Path) -> None:
+    """A name with bytes that are not UTF-8 was taken for an outage: everything behind it waited for ever."""
+    tracked = TrackedRun(tmp_path, user="m\udce9", host="h\0")
+    tracked.tracker.tags({"bdh.command": "train --config caf\udce9.yaml", "long": "x" * 9000})
+    tracked.tracker.params({"dataset.parquet_dir": "/data/caf\udce9", "nul": "a\0b"})
+    tracked.tracker.text("caf\udce9\n", "config.yaml")
+    tracked.tracker.samples([Sample("\udce9", "\0")], 1)
+    tracked.losses(1, 2)
+    run_id = tracked.run_id
+    assert (tracked.close(), tracked.notes) == (0, [])
+    run = store.get_run(run_id)
+    assert run.data.tags["bdh.command"] == "train --config caf\\xe9.yaml"
+    assert run.data.tags["long"] == "x" * 8000
+    assert run.data.params == {"dataset.parquet_dir": "/data/caf\\xe9", "nul": "a\u2400b"}
+    assert [step for step, _ in history(store, run_id, "train/loss")] == [1, 2]
+    assert run.info.status == "FINISHED"
+
+
+def test_record_of_an_earlier_version_that_no_store_takes_is_lost_alone(store: MlflowClient, tmp_path: Path) -> None:
+    tracked = TrackedRun(tmp_path)
+    with (tracked.directory.folder / journal.FILE_NAME).open("a") as file:
+        file.write(json.dumps({"kind": "tags", "at_ms": 1, "tags": {"good": "yes", "bad": "caf\udce9"}}) + "\n")
+    tracked.losses(1, 2)
+    run_id = tracked.run_id
+    assert tracked.close() == 0
+    assert [note for note in tracked.notes if "tags bad was refused for good" in note] == tracked.notes
+    assert {key: value for key, value in store.get_run(run_id).data.tags.items() if key in ("good", "bad")} == {"good": "yes"}
+    assert [step for step, _ in history(store, run_id, "train/loss")] == [1, 2]
+
+
+def test_artifact_root_that_cannot_exist_holds_up_nothing_else_and_is_told_once(store: MlflowClient, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store.create_experiment("bdh", artifact_location=str(tmp_path / "file" / "artifacts"))
+    tracked = TrackedRun(tmp_path)
+    for step in (1, 2):
+        tracked.tracker.text("t", f"samples/step_{step}.txt")
+        tracked.save(step, 1.0)
+    tracked.losses(1, 2)
+    run_id = tracked.run_id
+    assert tracked.close() > 0, "the files wait for `sync`"
+    (note,) = tracked.notes
+    assert "was refused and stays here, `sync` offers it again" in note
+    run = store.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in history(store, run_id, "train/loss")] == [1, 2]
+    (tmp_path / "file").unlink()
+    done = sync.sync(tracked.directory.folder, None, quiet, HURRY)
+    assert done.left == 0, done
+    assert store.get_run(run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_2.pt")
+
+
+def test_user_who_may_not_create_runs_is_told_so(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Any, *given: Any, **named: Any) -> None:
+        raise MlflowException("Permission denied", error_code=databricks_pb2.PERMISSION_DENIED)
+
+    monkeypatch.setattr(MlflowClient, "create_run", denied)
+    tracked = TrackedRun(tmp_path)
+    with pytest.raises(TrackingError, match=r"this user may not create runs in experiment bdh of sqlite.*: Permission denied"):
+        tracked.tracker.wait(10)
+    tracked.kill()
+
+
+def test_run_that_another_training_has_taken_meanwhile_is_left_to_it(store: MlflowClient, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two trainings were started with one MLFLOW_RUN_ID while the server was down: neither was refused at its start."""
+    run_id = store.create_run(store.create_experiment("bdh")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    for training in ("a" * 32, "b" * 32):
+        tracked = TrackedRun(tmp_path, training=training)
+        tracked.losses(1, 2)
+        assert (tracked.run_id == run_id) == (training == "a" * 32)
+        assert tracked.close() == 0
+    assert [step for step, _ in history(store, run_id, "train/loss")] == [1, 2]

@@ -369,7 +369,7 @@ def test_pull_brings_a_mirrored_checkpoint_here(tiny: Path, half: Any) -> None:
     directory = run_dir()
     shutil.rmtree(CHECKPOINTS)
     result = run_cli("checkpoints", "pull", half.info.run_id, "--config", str(tiny))
-    assert result.output.strip() == str(directory / "checkpoint_3.pt")
+    assert result.output.strip() == str((directory / "checkpoint_3.pt").absolute())
     checkpoint.verify(checkpoint.describe(directory / "checkpoint_3.pt"))
 
 

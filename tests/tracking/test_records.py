@@ -103,3 +103,13 @@ def test_every_line_of_the_version_before_is_a_known_record() -> None:
     evaluations = [e.record.evaluation for e in entries(path.parent) if isinstance(e.record, CheckpointSaved)]
     assert evaluations[-1] is not None
     assert evaluations[-1].step == 6
+
+
+@pytest.mark.parametrize("record", [r for r in RECORDS if not isinstance(r, Unknown)], ids=lambda r: r.kind)
+def test_a_record_with_a_value_of_another_type_is_none(record: JournalRecord) -> None:
+    """It would be taken for an outage of the store, and retried for ever."""
+    tree = records.to_line(record, 1)
+    for name in [name for name in tree if name not in ("kind", "v", "evaluation")]:
+        for wrong in (object(), {"a": object()}, [object()] if name not in ("rows", "audit") else {}):
+            with pytest.raises((TypeError, ValueError, KeyError)):
+                records.from_line({**tree, name: wrong})

@@ -13,7 +13,11 @@ from tests.conftest import only_run, train
 
 @pytest.mark.parametrize(
     ("state", "tag"),
-    [(UNKNOWN, "unknown"), (SourceState("c0ffee", None, ""), "unknown"), (SourceState("c0ffee", False, ""), "false")],
+    [
+        (UNKNOWN, "unknown"),
+        pytest.param(SourceState("c0ffee", None, ""), "unknown", marks=pytest.mark.slow),
+        pytest.param(SourceState("c0ffee", False, ""), "false", marks=pytest.mark.slow),
+    ],
 )
 def test_what_git_cannot_tell_is_called_unknown(
     state: SourceState, tag: str, store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch

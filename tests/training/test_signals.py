@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, once, twice and as `mlflow run` sends them, in every phase of a run: real signals, raised from inside the phase."""
+"""Signals that end a run, once, twice and as `mlflow run` sends them, in every phase of a run: real ones, raised from inside it."""
 
 import signal
 from collections.abc import Callable
@@ -16,11 +16,14 @@ from bdh_mlflow.tracking.tracker import Tracker
 from bdh_mlflow.training.trainer import Trainer
 from tests.conftest import only_run, train
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-INT, TERM = CODES
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
+INT, TERM, HUP, USR1 = CODES
 pytestmark = pytest.mark.parametrize(
     "signals",
-    [(INT,), (INT, TERM), *(pytest.param(twice, marks=pytest.mark.slow) for twice in ((TERM,), (INT, INT), (TERM, TERM)))],
+    [
+        (INT, TERM),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ((INT,), (TERM,), (INT, INT), (TERM, TERM), (HUP, TERM), (USR1,))),
+    ],
     ids=lambda s: "+".join(n.name for n in s),
 )
 

@@ -19,3 +19,20 @@ def test_signal_before_the_loop_ends_the_program_where_it_is() -> None:
     with pytest.raises(KeyboardInterrupt):
         stop.handle(signal.SIGTERM, None)
     assert stop.received is signal.SIGTERM
+
+
+def test_a_closed_terminal_and_a_schedulers_warning_end_it_like_sigterm() -> None:
+    stop = StopRequest(begun=True)
+    stop.install()
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        stop.received = None
+        signal.raise_signal(number)
+        assert stop.received is number
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(begun=True)
+    stop.install()
+    signal.raise_signal(signal.SIGHUP)
+    assert stop.received is None

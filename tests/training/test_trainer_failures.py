@@ -1,6 +1,6 @@
 """What ends a training run before its last step, and what is saved then."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from bdh_mlflow.errors import DataError, NonFiniteError, SaveError, StoppedError
-from tests.training.bench import FallingRate, Item, Toy, bench, items
+from bdh_mlflow.studies.verify import bitwise_difference
+from bdh_mlflow.training.stop import StopRequest
+from tests.training.bench import FallingRate, Item, Recorder, Toy, bench, items
 
 
 class Breaking(Toy):
@@ -104,3 +106,98 @@ def test_number_formats_are_put_back_with_the_randomness_when_an_update_fails() 
         b.trainer.run()
     assert b.saved[-1][0]["step"] == 3
     assert int(b.saved[-1][0]["precision_state_dict"]["seen"]) == 3
+
+
+def break_pipe() -> None:
+    raise BrokenPipeError("nobody reads")
+
+
+class Watcher(Recorder):
+    """Shows the training until something happens."""
+
+    def __init__(self, when: str, step: int, then: Callable[[], None] = break_pipe) -> None:
+        super().__init__()
+        self.when, self.at, self.then = when, step, then
+
+    def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
+        super().advance(step, loss, tokens_per_s)
+        self._happen("advance", step)
+
+    def point(self, values: Mapping[str, float], step: int) -> None:
+        self._happen("point", step)
+
+    def _happen(self, when: str, step: int) -> None:
+        if (when, step) == (self.when, self.at):
+            self.then()
+
+
+@pytest.mark.parametrize(("when", "step"), [("advance", 3), ("advance", 7), ("point", 4), ("point", 5)])
+def test_whatever_breaks_the_loop_the_state_is_saved_as_if_it_had_been_asked_to_stop(when: str, step: int) -> None:
+    b = bench(parts={"progress": Watcher(when, step)}, checkpoint_freq=100)
+    with pytest.raises(BrokenPipeError):
+        b.trainer.run()
+    assert b.saved_steps == [step]
+    stop = StopRequest(begun=True)
+    asked = bench(parts={"progress": Watcher(when, step, lambda: stop.ask("test")), "stop": stop}, checkpoint_freq=100)
+    asked.trainer.run()
+    assert asked.saved_steps == [step]
+    assert bitwise_difference(b.saved[0][0], asked.saved[0][0]) == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), MemoryError()])
+def test_a_pass_that_breaks_leaves_the_state_before_it(error: BaseException) -> None:
+    class Broken(Toy):
+        seen = 0
+
+        def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            self.seen += 1
+            if self.seen == 4:
+                raise error
+            return super().forward(idx, targets)
+
+    b = bench(model=Broken(), checkpoint_freq=100)
+    with pytest.raises(type(error)):
+        b.trainer.run()
+    whole = bench(max_iters=3, checkpoint_freq=100)
+    whole.trainer.run()
+    assert b.saved_steps == [3]
+    assert bitwise_difference(b.saved[0][0]["rng"], whole.saved[-1][0]["rng"]) == ""
+
+
+def test_weights_in_the_middle_of_an_update_are_not_saved() -> None:
+    class Breaking(torch.optim.SGD):
+        steps = 0
+
+        def step(self, *given: Any, **named: Any) -> Any:
+            self.steps += 1
+            if self.steps == 3:
+                raise RuntimeError("the device is gone")
+            return super().step(*given, **named)
+
+    model = Toy()
+    b = bench(model=model, parts={"optimizer": Breaking(model.parameters(), lr=0.1)}, checkpoint_freq=100)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        b.trainer.run()
+    assert b.saved_steps == []
+
+
+def test_a_save_that_fails_as_well_does_not_hide_what_ended_the_loop() -> None:
+    b = bench(parts={"progress": Watcher("advance", 3)}, full_at=3, checkpoint_freq=100)
+    with pytest.raises(BrokenPipeError) as caught:
+        b.trainer.run()
+    assert caught.value.__notes__ == ["disk full"]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("checkpoint_freq", "saved", "words"), [(2, [2, 4], "of step 4"), (100, [], "none before it")])
+def test_weights_that_evaluate_to_no_number_are_not_called_good(loss: float, checkpoint_freq: int, saved: list[int], words: str) -> None:
+    class Diverged(Toy):
+        def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            logits, found = super().forward(idx, targets)
+            return logits, found if self.training or found is None else found * loss
+
+    b = bench(model=Diverged(), checkpoint_freq=checkpoint_freq)
+    with pytest.raises(NonFiniteError, match=rf"evaluation after step 5: val/loss {loss}; .*{words}. Lower training.learning_rate"):
+        b.trainer.run()
+    assert b.saved_steps == saved
+    assert b.log.values_of("val/loss") == [], "no point of it either: databases make a number of it"

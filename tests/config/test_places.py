@@ -1,0 +1,109 @@
+"""Every place of a configuration is absolute once it is read, and no folder is named like a variable."""
+
+import string
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from bdh_mlflow.config import Config
+from bdh_mlflow.config.places import absolute, expanded, sqlite_uri, store_uri
+from bdh_mlflow.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("written", "place"),
+    [
+        ("data", "/base/data"),
+        ("/data", "/data"),
+        ("~/data", "/home/me/data"),
+        ("~", "/home/me"),
+        ("${CORPUS}/en", "/corpora/en"),
+        ("$CORPUS/en", "/corpora/en"),
+        ("a$", "/base/a$"),
+        ("./~", "/base/~"),
+        ("python-stdlib", "python-stdlib"),
+        ("s3://bucket/text", "s3://bucket/text"),
+    ],
+)
+def test_a_path_is_made_absolute_once(monkeypatch: pytest.MonkeyPatch, written: str, place: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORPUS", "/corpora")
+    assert absolute(written, Path("/base")) == place
+    assert absolute(place, Path("/elsewhere")) == place
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [("${NOT_SET}/a", "no variable NOT_SET"), ("$NOT_SET", "NOT_SET"), ("${}", "without a name"), ("~nobody-here/a", "no home")],
+)
+def test_what_stands_for_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, written: str, reason: str) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(ValueError, match=reason):
+        expanded(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "uri"),
+    [
+        ("sqlite:///my.db", "sqlite:////base/my.db"),
+        ("sqlite:///a/../my.db?timeout=5", "sqlite:////base/a/../my.db?timeout=5"),
+        ("sqlite:////data/my.db", "sqlite:////data/my.db"),
+        ("sqlite:///~/my.db", "sqlite:////home/me/my.db"),
+        ("sqlite+pysqlite:///my.db", "sqlite+pysqlite:////base/my.db"),
+        ("  http://host:5000\n", "http://host:5000"),
+        ("file:mlruns", "file:///base/mlruns"),
+        ("file:///mlruns", "file:///mlruns"),
+        ("postgresql://host/db", "postgresql://host/db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_the_uri_of_a_store_means_the_same_from_everywhere(monkeypatch: pytest.MonkeyPatch, written: str, uri: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert store_uri(written, Path("/base")) == uri
+    assert store_uri(uri, Path("/elsewhere")) == uri
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("localhost:5000", r"did you mean http://localhost:5000\?"),
+        ("mlruns", "no URI of a tracking store; accepted: http"),
+        ("./mlruns", "no URI"),
+        ("http:host", "no URI"),
+        ("", "no URI"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "in memory"),
+        ("sqlite:///${NOT_SET}.db", "no variable NOT_SET"),
+    ],
+)
+def test_what_is_no_uri_of_a_store_is_refused(written: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        store_uri(written, Path("/base"))
+
+
+def test_a_database_is_found_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    """SQLAlchemy decodes its URIs: `%41` in a folder's name would be another folder."""
+    for letter in string.printable.replace("/", ""):
+        for name in (f"a{letter}b", f"{letter}x", f"a%{letter}1", "a%2Fb"):
+            folder = tmp_path / name
+            folder.mkdir(exist_ok=True)
+            for uri in (sqlite_uri(folder / "my.db"), store_uri("sqlite:///my.db", folder)):
+                assert sqlalchemy.make_url(uri).database == str(folder / "my.db"), name
+
+
+def test_all_places_of_a_configuration_are_absolute_and_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("tracking: {tracking_uri: sqlite:///my.db}\ndataset: {parquet_dir: text, source: books}\n")
+    config = Config.from_yaml("a.yaml", ["training.checkpoint_dir=runs"])
+    assert config.training.checkpoint_dir == str(tmp_path / "runs")
+    assert (config.dataset.parquet_dir, config.dataset.source) == (str(tmp_path / "text"), str(tmp_path / "books"))
+    assert config.tracking.tracking_uri == f"sqlite:///{tmp_path}/my.db"
+    monkeypatch.chdir("/")
+    assert Config.from_saved(config.to_dict(), "checkpoint_1.pt", "0") == config
+
+
+def test_places_that_stand_for_nothing_are_problems_of_their_settings(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("training: {checkpoint_dir: '${NOT_SET}/a'}\ntracking: {tracking_uri: mlruns}\n")
+    with pytest.raises(ConfigError, match=r"2 problems\n  training.checkpoint_dir: .*NOT_SET\n  tracking.tracking_uri: `mlruns` is no URI"):
+        Config.from_yaml(tmp_path / "a.yaml")
