@@ -45,6 +45,7 @@ EXCEPTIONS: dict[str, str] = {}
 """`path`, `path:Class` or `path:Class.function` of what may exceed a bound, and why."""
 
 CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
+    "test_fuzz": "malformed input of every kind",
     "test_browser": "pages of a tracking server in a real browser",
     "test_project": "MLproject, conda.yaml, README and shipped configurations",
     "test_readme": "the README's commands, in their order",
@@ -53,7 +54,7 @@ CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
     "tracking/test_outages": "a real server that is slow, stopped or killed",
     "training/test_endings": "every way a training process ends",
     "training/test_version1": "journals and checkpoints of format 1",
-    "training/test_signals": "SIGINT and SIGTERM in every phase",
+    "training/test_signals": "signals in every phase",
 }
 
 

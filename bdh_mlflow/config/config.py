@@ -38,6 +38,7 @@ from bdh_mlflow.config.settings import (
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
 from bdh_mlflow.redact import masked
+from bdh_mlflow.text import is_storable, printable, storable
 
 
 class Difference(NamedTuple):
@@ -110,17 +111,9 @@ class Config:
         base: Path | None = None,
     ) -> "Config":
         """The same from a nested mapping.   origin: heads the error message.   base: folder of relative places; None leaves them so."""
-        problems: list[Problem] = []
-        merged = with_overrides(tree, overrides, problems)
-        config = _validated(merged, problems)
-        if base is not None:
-            config = _placed(config, base, problems)
-        faulty = {p.key for p in problems}
-        for check in (_consistency, *checks):
-            problems += [p for p in check(config) if p.key not in faulty]
+        config, problems = _read(tree, overrides, checks, base)
         if problems:
-            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-            raise ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
+            raise _refused(origin, problems)
         return config
 
     def replaced(self, values: Mapping[str, Any]) -> "Config":
@@ -168,16 +161,17 @@ class Config:
     def from_saved(cls, tree: Mapping[str, Any], file: str | os.PathLike[str], written_by: str) -> "Config":
         """The configuration that a checkpoint or an exported file holds.   written_by: version of this package that wrote it.
 
-        Raises ConfigError; where another version wrote the file, the message says so.
+        A setting that leaves the training as it was gets its default where its value is no longer accepted. Raises ConfigError; where
+        another version wrote the file, the message says so.
         """
-        try:
-            return cls.from_dict(tree, origin=f"{file} (its configuration)", base=Path.cwd())
-        except ConfigError as error:
-            if written_by == __version__:
-                raise
-            raise ConfigError(
-                f"{error}\nbdh-mlflow {written_by} wrote it, this is {__version__}: install that version or a newer one"
-            ) from None
+        config, problems = _read(tree, (), (), Path.cwd())
+        problems = [problem for problem in problems if not _is_free(problem.key)]  # an earlier version took other names and places
+        if not problems:
+            return config
+        error = _refused(f"{file} (its configuration)", problems)
+        if written_by == __version__:
+            raise error
+        raise ConfigError(f"{error}\nbdh-mlflow {written_by} wrote it, this is {__version__}: install that version or a newer one")
 
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""
@@ -237,6 +231,31 @@ def incompatible(config: Config) -> Iterable[Problem]:
             yield Problem(pair.other, f"{found} cannot be combined with {pair.key} {yaml_scalar(pair.value)}: {pair.remedy}")
 
 
+def _read(tree: Mapping[str, Any], overrides: Sequence[str], checks: Sequence[Check], base: Path | None) -> tuple[Config, list[Problem]]:
+    """The valid part of a tree, and what is wrong with the rest."""
+    problems: list[Problem] = []
+    config = _validated(with_overrides(tree, overrides, problems), problems)
+    if base is not None:
+        config = _placed(config, base, problems)
+    faulty = {p.key for p in problems}
+    for check in (_consistency, *checks):
+        problems += [p for p in check(config) if p.key not in faulty]
+    return config, problems
+
+
+def _refused(origin: str, problems: Sequence[Problem]) -> ConfigError:
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting, if it is one, leaves the training as it was."""
+    try:
+        return role_of(key) is Role.FREE
+    except KeyError:
+        return False
+
+
 def problem_of(key: str, value: Any) -> Problem | None:
     """What is wrong with a value of one setting, whatever the others are.   key: dotted."""
     problems: list[Problem] = []
@@ -251,9 +270,14 @@ def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> C
     for name, section in SECTIONS.items():
         values = dict(tree.get(name, {}))
         adapter = TypeAdapter(section)
-        for key in [k for k in values if not isinstance(k, str)]:
-            problems.append(Problem(f"{name}.{key}", f"unknown key{nearest(str(key), section.__pydantic_fields__)}"))
+        for key in [k for k in values if not isinstance(k, str) or not is_storable(k)]:
+            problems.append(Problem(f"{name}.{printable(key)}", f"unknown key{nearest(printable(key), section.__pydantic_fields__)}"))
             del values[key]
+        for key, entries in list(values.items()):  # pydantic takes no key that is not UTF-8
+            wrong = [k for k in entries if not is_storable(str(k))] if isinstance(entries, Mapping) else []
+            problems += [Problem(f"{name}.{key}.{storable(str(k))}", "the key holds bytes that are not UTF-8, or NUL") for k in wrong]
+            if wrong:
+                del values[key]
         try:
             sections[name] = adapter.validate_python(values)
         except ValidationError as error:

@@ -408,6 +408,6 @@ def parsed(line: bytes, end: int) -> Entry | None:
     try:
         tree: Any = json.loads(line)
         record, at_ms = from_line(tree)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return Entry(end, at_ms, record)

@@ -217,7 +217,9 @@ def to_line(record: JournalRecord, at_ms: int) -> dict[str, Any]:
 
 def from_line(tree: Mapping[str, Any]) -> tuple[JournalRecord, int]:
     """A record and its time stamp.   Raises KeyError or TypeError for what is no record."""
-    kind, at_ms = str(tree["kind"]), int(tree["at_ms"])
+    kind, at_ms = tree["kind"], tree["at_ms"]
+    if not isinstance(kind, str) or not isinstance(at_ms, int):
+        raise TypeError("kind or time stamp of another type")
     known = _RECORDS.get(kind)
     if known is None:
         return Unknown(kind=kind, fields={k: v for k, v in tree.items() if k not in _ENVELOPE}), at_ms

@@ -297,3 +297,15 @@ def test_saved_configuration_of_another_version_says_who_wrote_it() -> None:
     with pytest.raises(ConfigError) as same:
         Config.from_saved(tree, "c.pt", __version__)
     assert "wrote it" not in str(same.value)
+
+
+def test_settings_of_an_earlier_version_that_change_no_number_do_not_make_its_checkpoints_unreadable() -> None:
+    tree = Config().to_dict()
+    tree["tracking"] |= {"tags": {"a#b": "x"}, "run_name": "", "tracking_uri": "mlruns", "experiment": " "}
+    tree["training"]["checkpoint_dir"] = "${NOT_SET}/x"
+    tree["model"]["n_layer"] = 3
+    read = Config.from_saved(tree, "checkpoint_1.pt", "0.2.0")
+    assert (read.model.n_layer, read.tracking.tags, read.tracking.experiment) == (3, {}, "bdh")
+    tree["training"]["learning_rate"] = -1
+    with pytest.raises(ConfigError, match=r"1 problem\n  training.learning_rate: found -1"):
+        Config.from_saved(tree, "checkpoint_1.pt", __version__)
