@@ -1,8 +1,10 @@
-"""Small things that every package needs once: a file written atomically, an error in one line, the nearest known word."""
+"""Small things that every package needs once: a file written atomically or locked, an error in one line, the nearest known word."""
 
 import contextlib
 import difflib
+import fcntl
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,6 +46,25 @@ def atomic_write(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def try_lock(file: int, *, shared: bool = False, wait_s: float = 0.0) -> bool | None:
+    """Lock an open file or folder (flock), which ends with the descriptor or the process.   wait_s: for whoever has it now.
+
+    Returns False if somebody else has it still, None on a file system without locks.
+    """
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            return None
+        else:
+            return True
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The machine and the checkout that a run comes from: commit and uncommitted changes, C++ compiler, installed packages.
+"""The machine and the checkout that a run comes from: commit and uncommitted changes, C++ compiler, installed packages, signals.
 
 Knows nothing of runs: everything is returned as text. Nothing here raises: a run is not refused because git or a package is broken, and
 what cannot be found out is called unknown.

@@ -5,21 +5,19 @@ Until then, what has to be on disk already (the journal) is in a folder under `.
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 import tempfile
-import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from bdh_mlflow.checkpoint.files import (
     CONFIG_NAME,
     FORMAT,
-    About,
     Checkpoint,
     Provenance,
+    SaveInfo,
     State,
     Throttle,
     file_name,
@@ -28,11 +26,12 @@ from bdh_mlflow.checkpoint.files import (
     write,
 )
 from bdh_mlflow.errors import ResumeError
-from bdh_mlflow.files import atomic_write
+from bdh_mlflow.files import atomic_write, try_lock
 from bdh_mlflow.text import Evaluation
 
 PENDING = ".pending"
-LOCK_ATTEMPTS = 10
+LOCK_S = 0.5  # a sender that checks whether this process is alive holds the lock for a moment
+FUTURE = timedelta(days=1)
 RUN_DIRECTORY = re.compile(r"run_\d{8}_\d{6}")
 
 
@@ -79,18 +78,25 @@ class RunDirectory:
     ) -> Checkpoint:
         """Write `checkpoint_{step}.pt` and its manifest.   Raises SaveError; earlier checkpoints are not touched."""
         self.make()
+        about = SaveInfo(provenance, evaluation, self._now())
         try:
-            about = About(provenance, evaluation, self._now())
             return write(self.path, {"format": FORMAT, **state}, about, throttle)
         except (OSError, RuntimeError) as error:
             raise not_saved(self.path / file_name(state["step"]), error) from error
 
     def _now(self) -> datetime:
-        """This instant, or, where the clock was set back since the last save beside this run, one just after that."""
+        """This instant, or, where the clock was set back since the last save beside this run, one just after that.
+
+        A save more than FUTURE ahead is of a clock that was wrong, and is not followed.
+        """
+        now = datetime.now().astimezone()
         if self._last_save is None:
-            self._last_save = max((c.saved_at for c in _last_saves(self.path.parent)), default=datetime.min.replace(tzinfo=UTC))
-        self._last_save = max(datetime.now().astimezone(), self._last_save + timedelta(microseconds=1))
-        return self._last_save
+            with contextlib.suppress(OSError):  # another run's files may go while they are looked at
+                self._last_save = max((t for c in _last_saves(self.path.parent) if (t := c.saved_at) < now + FUTURE), default=None)
+        if self._last_save is not None:
+            now = max(now, self._last_save + timedelta(microseconds=1))
+        self._last_save = now
+        return now
 
     def make(self) -> None:
         """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
@@ -129,18 +135,11 @@ class RunDirectory:
 
     def _claim(self) -> None:
         self._lock = os.open(self.folder, os.O_RDONLY)
-        for attempt in range(LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if attempt < LOCK_ATTEMPTS - 1:  # a sender that checks whether this process is alive holds it for a moment
-                    time.sleep(0.05)
-                    continue
-                self.close()
-                raise ResumeError(f"{self.path}: another process is training this run; stop it first") from None
-            except OSError:  # a file system without locks
-                self.close()
-            return
+        locked = try_lock(self._lock, wait_s=LOCK_S)
+        if not locked:
+            self.close()
+        if locked is False:
+            raise ResumeError(f"{self.path}: another process is training this run; stop it first")
 
 
 def why_unwritable(checkpoint_dir: Path) -> str | None:

@@ -119,7 +119,12 @@ class Checkpoint:
     @property
     def saved_at(self) -> datetime:
         """The instant when it was saved, as its manifest says, else as the file system does."""
-        return self.manifest.instant or datetime.fromtimestamp(self.manifest_path.stat().st_mtime, UTC)
+        if (instant := self.manifest.instant) is not None:
+            return instant
+        try:
+            return datetime.fromtimestamp(self.manifest_path.stat().st_mtime, UTC)
+        except OSError:  # gone meanwhile
+            return datetime.fromtimestamp(0, UTC)
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,10 @@ def describe(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {first_line(error)})") from None
     if step_of(path) not in (None, manifest.step):
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is of step {manifest.step})")
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # retention of its own process was quicker
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     if size != manifest.bytes:
         raise CheckpointError(f"{path}: damaged ({size:,} bytes, its manifest says {manifest.bytes:,})")
     return Checkpoint(path, manifest)
@@ -291,7 +299,7 @@ class _Pieces:
 
 
 @dataclass(frozen=True)
-class About:
+class SaveInfo:
     """What a manifest says besides the state.   saved_at: later than that of every checkpoint before."""
 
     provenance: Provenance
@@ -299,7 +307,7 @@ class About:
     saved_at: datetime
 
 
-def write(run_dir: Path, state: State, about: About, throttle: Throttle) -> Checkpoint:
+def write(run_dir: Path, state: State, about: SaveInfo, throttle: Throttle) -> Checkpoint:
     """Write a state and then its manifest into a run directory.   Raises OSError or RuntimeError; then neither is there."""
     import torch
 

@@ -9,15 +9,16 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from bdh_mlflow.cli.output import console_on
 from bdh_mlflow.config import Config
 from bdh_mlflow.config.places import BUILT_IN, expanded
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.files import shown
 from bdh_mlflow.text import printable
 
 if TYPE_CHECKING:
@@ -34,17 +35,6 @@ set_option = click.option(
 )
 ACCEPTS_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of commands that also take settings as `--section.key VALUE`; `dotted_options` reads them."""
-
-
-class TrainingCommand(click.Command):
-    """A command that trains: whatever becomes of its output, it goes on."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run it with output that never raises."""
-        from bdh_mlflow.cli.console import unfailing_output
-
-        with unfailing_output():
-            return super().invoke(ctx)
 
 
 def dotted_options(ctx: click.Context) -> list[str]:
@@ -80,11 +70,11 @@ class Launch(NamedTuple):
     @classmethod
     def of_this_process(cls) -> "Launch":
         """Under `mlflow run` the current folder is the project, whatever folder its user is in."""
-        if not os.environ.get("MLFLOW_RUN_ID"):
+        if not os.environ.get("MLFLOW_RUN_ID") or not Path("MLproject").is_file():
             return cls(None, "local")
         try:
-            same = Path(f"/proc/{os.getppid()}/cwd").resolve() == Path.cwd()
-        except OSError:
+            same = os.readlink(f"/proc/{os.getppid()}/cwd") == str(Path.cwd())  # noqa: PTH115 - as it is, not followed
+        except OSError:  # not on Linux
             same = True
         return cls("." if same else str(Path.cwd()), _env_manager(Path(sys.prefix)))
 
@@ -113,13 +103,15 @@ def _env_manager(prefix: Path) -> str:
 
 
 def read_config(config_path: str) -> Config:
-    """The configuration of a command that only needs to know where things are: without the default file, the defaults.
+    """The configuration of a command that only needs to know where things are: without the default file, the defaults, with a line.
 
     Raises ConfigError for a file that is named and missing.
     """
-    if config_path == DEFAULT_CONFIG and not Path(config_path).exists():
-        return Config.from_dict({}, base=Path.cwd())
-    return Config.from_yaml(config_path)
+    if config_path != DEFAULT_CONFIG or Path(config_path).exists():
+        return Config.from_yaml(config_path)
+    config = Config.from_dict({}, base=Path.cwd())
+    click.echo(f"{DEFAULT_CONFIG} is not here: using the defaults, with checkpoints in {shown(config.training.checkpoint_dir)}", err=True)
+    return config
 
 
 def exit_stopped_early(ctx: click.Context, stop: "StopRequest") -> NoReturn:
@@ -144,17 +136,10 @@ def place(text: str) -> str:
 
     Raises InputError for what stands for nothing.
     """
-    if text in BUILT_IN or os.path.lexists(text.replace("\0", "")):
-        return text
     try:
-        return expanded(text)
+        return text if text in BUILT_IN else expanded(text, Path.cwd())
     except ValueError as error:
         raise InputError(f"{printable(text)}: {error}") from None
-
-
-def console_on(stream: TextIO) -> Console:
-    """A console on a stream; a file is no terminal, also where FORCE_COLOR is set."""
-    return Console(file=stream, force_terminal=stream.isatty())
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

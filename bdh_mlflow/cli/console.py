@@ -1,80 +1,15 @@
-"""Progress of a training run: a live bar on a terminal, plain lines in a file or pipe. Knows only steps and metrics.
+"""Progress of a training run: a live bar on a terminal, plain lines in a file or pipe. Knows only steps and metrics."""
 
-Nobody who watches can end a training: where the output cannot be written (a closed pipe, a full disk, a terminal that is gone), printing
-stops and the training goes on.
-"""
-
-import io
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from contextlib import contextmanager
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bdh_mlflow.cli.common import console_on
+from bdh_mlflow.cli.output import Unfailing, console_on
 from bdh_mlflow.training.trainer import Progress as TrainingProgress
-
-
-class Unfailing(io.TextIOBase):
-    """A stream whose writing never raises: after the first failure nothing is written any more."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._broken = False
-
-    def write(self, text: str) -> int:
-        """Write what can be written; a character that the encoding does not have as its code."""
-        self._try(lambda: self._stream.write(text), text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Hand on what was written."""
-        self._try(self._stream.flush)
-
-    def isatty(self) -> bool:
-        """Whether it is a terminal."""
-        return not self._broken and self._stream.isatty()
-
-    def fileno(self) -> int:
-        """The descriptor of the stream below.   Raises OSError if it has none."""
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream below."""
-        return self._stream.encoding
-
-    def _try(self, act: Callable[[], Any], text: str = "") -> None:
-        if self._broken:
-            return
-        try:
-            act()
-        except UnicodeEncodeError:
-            codes = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-            self._try(lambda: self._stream.write(codes))
-        except (OSError, ValueError):  # ValueError: closed
-            self._broken = True
-            with suppress(OSError, ValueError):  # else what is left in its buffer makes the interpreter end with code 120
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
-
-
-@contextmanager
-def unfailing_output() -> Iterator[None]:
-    """In the body, whatever this process prints cannot end it."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Unfailing(stream) if stream is not None else Unfailing(io.StringIO()) for stream in before)  # None: `>&-`
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
 
 
 class PlainLines:

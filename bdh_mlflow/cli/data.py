@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, console_on, place, print_table
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, place, print_table
+from bdh_mlflow.cli.output import console_on
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown

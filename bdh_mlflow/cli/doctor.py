@@ -49,6 +49,9 @@ def _store(config: Config) -> Iterator[Finding]:
     else:
         why = "MLflow's default: a database in this folder"
     yield Finding("tracking URI", f"{masked(uri)} ({why})")
+    if (file := store.database_file(uri)) is not None and not file.exists():
+        yield Finding("tracking store", f"{file} will be made by the first run")  # opening it would make it
+        return
     try:
         status = store.probe_store(config.tracking, None)
     except TrackingError as error:

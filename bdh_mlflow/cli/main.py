@@ -67,10 +67,13 @@ def _guard_processes() -> None:
     where PYTHONWARNINGS=error is set. A character that the output cannot show is printed as its code.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
-    if any(option.startswith("error") for option in sys.warnoptions):
-        warnings.filters[:] = [each for each in warnings.filters if each[0] != "error"]  # type: ignore[index]
-        sys.warnoptions[:] = [option for option in sys.warnoptions if not option.startswith("error")]
-        os.environ["PYTHONWARNINGS"] = ",".join(sys.warnoptions)
+    given = os.environ.get("PYTHONWARNINGS", "").split(",")
+    if any(option.strip().startswith("error") for option in given):
+        os.environ["PYTHONWARNINGS"] = ",".join(option for option in given if not option.strip().startswith("error"))
+        sys.warnoptions[:] = [option for option in sys.warnoptions if not option.startswith("error")]  # for processes started from here
+        kept = [each for each in warnings.filters if each[0] != "error"]
+        warnings.resetwarnings()  # and with it what was cached
+        warnings.filters[:] = kept  # type: ignore[index]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

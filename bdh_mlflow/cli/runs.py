@@ -1,6 +1,7 @@
 """Commands about one trained run and its delivery: evaluate, generate, sync, doctor."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 
 from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, load_model, place, print_table, read_config
 from bdh_mlflow.errors import InputError, TrackingError
+from bdh_mlflow.files import shown
 from bdh_mlflow.text import bits_per_byte
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
     dataset = loaded.config.dataset
     if folder is not None:
         dataset = dataclasses.replace(dataset, parquet_dir=place(folder))
+    elif not os.path.exists(dataset.parquet_dir):  # noqa: PTH110 - it was trained on another machine
+        here = read_config(config_path).dataset.parquet_dir
+        click.echo(
+            f"{dataset.parquet_dir}, where it was trained, is not here: evaluating on {shown(here)}; --data DIR names other text", err=True
+        )
+        dataset = dataclasses.replace(dataset, parquet_dir=here)
     loss = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
     click.echo(f"{loaded.path}: step {loaded.step}")
     click.echo(f"val/loss {loss:.4f} nats per byte, val/bpb {bits_per_byte(loss):.4f} on {dataset.parquet_dir}")

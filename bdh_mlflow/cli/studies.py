@@ -13,7 +13,6 @@ import click
 from bdh_mlflow.cli.common import (
     ACCEPTS_SETTINGS,
     Launch,
-    TrainingCommand,
     config_option,
     dotted_options,
     exit_stopped_early,
@@ -21,6 +20,7 @@ from bdh_mlflow.cli.common import (
     read_config,
     set_option,
 )
+from bdh_mlflow.cli.output import TrainingCommand
 from bdh_mlflow.config import Config
 from bdh_mlflow.config.messages import yaml_scalar
 from bdh_mlflow.errors import InputError

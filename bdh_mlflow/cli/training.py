@@ -11,12 +11,12 @@ import click
 from bdh_mlflow.cli.common import (
     ACCEPTS_SETTINGS,
     Launch,
-    TrainingCommand,
     config_option,
     dotted_options,
     exit_stopped_early,
     set_option,
 )
+from bdh_mlflow.cli.output import TrainingCommand
 from bdh_mlflow.config import Config
 from bdh_mlflow.files import shown
 from bdh_mlflow.text import bits_per_byte

@@ -8,6 +8,7 @@ from bdh_mlflow.config.config import (
     Difference,
     Incompatibility,
     changes_trajectory,
+    in_full,
     incompatible,
     problem_of,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "TrainingConfig",
     "changes_trajectory",
     "documentation",
+    "in_full",
     "incompatible",
     "problem_of",
     "resolve",

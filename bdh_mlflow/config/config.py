@@ -164,7 +164,8 @@ class Config:
         A setting that leaves the training as it was gets its default where its value is no longer accepted. Raises ConfigError; where
         another version wrote the file, the message says so.
         """
-        config, problems = _read(tree, (), (), Path.cwd())
+        config, problems = _read(tree, (), (), None)
+        config = _placed(config, Path.cwd(), problems, expand=False)
         problems = [problem for problem in problems if not _is_free(problem.key)]  # an earlier version took other names and places
         if not problems:
             return config
@@ -190,8 +191,12 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def digest(self) -> str:
-        """First 16 hex digits of the sha256 of all settings."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """First 16 hex digits of the sha256 of all settings but places, so that it is the same wherever the files lie."""
+        settings = {
+            section: {key: value for key, value in values.items() if place_of(section, key) is None}
+            for section, values in self.to_dict().items()
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, later: "Config") -> list[Difference]:
         """Settings whose value in `later` is another one, in the order of the sections."""
@@ -290,8 +295,22 @@ def _validated(tree: Mapping[str, dict[str, Any]], problems: list[Problem]) -> C
     return Config(**sections)
 
 
-def _placed(config: Config, base: Path, problems: list[Problem]) -> Config:
-    """The same with every place in full; one that cannot be becomes a problem."""
+def in_full(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under dotted keys, as a user typed them, with every place in full.   Raises ConfigError for one that cannot be."""
+    full = dict(values)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        kind = place_of(section, name) if section in SECTIONS and name in SECTIONS[section].__pydantic_fields__ else None
+        if kind is not None and isinstance(value, str):
+            try:
+                full[key] = absolute(value, Path.cwd(), kind)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {masked(str(error))}") from None
+    return full
+
+
+def _placed(config: Config, base: Path, problems: list[Problem], *, expand: bool = True) -> Config:
+    """The same with every place in full; one that cannot be becomes a problem.   expand: they are as a user typed them."""
     sections = {}
     for name, section in SECTIONS.items():
         values = vars(getattr(config, name))
@@ -299,9 +318,9 @@ def _placed(config: Config, base: Path, problems: list[Problem]) -> Config:
         changed = {}
         for key, kind in places.items():
             try:
-                changed[key] = values[key] and absolute(values[key], base, kind)
+                changed[key] = values[key] and absolute(values[key], base, kind, expand=expand)
             except ValueError as error:
-                problems.append(Problem(f"{name}.{key}", str(error)))
+                problems.append(Problem(f"{name}.{key}", masked(str(error))))
         sections[name] = dataclasses.replace(getattr(config, name), **changed)
     return Config(**sections)
 

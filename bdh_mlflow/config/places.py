@@ -1,7 +1,8 @@
 """Where things are: every path and store URI of a configuration, made absolute once, against the folder in which the command was started.
 
-`~` and `${NAME}` are expanded; what cannot be is refused, so that no folder of that name is made. What is made and what is looked for later
-(by `sync`, by a resumed run started elsewhere) is thereby the same place. Knows nothing of MLflow beyond the form of its URIs.
+What a user has typed is expanded, `~` and `${NAME}`, or refused, so that no folder of that name is made; what exists under the name as
+it is written is meant as it is written. What is made and what is looked for later (by `sync`, by a resumed run started elsewhere) is the
+same place then. A place in full stays as it is. Knows nothing of MLflow beyond the form of its URIs.
 """
 
 import os
@@ -11,40 +12,37 @@ from pathlib import Path
 from bdh_mlflow.config.settings import Place
 
 BUILT_IN = {"python-stdlib", "auto"}
-"""Sources of text that are words, not places."""
+"""Sources of text that are words."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-ACCEPTED = "http://HOST:PORT, https://..., sqlite:///FILE, postgresql://..., mysql://..., mssql://... or databricks"
+ACCEPTED = "http://HOST:PORT, https://..., sqlite:///FILE, postgresql://..., mysql://..., mssql://..., databricks or file:///FOLDER"
+_BRACED = re.compile(r"\$\{([^}]*)\}")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
-def absolute(text: str, base: Path, kind: Place = Place.PATH) -> str:
-    """A place in full.   base: what relative ones are relative to.   Raises ValueError with a reason."""
+def absolute(text: str, base: Path, kind: Place = Place.PATH, *, expand: bool = True) -> str:
+    """A place in full.   base: what relative ones are relative to.   expand: the text is as a user typed it.
+
+    Raises ValueError with a reason.
+    """
     if kind is Place.STORE:
-        return store_uri(text, base)
-    if text in BUILT_IN or _URI.match(text):
+        return store_uri(text, base, expand=expand)
+    if _URI.match(text) or (kind is Place.SOURCE and text in BUILT_IN):
         return text
-    return str(base / expanded(text))
+    return str(base / (expanded(text, base) if expand else text))
 
 
-def path(text: str) -> Path:
-    """A path as a user writes it.   Raises ValueError with a reason."""
-    return Path(expanded(text))
+def expanded(text: str, base: Path) -> str:
+    """A path as a user typed it: `~`, `~user`, `$NAME` and `${NAME}` replaced by what they stand for, unless it exists as it is written.
 
-
-def expanded(text: str) -> str:
-    """`~`, `~user`, `$NAME` and `${NAME}` replaced by what they stand for.   Raises ValueError for one that stands for nothing."""
-
-    def variable(found: re.Match[str]) -> str:
-        name = found[1] if found[1] is not None else found[2]
-        if not (value := os.environ.get(name)):
-            raise ValueError(f"{found[0]} stands for nothing: the environment has no variable {name or 'without a name'}")
-        return value
-
-    filled = _VARIABLE.sub(variable, text)
-    if "\0" in filled:
+    Raises ValueError for what stands for nothing.
+    """
+    if "\0" in text:
         raise ValueError("the character NUL has no place in a path")
+    if os.path.lexists(base / text):
+        return text
+    filled = _filled(text, _VARIABLE)
     if not filled.startswith("~"):
         return filled
     try:
@@ -54,38 +52,58 @@ def expanded(text: str) -> str:
         raise ValueError(f"{user} stands for no home folder; write the path in full (a folder of that name: ./{filled})") from None
 
 
-def store_uri(text: str, base: Path) -> str:
-    """The URI of a tracking store in full: no blanks around it, and no file relative to whoever reads it.   Raises ValueError."""
-    uri = _VARIABLE.sub(lambda found: expanded(found[0]), text.strip())
+def store_uri(text: str, base: Path, *, expand: bool = True) -> str:
+    """The URI of a tracking store in full: no blanks around it, and no file relative to whoever reads it.   Raises ValueError.
+
+    expand: replace `${NAME}`; a password may hold a dollar sign, so `$NAME` stays.
+    """
+    uri = _filled(text.strip(), _BRACED) if expand else text.strip()
     if uri in ("databricks", "databricks-uc"):
         return uri
-    scheme = _SCHEME.match(uri)
-    kind = scheme[0][:-1].lower().partition("+")[0] if scheme else ""
+    scheme, kind = _SCHEME.match(uri), scheme_of(uri)
     if kind == "file":
         rest = uri[len("file:") :]
-        return uri if rest.startswith("/") and not rest.startswith("//~") else (base / expanded(rest.removeprefix("//"))).as_uri()
-    if not scheme or not uri[scheme.end() :].startswith("//"):
-        host = re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri)
-        hint = f"; did you mean http://{uri}?" if host else ""
-        raise ValueError(f"`{uri}` is no URI of a tracking store{hint}; accepted: {ACCEPTED}")
-    return _sqlite(uri, base) if kind == "sqlite" else uri
+        return uri if rest.startswith("/") and not rest.startswith("//~") else (base / expanded(rest.removeprefix("//"), base)).as_uri()
+    needs_slashes = kind in ("http", "https", *DATABASES)
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        raise ValueError(f"`{uri}` is no URI of a tracking store; did you mean http://{uri}?")
+    if not scheme or (needs_slashes and not uri[scheme.end() :].startswith("//")):
+        found = f"`{scheme[0]}...`" if scheme else f"`{uri}`"  # behind a scheme there may be a password
+        hint = f"; a folder is written {(base / uri).as_uri()}" if not scheme and uri else ""
+        raise ValueError(f"{found} is no URI of a tracking store; accepted: {ACCEPTED}{hint}")
+    return _sqlite(uri, base, expand=expand) if kind == "sqlite" else uri
 
 
-def sqlite_uri(database: Path) -> str:
-    """The URI of a database file; SQLAlchemy decodes `%` in it and ends the path at `?`."""
-    return f"sqlite:///{_quoted(str(database))}"
+def scheme_of(uri: str) -> str:
+    """Scheme of a URI without the driver of a database, in lower case; empty if there is none."""
+    found = _SCHEME.match(uri)
+    return found[0][:-1].lower().partition("+")[0] if found else ""
 
 
-def _sqlite(uri: str, base: Path) -> str:
+def _filled(text: str, variables: re.Pattern[str]) -> str:
+    def variable(found: re.Match[str]) -> str:
+        name = next((group for group in found.groups() if group), "")
+        if not name:
+            raise ValueError(f"{found[0]} names no variable")
+        if not (value := os.environ.get(name)):
+            raise ValueError(f"{found[0]} stands for nothing: the environment has no variable {name}")
+        return value
+
+    return variables.sub(variable, text)
+
+
+def _sqlite(uri: str, base: Path, *, expand: bool) -> str:
     head, slashes, rest = uri.partition(":///")
     file, mark, query = rest.partition("?")
     if not slashes or not file or file == ":memory:":
         raise ValueError(f"`{uri}` names no file: a database in memory is gone with its process; accepted: sqlite:///FILE")
     if file.startswith("/"):
         return uri
-    file = expanded(file) if file.startswith("~") else f"{_quoted(str(base))}/{file}"
-    return f"{head}:///{file}{mark}{query}"
+    if expand and file.startswith("~"):
+        return f"{head}:///{_quoted(expanded(file, base))}{mark}{query}"
+    return f"{head}:///{_quoted(str(base))}/{file}{mark}{query}"
 
 
 def _quoted(file: str) -> str:
+    """SQLAlchemy decodes `%`, and ends the path at `?`."""
     return file.replace("%", "%25").replace("?", "%3F")

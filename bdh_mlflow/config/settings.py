@@ -36,8 +36,8 @@ def _decimal(value: object) -> object:
     return value
 
 
-def _one_line(value: str) -> str:
-    """Text that every store, file system and process takes."""
+def _without_nul(value: str) -> str:
+    """Text that every file system and process takes."""
     if "\0" in value:
         raise ValueError("the character NUL has no place in it")
     return value
@@ -48,7 +48,7 @@ def _name(longest: int) -> AfterValidator:
 
     def check(value: str) -> str:
         if not value.strip():
-            raise ValueError("a name of blanks")
+            raise ValueError("a blank name")
         if not is_storable(value):
             raise ValueError("it holds bytes that are not UTF-8, or NUL, which cannot be stored")
         if len(value) > longest:
@@ -76,6 +76,7 @@ class Place(enum.Enum):
     """What kind of place a text names: made absolute once, when a configuration is read (see `places`)."""
 
     PATH = "a file or folder"
+    SOURCE = "a file or folder, or a word that stands for text"
     STORE = "the URI of a tracking store"
 
 
@@ -85,7 +86,7 @@ Count = Annotated[Int, Field(ge=1)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 
 
 class Role(enum.Enum):
@@ -207,7 +208,7 @@ class DatasetConfig:
 
     parquet_dir: Annotated[Text, Role.FREE, Place.PATH] = "data/python-stdlib"
     """Folder of parquet files, searched with its subfolders."""
-    source: Annotated[Text | None, Role.FREE, Place.PATH] = "auto"
+    source: Annotated[Text | None, Role.FREE, Place.SOURCE] = "auto"
     """What a missing or empty parquet_dir is built from: python-stdlib, a file, a folder; null: nothing; auto: stdlib for the default."""
     text_column: Annotated[Text, Role.ORDER] = "text"
     """Column that holds the documents."""

@@ -6,6 +6,7 @@ twice would be training and validation text at once; a link to a folder above it
 
 import difflib
 import errno
+import itertools
 import os
 import re
 import stat
@@ -18,6 +19,7 @@ from bdh_mlflow.files import shown
 from bdh_mlflow.text import printable
 
 SUGGESTED, REFUSED = 0.6, 0.75  # likeness of two names, of 1: to ask "did you mean", and to take one for a misspelling of the other
+SUGGESTIONS, MOST_FOLDERS = 3, 1000  # names that are looked into, and folders below each
 
 OF_THE_FILE_SYSTEM = "lost+found"
 """Lies at the root of a disk, and only root may look into it: neither data nor a reason to call a folder filled."""
@@ -30,8 +32,8 @@ class Listing(NamedTuple):
     unreadable: list[tuple[Path, str]]
 
 
-def list_files(root: Path, passed_over: Callable[[str], bool]) -> Listing:
-    """All files of a folder and its subfolders.   passed_over: which names, of files or of folders with all they hold, are left out.
+def list_files(root: Path, skipped: Callable[[str], bool]) -> Listing:
+    """All files of a folder and its subfolders.   skipped: which names, of files or of folders with all they hold, are left out.
 
     Raises DataError if the folder itself cannot be reached.
     """
@@ -53,7 +55,7 @@ def list_files(root: Path, passed_over: Callable[[str], bool]) -> Listing:
         except OSError as error:
             unreadable.append((folder, f"cannot be read: {error.strerror}"))
             continue
-        for path in (entry for entry in entries if entry.name != OF_THE_FILE_SYSTEM and not passed_over(entry.name)):
+        for path in (entry for entry in entries if entry.name != OF_THE_FILE_SYSTEM and not skipped(entry.name)):
             found = kind_of(path)
             if found == "folder":
                 (links if path.is_symlink() else folders).append(path)
@@ -110,9 +112,9 @@ def nearest_folder(missing: Path, likeness: float = SUGGESTED) -> Path | None:
         ]
     except OSError:
         return None
-    alike = {p.name.casefold(): p for p in beside if _holds_parquet(p / below)}
-    found = difflib.get_close_matches(name.casefold(), alike, n=1, cutoff=likeness)
-    return alike[found[0]] / below if found else None
+    alike = {p.name.casefold(): p for p in beside}  # by name first: beside it may lie a whole server of data
+    found = difflib.get_close_matches(name.casefold(), alike, n=SUGGESTIONS, cutoff=likeness)
+    return next((alike[each] / below for each in found if _holds_parquet(alike[each] / below)), None)
 
 
 def is_parquet(name: str) -> bool:
@@ -121,7 +123,8 @@ def is_parquet(name: str) -> bool:
 
 
 def _holds_parquet(folder: Path) -> bool:
-    return any(is_parquet(name) for _, _, names in os.walk(folder) for name in names)
+    walked = itertools.islice(os.walk(folder), MOST_FOLDERS)
+    return any(is_parquet(name) for _, _, names in walked for name in names)
 
 
 def _identity(folder: Path) -> tuple[int, int]:

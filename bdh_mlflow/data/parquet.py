@@ -49,16 +49,16 @@ class RowGroup(NamedTuple):
 class ParquetText:
     """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that cannot be used.
 
-    passed_over: files beside them that are not named as parquet, whose text is not read.
+    skipped: files beside them that are not named as parquet, whose text is not read.
     """
 
     def __init__(self, dataset: DatasetConfig) -> None:
         self.root = Path(dataset.parquet_dir)
         self.column = dataset.text_column
         self.val_fraction = dataset.val_fraction
-        self.files, self.passed_over = _look_through(self.root)
+        self.files, self.skipped = _look_through(self.root)
         if not self.files:
-            raise DataError(_nothing_to_read(self.root, self.passed_over))
+            raise DataError(_nothing_to_read(self.root, self.skipped))
         self.row_groups: list[RowGroup] = []
         self.manifest: list[dict[str, Any]] = []
         for number, file in enumerate(self.files):
@@ -117,9 +117,9 @@ class ParquetText:
 
     def note(self) -> str | None:
         """Which files of the folder are not read, in a line; None if there is none."""
-        if not self.passed_over:
+        if not self.skipped:
             return None
-        return f"{shown(self.root)}: not read, as only .parquet files are: {_named(self.root, self.passed_over)}"
+        return f"{shown(self.root)}: not read, as only .parquet files are: {_named(self.root, self.skipped)}"
 
     def _index(self, number: int, file: Path) -> None:
         size, groups = footer(file, self.column)
@@ -277,8 +277,9 @@ def _look_through(root: Path) -> tuple[list[Path], list[Path]]:
             f"wait for it, or empty the folder and prepare it again"
         )
     found = list_files(root, _hidden)
-    if found.unreadable:
-        path, reason = found.unreadable[0]
+    for path, reason in found.unreadable:
+        if path.suffix and not is_parquet(path.name):
+            continue  # neither text nor a folder of it
         raise DataError(f"{shown(path)}: {reason}; restore or remove it, as it may stand for text")
     return [p for p in found.files if is_parquet(p.name)], [p for p in found.files if not is_parquet(p.name)]
 

@@ -6,7 +6,9 @@ result would go is checked before anything is read. Knows nothing of training.
 """
 
 import contextlib
+import errno
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -96,17 +98,19 @@ def _unfinished(folder: Path, there: bool) -> Iterator[Path]:
     there: whether the target is there already.
     """
     made = [] if there else [above for above in folder.parents if not above.exists()]
-    partial = folder / UNFINISHED
+    partial: Path | None = None  # ours, once it is made
     try:
         if there:
-            partial.mkdir()
+            (folder / UNFINISHED).mkdir()
+            partial = folder / UNFINISHED
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
             kind_of(folder)  # a name that is too long is only noticed in a folder that exists
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:PREFIX_LETTERS]}.", suffix=".partial", dir=folder.parent))
         yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         for above in made:
             with contextlib.suppress(OSError):  # not empty: the result, or someone else's
                 above.rmdir()
@@ -114,13 +118,17 @@ def _unfinished(folder: Path, there: bool) -> Iterator[Path]:
 
 def _move_all(partial: Path, folder: Path) -> None:
     """Move shards up into their folder, all or none; readers refuse the folder as long as `partial` is in it."""
-    names = [shard.name for shard in partial.iterdir()]
+    moved: list[Path] = []
     try:
-        for name in names:
-            (partial / name).rename(folder / name)
+        for shard in sorted(partial.iterdir()):
+            target = folder / shard.name
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, f"{shown(target)} has come in between")
+            shard.rename(target)
+            moved.append(target)
     except BaseException:
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+        for target in moved:
+            target.unlink(missing_ok=True)
         raise
 
 

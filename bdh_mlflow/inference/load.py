@@ -75,7 +75,7 @@ def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> flo
     loss = evaluate(loaded.model, windows, loaded.precision.autocast, loaded.precision.device)
     assert loss is not None, "it was given no way to be interrupted"
     if not math.isfinite(loss):
-        raise NonFiniteError(f"{loaded.path}: val/loss {loss}: its weights, or the number format they are computed in, are no good")
+        raise NonFiniteError(f"{loaded.path}: val/loss {loss}: its weights, or the numbers they are computed in, are not finite")
     return loss
 
 

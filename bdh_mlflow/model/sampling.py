@@ -25,8 +25,8 @@ class Sampler:
 
         Raises NonFiniteError for logits that are not finite: no token is likelier than another then.
         """
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError("the model gives non-finite values: its weights, or the number format they are computed in, are no good")
+        if not bool(torch.isfinite(logits).all()):  # the caller waits for each token anyway
+            raise NonFiniteError("the model gives non-finite values: its weights, or the numbers they are computed in, are not finite")
         if self.temperature < GREEDY_BELOW_TEMPERATURE:
             return logits.argmax(dim=-1, keepdim=True)
         logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / self.temperature

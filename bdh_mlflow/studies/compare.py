@@ -26,7 +26,7 @@ from bdh_mlflow.tracking.mlflow_internals import metric_histories
 CURVES = ("train/loss", "val/loss", "val/bpb")
 LAST = ("val/bpb", "val/loss", "train/loss", "progress/tokens_seen", "perf/tokens_per_s", "perf/mfu_pct", "perf/step_ms", "mem/peak_gib")
 READERS = 8  # runs read at a time; most of it is waiting for the server
-SEED_OR_PLACE = re.compile(r"training\.(seed|checkpoint_dir)|tracking\..*")
+SEED_OR_PLACE = re.compile(r"training\.(seed|checkpoint_dir)|tracking\..*|dataset\.(parquet_dir|source)")
 """Settings in which the runs of one family may differ."""
 FILTER = re.compile(r"[=<>]|\b(I?LIKE|IN)\b")
 """What only a filter string contains, not a run's name or id."""

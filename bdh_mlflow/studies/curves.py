@@ -30,6 +30,7 @@ from bdh_mlflow.tracking.run import SAMPLES
 from bdh_mlflow.tracking.segments import FILE_NAME as SEGMENTS
 
 LARGEST = sys.float_info.max  # what MLflow's databases store for infinity
+DRAWN = 1e300  # larger values overflow where a plot adds them up
 Numbers = NDArray[np.float64]
 
 
@@ -43,10 +44,10 @@ class Curve:
 
     @classmethod
     def of(cls, points: list[MetricPoint]) -> "Curve":
-        """The curve through points in any order; of several at one step the latest counts. What is not finite is NaN: a gap."""
+        """The curve through points in any order; of several at one step the latest counts. What cannot be drawn is NaN: a gap."""
         by_step = {point.step: point for point in sorted(points, key=lambda point: point[:2])}
         steps, at_ms, values = (np.array([point[i] for point in by_step.values()], dtype=float) for i in range(3))
-        return cls(steps, np.where(np.abs(values) < LARGEST, values, np.nan), at_ms)
+        return cls(steps, np.where(np.abs(values) < DRAWN, values, np.nan), at_ms)
 
     def __len__(self) -> int:
         """Number of points."""

@@ -6,9 +6,9 @@ continues from its last checkpoint when the sweep is started again.
 """
 
 import contextlib
-import fcntl
 import json
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -26,9 +26,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, in_full
 from bdh_mlflow.errors import BdhError, ConfigError, InputError, TrackingError
-from bdh_mlflow.files import first_line
+from bdh_mlflow.files import first_line, try_lock
+from bdh_mlflow.redact import masked
 from bdh_mlflow.studies.space import Space
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.sender import SubprocessSender
@@ -39,6 +40,7 @@ from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Progress
 
 FOLDER = "sweeps"
+JOURNAL = "study.log"
 METRIC = "val/loss"
 PRUNED = "pruned"
 REPLACES = "replaces"  # attribute of a trial that continues an interrupted one: the number of that one
@@ -86,7 +88,9 @@ def sweep(config: Config, space: Space, trials: int, controls: Controls) -> Swee
     if base.dataset.val_fraction == 0:
         raise ConfigError(f"dataset.val_fraction: 0; trials are judged by {METRIC}, which needs validation text")
     folder = Path(base.training.checkpoint_dir) / FOLDER / space.study
-    with _only_sweep(folder):
+    with _only_sweep(folder) as alone:
+        if alone:  # the lock of optuna's that a kill has left would be waited for
+            (folder / f"{JOURNAL}.lock").unlink(missing_ok=True)
         study = _open_study(space, folder, base.training.seed, controls.note)
         client = store.connect(base.tracking)
         parent, experiment = _parent_run(client, study, space, base)
@@ -105,7 +109,7 @@ def sweep(config: Config, space: Space, trials: int, controls: Controls) -> Swee
             _report(lambda: client.set_terminated(parent, "KILLED" if stopped else ended), controls.note)
         counts = _counts(study)
         best = (study.best_trial.number, float(study.best_value), dict(study.best_params)) if counts["complete"] else None
-        return SweepResult(parent, experiment, counts, best, folder / "study.log", stopped)
+        return SweepResult(parent, experiment, counts, best, folder / JOURNAL, stopped)
 
 
 def _report(act: Callable[[], object], note: Callable[[str], None]) -> None:
@@ -118,22 +122,21 @@ def _report(act: Callable[[], object], note: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def _only_sweep(folder: Path) -> Iterator[None]:
-    """One process runs a study at a time.   Raises InputError if another does, or if the folder cannot be made."""
+def _only_sweep(folder: Path) -> Iterator[bool]:
+    """One process runs a study at a time.   Yields False on a file system without locks.
+
+    Raises InputError if another process does, or if the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise InputError(f"{folder}: another process runs this study; wait for it, or give this one another name") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
+        locked = try_lock(lock)
+        if locked is False:
+            raise InputError(f"{folder}: another process runs this study; wait for it, or give this one another name")
+        yield bool(locked)
     finally:
         os.close(lock)
 
@@ -141,7 +144,7 @@ def _only_sweep(folder: Path) -> Iterator[None]:
 def _open_study(space: Space, folder: Path, seed: int, note: Callable[[str], None]) -> optuna.Study:
     """The study in `folder`, new or from earlier calls.   Raises InputError if it searches another space."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = folder / "study.log"
+    file = folder / JOURNAL
     _mend(file, note)
     try:
         storage = JournalStorage(JournalFileBackend(str(file)))
@@ -161,16 +164,15 @@ def _open_study(space: Space, folder: Path, seed: int, note: Callable[[str], Non
 
 
 def _mend(file: Path, note: Callable[[str], None]) -> None:
-    """Take away what a kill left of its last record, and its lock.   Raises InputError for a record that is damaged otherwise."""
-    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # ours is on the folder, so nobody else holds this one
+    """Take away what a kill left of its last record.   Raises InputError for a record that is damaged otherwise."""
     if not file.exists():
         return
     content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
+    intact = content[: content.rfind(b"\n") + 1]
+    if len(intact) < len(content):
+        os.truncate(file, len(intact))
         note(f"{file}: its last record was cut short by a kill and is dropped")
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(intact.splitlines(), start=1):
         try:
             json.loads(line)
         except ValueError:
@@ -236,12 +238,9 @@ class _Trials:
             with self.controls.display(config.training.max_iters) as progress:
                 judged = _PruningProgress(progress, trial, self.controls.stop)
                 outcome = start.train(config, judged, self.controls.stop, make_sender=self.controls.make_sender)
-        except (
-            Exception
-        ) as error:  # settings that do not go together, data that do not fit, memory that does not suffice: the next trial may
-            kind = "" if isinstance(error, BdhError) else f"{type(error).__name__}: "
-            self.controls.note(f"trial {trial.number} failed: {kind}{error}")
-            self.study.tell(trial, state=TrialState.FAIL)
+        # Settings that do not go together, data that do not fit, memory that does not suffice: the next trial may.
+        except Exception as error:
+            self._failed(trial, error)
             return
         if outcome.ending.reason == PRUNED:
             self.controls.stop.received = None
@@ -251,6 +250,19 @@ class _Trials:
             assert outcome.ending.val_loss is not None, "the last step is evaluated"
             self.study.tell(trial, outcome.ending.val_loss)
             self.controls.note(f"trial {trial.number}: {METRIC} {outcome.ending.val_loss:.4f}")
+
+    def _failed(self, trial: optuna.Trial, error: Exception) -> None:
+        """Tell the study and the user; what is no error of this package is kept whole in a file for whoever looks for the reason."""
+        said = first_line(error)
+        if not isinstance(error, BdhError):
+            file = self.folder / f"trial_{trial.number}.error.txt"
+            with contextlib.suppress(OSError):
+                file.write_text(masked("".join(traceback.format_exception(error))), encoding="utf-8")
+            said = f"{type(error).__name__}: {said} (see {file})"
+        elif isinstance(error, ConfigError):
+            said = masked(str(error))  # the reasons are in its further lines
+        self.controls.note(f"trial {trial.number} failed: {said}")
+        self.study.tell(trial, state=TrialState.FAIL)
 
     def _config(self, trial: optuna.Trial, varied: Mapping[str, Any]) -> Config:
         """The configuration of a trial; one that was interrupted gets its evaluations back and resumes from its own folder."""
@@ -322,4 +334,4 @@ def _row(t: FrozenTrial) -> dict[str, Any]:
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
     """The configuration with other values under dotted keys, also checked against this machine.   Raises ConfigError."""
-    return Config.from_dict(config.replaced(values).to_dict(), checks=(problems,), origin="settings", base=Path.cwd())
+    return Config.from_dict(config.replaced(in_full(values)).to_dict(), checks=(problems,), origin="settings")

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
+from bdh_mlflow.files import try_lock
 from bdh_mlflow.tracking.records import (
     FILES_LANE,
     POINTS_LANE,
@@ -318,30 +319,17 @@ class JournalReader:
 
     def claim(self, patience_s: float) -> bool:
         """Become the one that delivers; False if another one still does after `patience_s`."""
-        end = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    return False
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                return True
-            else:
-                return True
+        return try_lock(self._file, wait_s=patience_s) is not False
 
     def is_training(self) -> bool:
         """Whether the process that appends is alive: it holds a lock on the folder (see `checkpoint.RunDirectory`)."""
-        try:
-            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks
+        free = try_lock(self._folder, shared=True)
+        if free is None:
             segments = self.index.segments
             return bool(segments) and segments[-1].host == platform.node() and Path(f"/proc/{segments[-1].pid}").exists()
-        fcntl.flock(self._folder, fcntl.LOCK_UN)
-        return False
+        if free:
+            fcntl.flock(self._folder, fcntl.LOCK_UN)
+        return not free
 
     def read(self, start: int, stop: int) -> Iterator[Entry]:
         """Records between two offsets; lines that are none are skipped."""

@@ -5,7 +5,7 @@ that trained was killed, the points lane delivers what it left and marks the run
 is in `run`.
 """
 
-import errno
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from bdh_mlflow import checkpoint
 from bdh_mlflow.errors import CheckpointError
 from bdh_mlflow.redact import masked
+from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.journal import Delivered, Entry
 from bdh_mlflow.tracking.lane import Abandoned, Lane, Shared, named
 from bdh_mlflow.tracking.records import (
@@ -35,12 +36,9 @@ from bdh_mlflow.tracking.records import (
 )
 
 RECORDS_AT_ONCE = 500
+NAMED_FILES = 3  # of those that were refused
 REFUSED_UPLOADS = {400, 403, 404, 405, 411, 413, 415}
 """HTTP statuses after which the same upload would be refused again."""
-
-
-IMPOSSIBLE_PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP}
-"""Errors of a folder that can hold no artifacts; a full or broken disk may be mended."""
 
 
 class PointsLane(Lane):
@@ -173,7 +171,7 @@ class FilesLane(Lane):
     def __init__(self, shared: Shared, points: PointsLane) -> None:
         super().__init__(shared)
         self._points = points
-        self._told = set[str]()
+        self._reported = set[str]()  # reasons
 
     def _begin(self) -> None:
         while not self._points.rejoined.wait(0.05):
@@ -183,6 +181,10 @@ class FilesLane(Lane):
 
     def _finish(self) -> None:
         self._retry_rejected()
+        left = [named(entry.record) for end in self._shared.state.set_aside if (entry := self._entry_at(end))]
+        if len(left) > 1:
+            names = ", ".join(left[:NAMED_FILES]) + ", ..." * (len(left) > NAMED_FILES)
+            self._shared.say(Note(text=f"tracking: {len(left)} files were refused and stay here: {names}"))
 
     def _batches(self, stop: int) -> Iterator[list[Entry]]:
         for entry in self._shared.reader.read_files(self._offset, stop):
@@ -209,17 +211,15 @@ class FilesLane(Lane):
         """Set aside; a reason that holds for many files is told once."""
         name, state = named(entry.record), self._shared.state
         state.set_aside.append(entry.end)
-        reason = refusal.replace(Path(name).stem, "")
-        if reason not in self._told:
-            self._told.add(reason)
-            self._shared.say(
-                Note(text=f"tracking: {name} was refused and stays here, `sync` offers it again ({refusal}); further ones are only counted")
-            )
+        reason = re.sub(r"\d+", "", refusal)  # steps and ids are of the file, not of the reason
+        if reason not in self._reported:
+            self._reported.add(reason)
+            self._shared.say(Note(text=f"tracking: {name} was refused and stays here, `sync` offers it again ({refusal})"))
 
     def _is_permanent(self, error: Exception) -> bool:
         """For files also: the server or a proxy before it will not have this upload, or there can be no such place on this machine."""
         refused = getattr(getattr(error, "response", None), "status_code", None) in REFUSED_UPLOADS
-        nowhere = isinstance(error, OSError) and error.errno in IMPOSSIBLE_PLACES and self._shared.run.stores_in_a_folder
+        nowhere = isinstance(error, OSError) and store.why_no_folder(self._shared.run.identity.artifact_uri) is not None
         return refused or nowhere or super()._is_permanent(error)
 
     def _store_name(self, error: Exception) -> str:
@@ -256,11 +256,15 @@ class FilesLane(Lane):
         """Files that were refused before, once each."""
         shared, index = self._shared, self._shared.reader.index
         for end in list(shared.state.set_aside):
-            entry = next(iter(shared.reader.read_files(end - 1, end)), None)
+            entry = self._entry_at(end)
             replaced = entry and isinstance(entry.record, Text) and index.is_replaced_later(entry.record.artifact, end, self._offset)
             if entry is None or replaced or not self.attempt(lambda entry=entry: self._send([entry])):  # type: ignore[misc]
                 shared.state.set_aside.remove(end)
                 self._acknowledge(end)
+
+    def _entry_at(self, end: int) -> Entry | None:
+        """The record of the files lane that ends at an offset."""
+        return next(iter(self._shared.reader.read_files(end - 1, end)), None)
 
     def _check(self) -> None:
         """While files wait for the points.   Raises Abandoned if that is hopeless."""

@@ -252,10 +252,8 @@ def _in_full(target: str) -> str:
     if not text or "\0" in text or max(map(len, os.fsencode(text).split(b"/"))) > LONGEST_NAME:
         what = "empty text" if not text else f"{text[:40]!r}{'...' * (len(text) > 40)}"
         raise ResumeError(f"{what} names no checkpoint; accepted: {GRAMMAR}")
-    if os.path.lexists(text):
-        return text
     try:
-        return expanded(text)
+        return expanded(text, Path.cwd())
     except ValueError as error:
         raise ResumeError(f"{text}: {error}") from None
 

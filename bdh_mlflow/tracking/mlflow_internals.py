@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from mlflow.pyfunc import PyFuncModel, scoring_server
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.request_utils import augmented_raise_for_status
@@ -62,14 +61,16 @@ def check_requests() -> None:
     would give up CSV. What the server fails to convert is answered with 400 and the reason, not with 500. Other models are served as
     before, and all of them where MLflow has no such function.
     """
+    from mlflow.pyfunc import scoring_server  # here: only who serves needs it, and a training starts without it
+
     serve = getattr(scoring_server, "invocations", None)
     if serve is None or hasattr(serve, "checks_requests"):
         return
 
     @functools.wraps(serve)
-    def invocations(data: bytes, content_type: str | None, model: PyFuncModel, *rest: Any) -> Any:
+    def invocations(data: bytes, content_type: str | None, model: Any, *rest: Any) -> Any:
         try:
-            check = getattr(model.unwrap_python_model(), "check_request", None)  # type: ignore[no-untyped-call]
+            check = getattr(model.unwrap_python_model(), "check_request", None)
         except MlflowException:  # a model of another flavor
             check = None
         if check is None:

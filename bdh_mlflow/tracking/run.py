@@ -18,7 +18,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.errors import TrackingError
-from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import segments, store
@@ -54,11 +53,6 @@ class RemoteRun:
         """Id of the run, once attached."""
         return self.identity.run_id
 
-    @property
-    def stores_in_a_folder(self) -> bool:
-        """Whether its artifacts go to a folder on this machine, once attached."""
-        return store.local_path(self.identity.artifact_uri) is not None
-
     def connect(self) -> None:
         """Open the store: for a database that takes as long as its server does not answer."""
         self._client = store.client_of(self._uri)
@@ -90,8 +84,7 @@ class RemoteRun:
         run = next((run for id in (segment.continues, known) if id and (run := store.find_run(client, id))), None)
         continued = run is not None
         if run is None and wrapper:
-            own = store.find_run(client, wrapper)
-            run = own if own is not None and store.is_free(own, segment.continues, segment.training) else None  # checked at the start, too
+            run = self._wrapper_run(wrapper, segment)
         if run is None:
             run = self._create(segment)
         run_id, later = run.info.run_id, segment_number(run)
@@ -227,6 +220,14 @@ class RemoteRun:
         self._mirror = Mirror(self._client, self._identity, lambda text: self._say(Note(text=text)), self._throttle)
         self.attached.set()
 
+    def _wrapper_run(self, run_id: str, segment: Segment) -> Run | None:
+        """The run that `mlflow run` has made, if it is there and free; where the store answered at the start, it was refused there."""
+        run = store.find_run(self._client, run_id)
+        if run is not None and store.is_free(run, segment.continues, segment.training):
+            return run
+        self._say(Note(text=f"tracking: run {run_id} of MLFLOW_RUN_ID is deleted or another training's: a new run is made"))
+        return None
+
     def _create(self, segment: Segment) -> Run:
         """A new run, or the one that an attempt without an answer has made."""
         client, name = self._client, segment.experiment
@@ -235,14 +236,8 @@ class RemoteRun:
         if made:
             return made[0]
         tags = {"mlflow.user": segment.user, "mlflow.source.name": "bdh-mlflow train", "bdh.training": segment.training}
-        try:
+        with store.allowed(f"create runs in experiment {name} of {masked(self._uri)}"):
             return client.create_run(experiment_id, run_name=segment.run_name, tags=tags, start_time=segment.started_at_ms)
-        except MlflowException as error:
-            if not store.is_denied(error):
-                raise
-            raise TrackingError(
-                f"this user may not create runs in experiment {name} of {masked(self._uri)}: {first_line(error)}"
-            ) from error
 
     def _end_killed_children(self, run: Run, wrapper: str | None) -> None:
         """Children of earlier segments that a hard kill left RUNNING: there is one process at a time, so theirs is gone."""

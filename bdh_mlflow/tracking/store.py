@@ -5,7 +5,6 @@ Every call names its store by a client or a URI; no process-wide tracking URI is
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -14,11 +13,10 @@ import re
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -27,10 +25,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from bdh_mlflow import checkpoint
 from bdh_mlflow.config import TrackingConfig
-from bdh_mlflow.config.places import DATABASES, store_uri
+from bdh_mlflow.config.places import DATABASES, scheme_of, store_uri
 from bdh_mlflow.errors import BdhError, TrackingError
-from bdh_mlflow.files import first_line
+from bdh_mlflow.files import first_line, try_lock
 from bdh_mlflow.redact import masked
 
 PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
@@ -68,23 +67,19 @@ def tracking_uri(tracking: TrackingConfig) -> str:
 
     Raises TrackingError for what is no URI of a store.
     """
-    inherited = _in_full("MLFLOW_TRACKING_URI", mlflow.get_tracking_uri())
+    try:
+        inherited = store_uri(mlflow.get_tracking_uri(), Path.cwd(), expand=False)
+    except ValueError as error:
+        raise TrackingError(f"MLFLOW_TRACKING_URI: {error}") from None
     if tracking.tracking_uri is None:
         return inherited
-    configured = _in_full("tracking.tracking_uri", tracking.tracking_uri)
+    configured = store_uri(tracking.tracking_uri, Path.cwd(), expand=False)  # in full already, but for a configuration made by a program
     if os.environ.get("MLFLOW_RUN_ID") and inherited != configured:
         raise TrackingError(
             f"tracking.tracking_uri is {masked(configured)}, but `mlflow run` has made its run at {masked(inherited)}. "
             f"Set MLFLOW_TRACKING_URI={masked(configured)} instead, or start with `bdh-mlflow train`"
         )
     return configured
-
-
-def _in_full(name: str, uri: str) -> str:
-    try:
-        return store_uri(uri, Path.cwd())
-    except ValueError as error:
-        raise TrackingError(f"{name}: {masked(str(error))}") from None
 
 
 def overruled(tracking: TrackingConfig) -> str | None:
@@ -123,46 +118,39 @@ def client_of(uri: str) -> MlflowClient:
             raise
 
 
+def database_file(uri: str) -> Path | None:
+    """The file of an SQLite database, None for any other store."""
+    return Path(unquote(uri.partition(":///")[2].partition("?")[0])) if scheme_of(uri) == "sqlite" else None
+
+
 @contextlib.contextmanager
 def _only_opener(uri: str) -> Iterator[None]:
     """MLflow makes the tables of a new database when it is opened, and two processes at once leave it half made: one opens at a time.
 
     The lock is one of the folder of a database file, so that nothing is left behind; for a database server of a file of this machine.
+    Raises OSError if another process has it for OPENING_S.
     """
-    place = _lock_place(uri)
+    kind = scheme_of(uri)
     try:
-        lock = None if place is None else os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError:  # no such folder: opening says so
-        lock = None
+        if (database := database_file(uri)) is not None:
+            folder = database.parent
+            folder.mkdir(parents=True, exist_ok=True)  # as MLflow does
+            file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        elif kind in DATABASES:
+            where = re.sub(r"//[^/@]*@", "//", uri).partition("?")[0]  # nothing that a password could be guessed from
+            name = f"bdh-mlflow-{os.getuid()}-{hashlib.sha256(where.encode()).hexdigest()[:16]}.lock"
+            file = os.open(Path(tempfile.gettempdir()) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        else:
+            file = None
+    except OSError:  # no permission: opening says so
+        file = None
     try:
-        if lock is not None:
-            _await_lock(lock)
+        if file is not None and try_lock(file, wait_s=OPENING_S) is False:
+            raise OSError(f"database is locked: another process has been opening it for {OPENING_S:.0f} s")
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock_place(uri: str) -> Path | None:
-    kind = uri.partition(":")[0].partition("+")[0]
-    if kind == "sqlite":
-        return Path(unquote(uri.partition(":///")[2].partition("?")[0])).parent
-    if kind in DATABASES:
-        return Path(tempfile.gettempdir()) / f"bdh-mlflow-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    return None
-
-
-def _await_lock(lock: int) -> None:
-    end = time.monotonic() + OPENING_S
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-        except OSError:  # a file system without locks
-            return
-        else:
-            return
+        if file is not None:
+            os.close(file)
 
 
 def probe_store(tracking: TrackingConfig, continues: str | None) -> StoreStatus:
@@ -208,7 +196,7 @@ def _status(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreS
 
 def _try_database(uri: str) -> None:
     """Connect to a database server once: MLflow would repeat it for minutes, also with a wrong password.   Raises SQLAlchemy's errors."""
-    if uri.partition(":")[0].partition("+")[0] not in DATABASES or uri.startswith("sqlite"):
+    if scheme_of(uri) not in DATABASES or scheme_of(uri) == "sqlite":
         return
     import sqlalchemy
 
@@ -273,23 +261,21 @@ def make_experiment(client: MlflowClient, name: str) -> str:
     known = experiment_of(client, name)
     if known is None:
         try:
-            client.create_experiment(name, _artifact_location(client.tracking_uri, name))
+            with allowed(f"create experiment {name} at {masked(client.tracking_uri)}"):
+                client.create_experiment(name, _artifact_location(client.tracking_uri, name))
         except MlflowException as error:
-            if is_denied(error):
-                raise TrackingError(
-                    f"experiment {name}: this user may not create it at {masked(client.tracking_uri)}: {first_line(error)}"
-                ) from error
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was quicker
                 raise
         known = experiment_of(client, name)
-    assert known is not None, "it was made or found"
+    if known is None:
+        raise TrackingError(f"experiment {name}: was made at {masked(client.tracking_uri)} and is not there; try again")
     return known
 
 
 def _artifact_location(uri: str, name: str) -> str | None:
     """Where the artifacts of a new experiment go: as MLflow decides, but where it would decode a `%` in the name of this folder."""
     here = Path.cwd()
-    return (here / "mlruns" / name.replace("/", "_")).as_uri() if uri.startswith("sqlite:") and "%" in str(here) else None
+    return (here / "mlruns" / quote(f"experiment {name}", safe=" ")).as_uri() if uri.startswith("sqlite:") and "%" in str(here) else None
 
 
 def check_artifacts(client: MlflowClient, artifact_uri: str, experiment_id: str) -> None:
@@ -306,6 +292,12 @@ def check_artifacts(client: MlflowClient, artifact_uri: str, experiment_id: str)
             f"the tracking URI is {masked(client.tracking_uri)}. Set MLFLOW_TRACKING_URI to the server, or name another experiment "
             f"(--experiment-name bdh)"
         )
+
+
+def why_no_folder(artifact_uri: str) -> str | None:
+    """Why there can be no artifacts, where they go to a folder of this machine; None if they can, or go elsewhere."""
+    folder = local_path(artifact_uri)
+    return checkpoint.why_unwritable(folder) if folder is not None else None
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
@@ -357,22 +349,29 @@ def is_invalid(error: BaseException) -> bool:
     """
     if isinstance(error, MlflowException):  # of a database also for whatever is raised in between
         invalid = error.error_code == "INVALID_PARAMETER_VALUE" and "'active' state" not in str(error)
-        return invalid or _UNSTORABLE.search(str(error)) is not None
+        said = str(error).partition("[SQL:")[0]  # behind it are the values of the statement
+        return invalid or _UNSTORABLE.search(said) is not None
     if isinstance(error, OSError | json.JSONDecodeError):  # requests' errors are OSErrors, and an answer that is no JSON comes from a proxy
         return False
     return isinstance(error, ValueError | TypeError | ImportError | NotImplementedError)
 
 
-def is_denied(error: BaseException) -> bool:
-    """Whether this user may not do it."""
-    return isinstance(error, MlflowException) and error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+@contextlib.contextmanager
+def allowed(act: str) -> Iterator[None]:
+    """Raises TrackingError where this user may not do what the body does.   act: in words, `create runs in ...`."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            raise
+        raise TrackingError(f"this user may not {act}: {first_line(error)}") from error
 
 
 def _may_come_back(uri: str, error: BaseException) -> bool:
     """Whether a store that failed like this may answer later; a wrong password, another server or an unreadable file will stay."""
     if uri.startswith("sqlite:"):
         return "locked" in str(error)
-    if uri.partition(":")[0].partition("+")[0] in DATABASES:
+    if scheme_of(uri) in DATABASES:
         return not _FOR_GOOD.search(str(error))
     status = re.search(r"error code (\d{3})", str(error))
     return not (status and status[1].startswith("4") and status[1] not in ("408", "429"))

@@ -222,7 +222,13 @@ def _outgoing(text: str) -> str:
 
 
 def _outgoing_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {key: _outgoing(value)[:LONGEST_TAG] for key, value in tags.items()}
+    return {key: _shortened(_outgoing(value)) for key, value in tags.items()}
+
+
+def _shortened(text: str) -> str:
+    """What MLflow takes as a tag; the end of a longer text says how long it was."""
+    end = f"... ({len(text):,} characters)"
+    return text if len(text) <= LONGEST_TAG else text[: LONGEST_TAG - len(end)] + end
 
 
 def _as_text(value: object) -> str:

@@ -123,9 +123,10 @@ def _finished(writer: BackgroundWriter, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        try:
-            writer.finish()
-        except SaveError as error:
-            progress.note(str(error))
+        with contextlib.suppress(Exception):  # what ended the body is what is told; whoever watches may be what failed
+            try:
+                writer.finish()
+            except SaveError as error:
+                progress.note(str(error))
         raise
     writer.finish()

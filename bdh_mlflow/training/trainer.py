@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.errors import InputError, NonFiniteError, SaveError, StoppedError
+from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
@@ -165,7 +166,7 @@ class Trainer:
         self._grad_norm = 0.0
         self._interval = Interval()
         self._saved_step: int | None = None
-        self._good = True  # what state_dict gives may be saved
+        self._consistent = True  # what state_dict gives is a step, and may be saved
         self._evaluation: Evaluation | None = None
         self._evaluated_step = 0
         self._samples: Sequence[Sample] = ()
@@ -260,7 +261,7 @@ class Trainer:
         for value in values:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
             loss += value / len(values)
         self._guard(loss, grad_norm)
-        self._good = False
+        self._consistent = False
         self._position, self._interval.epoch = batch.position, batch.epoch
         rate = parts.schedule.at(self.step)
         for group in parts.optimizer.param_groups:
@@ -275,7 +276,7 @@ class Trainer:
             self.step += 1
             self._loss, self._grad_norm = loss, grad_norm
             self._interval.add_loss(loss)
-        self._good = True
+        self._consistent = True
         return tokens / elapsed_s if applied else None
 
     def _accumulate(self) -> tuple[Item, list[Tensor], int]:
@@ -302,8 +303,7 @@ class Trainer:
         scaler = self._parts.scaler
         if finite_loss and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE:
             return
-        what = f"gradient norm {grad_norm}" if finite_loss else f"loss {loss}"
-        raise NonFiniteError(f"update {self.step + 1}: {what}; it was not applied. Weights of step {self.step} are good. {REMEDY}")
+        raise _not_applied(self.step, loss, grad_norm, self._parts.model)
 
     def _log(self) -> None:
         parts, step, interval = self._parts, self.step, self._interval
@@ -335,7 +335,7 @@ class Trainer:
         if val_loss is None:
             return
         if not math.isfinite(val_loss):
-            self._good = False
+            self._consistent = False
             raise _diverged(step, val_loss, self._saved_step)
         values = {"val/loss": val_loss, "val/bpb": bits_per_byte(val_loss)}
         logged_at_ms = parts.tracker.metrics({**values, **observed}, step)
@@ -357,16 +357,17 @@ class Trainer:
         self._parts.tracker.metrics({"ckpt/blocked_ms": 1e3 * (time.perf_counter() - started)}, self.step)
 
     def _save_once(self) -> None:
-        if self.step and self._saved_step != self.step and self._good:
+        if self.step and self._saved_step != self.step and self._consistent:
             self._save()
         self._parts.saver.finish()
 
     def _save_despite(self, error: BaseException) -> None:
         """Save what is good, once; if that fails as well, it is told with the error that ended the loop."""
+        self._consistent = self._consistent and (not isinstance(error, NonFiniteError) or _are_finite(self._parts.model))
         try:
             self._save_once()
-        except SaveError as failed:
-            error.add_note(str(failed))
+        except Exception as failed:  # of the disk, or of a device that is gone: what came first is what is told
+            error.add_note(f"its state could not be saved: {first_line(failed)}")
             with contextlib.suppress(Exception):  # whoever watches may be what failed
                 self._parts.progress.note(str(failed))
 
@@ -374,10 +375,23 @@ class Trainer:
         return self._parts.stop.received is not None
 
 
+def _are_finite(model: nn.Module) -> bool:
+    """Whether every weight is a finite number."""
+    return all(bool(torch.isfinite(weights).all()) for weights in model.parameters())
+
+
+def _not_applied(step: int, loss: float, grad_norm: float, model: nn.Module) -> NonFiniteError:
+    """The error of an update after `step` others whose numbers are not finite."""
+    what = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+    weights = f"Weights of step {step} are {'good' if _are_finite(model) else 'not finite, and not saved'}"
+    return NonFiniteError(f"update {step + 1}: {what}; it was not applied. {weights}. {REMEDY}")
+
+
 def _diverged(step: int, val_loss: float, saved_step: int | None) -> NonFiniteError:
     """The error of weights that evaluate to no number.   saved_step: of the last checkpoint."""
-    last = f"the last good checkpoint is of step {saved_step}" if saved_step else "there is none before it"
-    return NonFiniteError(f"evaluation after step {step}: val/loss {val_loss}; weights of this step are not saved, {last}. {REMEDY}")
+    last = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint before it"
+    kept = "its checkpoint was saved before it was evaluated" if saved_step == step else f"they are not saved, {last}"
+    return NonFiniteError(f"evaluation after step {step}: val/loss {val_loss}; {kept}. {REMEDY}")
 
 
 def peak_gib(device: torch.device) -> float:

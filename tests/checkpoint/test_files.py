@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -362,11 +362,19 @@ def test_latest_is_the_run_saved_to_last_whatever_the_zone_and_the_name_of_its_f
 
 
 def test_a_clock_that_was_set_back_does_not_make_a_save_an_earlier_one(tmp_path: Path) -> None:
-    saved_with(tmp_path / "checkpoints" / "run_20991231_235959", 1, saved_at="2099-12-31T23:59:59+0000")
+    ahead = datetime.now().astimezone() + timedelta(hours=3)
+    saved_with(tmp_path / "checkpoints" / "run_20991231_235959", 1, saved_at=ahead.isoformat())
     run = new(tmp_path)
     first, second = (run.save(state(step), PROVENANCE, None) for step in (1, 2))
-    assert first.saved_at < second.saved_at
+    assert ahead < first.saved_at < second.saved_at
     assert checkpoint.by_last_save(tmp_path / "checkpoints")[0] == run.path
+
+
+@pytest.mark.parametrize("saved_at", ["9999-12-31T23:59:59+0000", "0001-01-01T00:00:00+1400", "2199-01-01T00:00:00+0000"])
+def test_a_time_that_cannot_be_is_no_reason_not_to_save(tmp_path: Path, saved_at: str) -> None:
+    saved_with(tmp_path / "checkpoints" / "run_20240101_000000", 1, saved_at=saved_at)
+    saved = new(tmp_path).save(state(1), PROVENANCE, None)
+    assert abs(saved.saved_at - datetime.now().astimezone()) < timedelta(minutes=1)
 
 
 def test_a_manifest_without_a_time_counts_by_the_time_of_its_file(tmp_path: Path) -> None:

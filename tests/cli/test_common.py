@@ -19,6 +19,8 @@ def test_line_to_type_starts_training_the_way_this_process_was_started(monkeypat
     words = shlex.split(Launch.of_this_process().train("my configs/a.yaml", VALUES, "two words"))
     assert words[:6] == ["bdh-mlflow", "train", "--config", "my configs/a.yaml", "--resume", "latest"]
     assert words[6:] == ["--set", "training.compile=true", "--set", "scheduler.decay_steps=null", "--set", "tracking.run_name=it's"]
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    assert Launch.of_this_process().project is None, "the variable alone is no `mlflow run`: there is no project here"
     under = shlex.split(Launch("../my project", "uv").train("my configs/a.yaml", VALUES, "two words"))
     assert under[:7] == ["mlflow", "run", "../my project", "--env-manager", "uv", "--experiment-name", "two words"]
     assert under[7:] == [
@@ -33,6 +35,8 @@ def test_project_is_named_as_seen_from_the_folder_of_whoever_typed_mlflow_run(tm
     environment = {**os.environ, "MLFLOW_RUN_ID": "0" * 32}
     project_folder = tmp_path / "project"
     project_folder.mkdir()
+    for folder in (tmp_path, project_folder):
+        (folder / "MLproject").touch()
     for folder, project in ((project_folder, str(project_folder)), (Path.cwd(), ".")):
         seen = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
         assert seen == f"Launch(project={project!r}, env_manager='local')\n"
@@ -49,6 +53,7 @@ def test_environment_manager_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch, 
     else:
         (prefix / "pyvenv.cfg").write_text(f"home = /usr\n{made_by}\n")
     monkeypatch.setattr(sys, "prefix", str(prefix))
+    Path("MLproject").touch()
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     assert Launch.of_this_process().env_manager == name
 

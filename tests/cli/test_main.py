@@ -1,9 +1,11 @@
 """What holds for every command: errors, exit codes, help."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -98,6 +100,17 @@ def test_yaml_that_does_not_parse_names_the_line(tmp_path: Path) -> None:
         (("checkpoints", "list", "f" * 32), "not found at"),
         (("checkpoints", "verify", "f" * 32), "not found at"),
         (("checkpoints", "list", "--all-runs"), "experiment bdh: not found at"),
+        (("compare", ""), "no run is named"),
+        (("compare", " ", ""), "no run is named"),
+        (("generate", "", "--prompt", "a"), "empty text names no checkpoint"),
+        (("generate", "x" * 300, "--prompt", "a"), "names no checkpoint; accepted: latest, a path"),
+        (("generate", "x" * 300 + "/y", "--prompt", "a"), "names no checkpoint"),
+        (("evaluate", "${NOT_SET}/run"), "NOT_SET"),
+        (("evaluate", "~nobody-here/run"), "~nobody-here stands for no home folder"),
+        (("checkpoints", "list", "x" * 300), "not found at"),
+        (("checkpoints", "verify", "x" * 300), "not found at"),
+        (("checkpoints", "pull", "x" * 5000), "names no checkpoint"),
+        (("compare", "a", "--out", "x" * 300 + "/r.html"), "File name too long"),
     ],
     ids=lambda value: " ".join(value)[:24] if isinstance(value, tuple) else None,
 )
@@ -122,3 +135,28 @@ def imported_by(*words: str) -> tuple[str, list[str]]:
     code += "; print(' '.join(n for n in ('torch', 'mlflow', 'pyarrow') if n in sys.modules), file=sys.stderr)"
     process = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     return process.stdout, process.stderr.split()
+
+
+def started(*words: str, **given: Any) -> subprocess.CompletedProcess[str]:
+    """The command line as a process.   given: environment variables in capitals, other arguments of subprocess.run."""
+    environment = {**os.environ, **{name: value for name, value in given.items() if name.isupper()}}
+    arguments = {"stderr": subprocess.PIPE, **{name: value for name, value in given.items() if not name.isupper()}}
+    command = [sys.executable, "-m", "bdh_mlflow", *words]
+    return subprocess.run(command, env=environment, encoding="utf-8", errors="replace", timeout=120, check=False, **arguments)
+
+
+@pytest.mark.slow  # processes: warnings, streams and encodings are set when an interpreter starts
+def test_environment_of_the_user_changes_no_result(store: MlflowClient, text: Path, tiny: Path) -> None:
+    done = started("train", "--config", str(tiny), PYTHONWARNINGS="error", FORCE_COLOR="1", LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    latin = started("generate", "latest", "--config", str(tiny), "--prompt", "\u65e5", PYTHONIOENCODING="latin-1", stdout=subprocess.PIPE)
+    assert (latin.returncode, latin.stdout[:6]) == (0, "\\u65e5")
+    Path("input").write_bytes(b"\xff\xfe")
+    with Path("input").open("rb") as prompt:
+        raw = started("generate", "latest", "--config", str(tiny), "--max-new-tokens", "1", stdin=prompt, stdout=subprocess.PIPE)
+    assert raw.returncode == 0, raw.stderr
+    closed = started("generate", "latest", "--config", str(tiny), preexec_fn=lambda: os.close(0))
+    assert (closed.returncode, "standard input is closed; give --prompt TEXT" in closed.stderr) == (2, True)
+    with Path("/dev/full").open("wb") as nowhere:
+        full = started("train", "--config", str(tiny), "--resume", "latest", "--set", "training.max_iters=7", stdout=nowhere)
+    assert full.returncode == 0, full.stderr

@@ -7,7 +7,8 @@ import pytest
 import sqlalchemy
 
 from bdh_mlflow.config import Config
-from bdh_mlflow.config.places import absolute, expanded, sqlite_uri, store_uri
+from bdh_mlflow.config.places import absolute, expanded, store_uri
+from bdh_mlflow.config.settings import Place
 from bdh_mlflow.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ from bdh_mlflow.errors import ConfigError
         ("$CORPUS/en", "/corpora/en"),
         ("a$", "/base/a$"),
         ("./~", "/base/~"),
-        ("python-stdlib", "python-stdlib"),
+        ("auto", "/base/auto"),
         ("s3://bucket/text", "s3://bucket/text"),
     ],
 )
@@ -35,12 +36,29 @@ def test_a_path_is_made_absolute_once(monkeypatch: pytest.MonkeyPatch, written: 
 
 @pytest.mark.parametrize(
     ("written", "reason"),
-    [("${NOT_SET}/a", "no variable NOT_SET"), ("$NOT_SET", "NOT_SET"), ("${}", "without a name"), ("~nobody-here/a", "no home")],
+    [("${NOT_SET}/a", "no variable NOT_SET"), ("$NOT_SET", "NOT_SET"), ("${}", "names no variable"), ("~nobody-here/a", "no home")],
 )
 def test_what_stands_for_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, written: str, reason: str) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(ValueError, match=reason):
-        expanded(written)
+        expanded(written, Path("/base"))
+
+
+def test_a_word_that_stands_for_text_is_no_path_where_text_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert absolute("python-stdlib", Path("/base"), Place.SOURCE) == "python-stdlib"
+    assert absolute("auto", Path("/base"), Place.SOURCE) == "auto"
+    assert absolute("auto.txt", Path("/base"), Place.SOURCE) == "/base/auto.txt"
+
+
+@pytest.mark.parametrize("name", ["a$b", "~x", "${a}", "a$"])
+def test_what_exists_as_it_is_written_is_meant_and_a_place_in_full_is_not_read_again(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    full = absolute(name, tmp_path)
+    assert full == str(tmp_path / name)
+    assert absolute("runs", tmp_path / name, expand=False) == f"{full}/runs"
+    assert absolute(f"{full}/runs", Path("/"), expand=False) == f"{full}/runs"
+    config = Config.from_saved(Config.from_dict({}, base=tmp_path / name).to_dict(), "checkpoint_1.pt", "0")
+    assert config.training.checkpoint_dir == f"{full}/checkpoints"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +73,8 @@ def test_what_stands_for_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, wri
         ("file:mlruns", "file:///base/mlruns"),
         ("file:///mlruns", "file:///mlruns"),
         ("postgresql://host/db", "postgresql://host/db"),
+        ("postgresql://me:pa$word@host/db", "postgresql://me:pa$word@host/db"),
+        ("arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/a", "arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/a"),
         ("databricks", "databricks"),
     ],
 )
@@ -68,7 +88,7 @@ def test_the_uri_of_a_store_means_the_same_from_everywhere(monkeypatch: pytest.M
     ("written", "reason"),
     [
         ("localhost:5000", r"did you mean http://localhost:5000\?"),
-        ("mlruns", "no URI of a tracking store; accepted: http"),
+        ("mlruns", "no URI of a tracking store; accepted: http.*; a folder is written file:///base/mlruns"),
         ("./mlruns", "no URI"),
         ("http:host", "no URI"),
         ("", "no URI"),
@@ -82,14 +102,21 @@ def test_what_is_no_uri_of_a_store_is_refused(written: str, reason: str) -> None
         store_uri(written, Path("/base"))
 
 
+def test_a_password_is_not_part_of_the_message() -> None:
+    with pytest.raises(ValueError, match=r"`postgresql:\.\.\.` is no URI") as caught:
+        store_uri("postgresql:/me:secret@host/db", Path("/base"))
+    assert "secret" not in str(caught.value)
+
+
 def test_a_database_is_found_in_a_folder_of_any_name(tmp_path: Path) -> None:
     """SQLAlchemy decodes its URIs: `%41` in a folder's name would be another folder."""
     for letter in string.printable.replace("/", ""):
         for name in (f"a{letter}b", f"{letter}x", f"a%{letter}1", "a%2Fb"):
             folder = tmp_path / name
             folder.mkdir(exist_ok=True)
-            for uri in (sqlite_uri(folder / "my.db"), store_uri("sqlite:///my.db", folder)):
-                assert sqlalchemy.make_url(uri).database == str(folder / "my.db"), name
+            uri = store_uri("sqlite:///my.db", folder)
+            assert sqlalchemy.make_url(uri).database == str(folder / "my.db"), name
+            assert store_uri(uri, Path("/elsewhere"), expand=False) == uri
 
 
 def test_all_places_of_a_configuration_are_absolute_and_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

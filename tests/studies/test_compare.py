@@ -153,3 +153,35 @@ def test_seeds_are_one_family_however_their_settings_were_typed(store: MlflowCli
     made_run(store, "a", [1.0], training__learning_rate="3e-4", low_precision__use_4bit="true")
     made_run(store, "b", [1.0], training__learning_rate="0.0003", low_precision__use_4bit="True", training__seed=1)
     assert len(compare.read(["bdh"], TrackingConfig()).families) == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1.7976931348623157e308, -1e308])
+def test_values_that_are_no_numbers_or_huge_are_a_gap_and_not_the_end(store: MlflowClient, tmp_path: Path, value: float) -> None:
+    """Databases store infinity as the largest number, which matplotlib cannot draw."""
+    made_run(store, "a", [4.0, value, 2.0])
+    made_run(store, "b", [value, value, value], training__seed=1)
+    comparison = compare.read(["a", "b"], TrackingConfig())
+    files = report.write(comparison, tmp_path / "report.html")
+    assert [f.name for f in files] == ["report.html", "report_train_loss.png"]
+    (row,) = [row for row in compare.rows(comparison) if row[0] == "last train/loss"]
+    assert row[1] == "2"
+    assert (row[2] == "not finite") == (not abs(value) < 1.7e308)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"bdh.segment": "many", "bdh.best_checkpoint": "", "drift.": "x"},
+        {"bdh.segment": "9" * 40, "mlflow.loggedArtifacts": "garbage", "bdh.run_dir": "../.."},
+        {"mlflow.loggedArtifacts": '[{"path": "samples.json"}]', "bdh.best_val_loss": "low"},
+    ],
+)
+def test_tags_that_somebody_has_set_by_hand_end_nothing(store: MlflowClient, tmp_path: Path, tags: dict[str, str]) -> None:
+    run_id = made_run(store, "a", [4.0, 2.0], tags={"bdh.training": "t", **tags})
+    comparison = compare.read([run_id], TrackingConfig())
+    assert compare.rows(comparison)
+    report.write(comparison, tmp_path / "report.html")
+    result = run_cli("checkpoints", "list", run_id)
+    assert (result.exit_code, "no mirrored checkpoints" in result.output) == (2, True)
+    resumed = run_cli("generate", run_id, "--prompt", "a")
+    assert (resumed.exit_code, "no checkpoint that verifies" in resumed.output) == (2, True)

@@ -1,5 +1,6 @@
 """A study of real, tiny trainings: children of one run, pruned, interrupted and continued."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import yaml
 from mlflow import MlflowClient
 
 from bdh_mlflow.cli import console
-from bdh_mlflow.errors import ConfigError, NonFiniteError
+from bdh_mlflow.errors import ConfigError, DataError, NonFiniteError
 from bdh_mlflow.studies.space import Space
 from bdh_mlflow.training import start
 from tests.conftest import run_cli
@@ -58,7 +59,7 @@ def test_trials_are_children_of_one_run_that_shows_the_best_settings(store: Mlfl
     best = min(children(store), key=lambda run: run.data.metrics["val/loss"])
     assert parent(store).data.tags["best.training.learning_rate"] == best.data.params["training.learning_rate"]
     assert parent(store).info.status == "FINISHED"
-    assert f"-P training.learning_rate={best.data.params['training.learning_rate']}" in result.output
+    assert f"--set training.learning_rate={best.data.params['training.learning_rate']}" in result.output
     files = {f.path for f in store.list_artifacts(parent(store).info.run_id, "sweep")}
     assert files == {f"sweep/{name}" for name in ("space.yaml", "trials.json", "importance.png", "parallel_coordinates.png")}
     again = swept(tiny, tmp_path, 4)
@@ -146,6 +147,20 @@ def test_signal_ends_a_sweep_after_a_checkpoint(
         ({"settings": {"training.max_iter": 3}}, "tiny.yaml: 1 problem\n  training.max_iter: unknown key; did you mean `max_iters`?"),
         ({"settings": {"dataset.val_fraction": 0}}, "dataset.val_fraction: 0; trials are judged by val/loss"),
         ({"tries": 3}, "tries: Extra inputs are not permitted"),
+        ({"study": ".."}, "study: String should match pattern"),
+        ({"parameters": {"training.batch_size": {"low": 1, "high": 4, "step": 0.5}}}, "step 0.5 between whole numbers"),
+        ({"parameters": {"training.batch_size": {"low": 1, "high": 4, "step": -1}}}, "step -1; accepted: above 0"),
+        ({"parameters": {"training.batch_size": {"low": 1.0, "high": 4.0}}}, "training.batch_size: found 2.1457; accepted: whole number"),
+        ({"parameters": {"training.batch_size": {"low": 1, "high": 4, "step": 9}}}, "at most high - low (3)"),
+        ({"parameters": {"training.seed": {"low": True, "high": 4}}}, "true and false are not numbers"),
+        ({"parameters": {"model.dropout": {"low": 0.0, "high": float("inf")}}}, "should be a finite number"),
+        ({"parameters": {"model.dropout": {"choices": [0.1, 0.2, 0.1]}}}, "choice 0.1 is given twice"),
+        ({"parameters": {"training.debug": {"choices": [True, 1]}}}, "choice 1 is given twice"),
+        ({"parameters": {"model.dropout": {"choices": [[0.1]]}}}, "not one of text, finite numbers"),
+        ({"parameters": {"model.dropout": {"choices": [0.1], "step": 1}}}, "not both"),
+        ({"parameters": {"training.checkpoint_dir": {"choices": ["a", "b"]}}}, "training.checkpoint_dir: is the same for all trials"),
+        ({"parameters": {"tracking.experiment": {"choices": ["a", "b"]}}}, "tracking.experiment: is the same for all trials"),
+        ({"settings": {"model.n_layer": 1}}, "settings.model.n_layer: is among the parameters as well"),
     ],
 )
 def test_faulty_space_is_refused_before_anything_is_made(
@@ -181,3 +196,83 @@ def test_space_files_are_read_as_configurations_are(tmp_path: Path) -> None:
     path.write_text("study: a\nstudy: b\n")
     with pytest.raises(ConfigError, match=r"space.yaml, line 2, column 1: not valid YAML: key `study` is given twice"):
         Space.from_yaml(str(path))
+
+
+@pytest.mark.slow  # some trainings: a combination cannot be trained, and the study goes on past it, also when it is called again
+def test_trial_that_cannot_be_trained_has_failed_and_the_next_one_begins(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path
+) -> None:
+    settings = {**SPACE["settings"], "model.mlp_internal_dim_multiplier": 1}
+    grid = {"model.n_head": {"choices": [1, 2]}, "model.n_embd": {"choices": [16, 18]}}  # 1 * 18 is no multiple of 2 * 2
+    said = ""
+    for trials in (5, 6):
+        result = swept(tiny, tmp_path, trials, parameters=grid, settings=settings)
+        assert result.exit_code == 0, result.output
+        said += result.output
+    assert "1 * n_embd 18 is not a multiple of 2 * n_head 2" in said
+    assert parent(store).info.status == "FINISHED"
+    states = [row[1] for row in mlflow.artifacts.load_dict(f"{parent(store).info.artifact_uri}/sweep/trials.json")["data"]]
+    assert len(states) == 6
+    assert {"complete", "fail"} <= set(states)
+
+
+@pytest.mark.parametrize("error", [DataError("the text is too short"), RuntimeError("out of memory"), MemoryError(), OSError("disk full")])
+def test_sweep_of_which_no_trial_can_be_trained_has_failed(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*given: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(start, "train", failing)
+    result = swept(tiny, tmp_path, 2)
+    assert result.exit_code == 1, result.output
+    assert "0 complete, 0 pruned, 2 fail" in result.output
+    assert f"trial 1 failed: {'' if isinstance(error, DataError) else type(error).__name__ + ': '}{error}" in result.output
+    assert parent(store).info.status == "FAILED"
+
+
+def test_sweep_that_ends_by_an_error_has_failed(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*given: Any, **named: Any) -> Any:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(optuna.Study, "ask", broken)
+    with pytest.raises(KeyError):
+        swept(tiny, tmp_path, 1)
+    assert parent(store).info.status == "FAILED"
+
+
+def test_study_that_another_process_runs_is_left_to_it(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "sweeps" / "tiny"
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    result = swept(tiny, tmp_path, 1)
+    os.close(lock)
+    assert result.exit_code == 2
+    assert "another process runs this study" in result.output
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (b'{"op_code": 0, "worker', "its last record was cut short by a kill and is dropped"),
+        (b"garbage\n", "study.log, line 1: damaged; restore it, or remove"),
+        (b'{"op_code": 99}\n', "not a journal of this study"),
+        (b"null\n", "not a journal of this study"),
+        (b"\xff\xfe\n", "study.log, line 1: damaged"),
+    ],
+)
+def test_journal_of_a_study_that_is_torn_is_mended_or_named(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes, message: str
+) -> None:
+    def failing(*given: Any, **named: Any) -> Any:
+        raise DataError("nothing is trained here")
+
+    monkeypatch.setattr(start, "train", failing)
+    folder = tmp_path / "checkpoints" / "sweeps" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "study.log").write_bytes(left)
+    (folder / "study.log.lock").symlink_to("left by a kill")
+    result = swept(tiny, tmp_path, 1)
+    assert message in result.output
+    assert result.exit_code == (1 if "cut short" in message else 2)

@@ -1,6 +1,8 @@
 """What is known of a store before a run begins."""
 
+import fcntl
 import json
+import os
 import sqlite3
 import string
 import subprocess
@@ -67,6 +69,20 @@ def test_processes_that_open_a_new_database_at_once_take_turns(tmp_path: Path) -
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(4)]
     assert [process.communicate(timeout=120)[0] for process in processes] == ["1\n"] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["new.db"], "no lock is left behind"
+
+
+def test_folder_of_a_new_database_is_made_and_one_that_is_being_opened_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+    stores.client_of(f"sqlite:///{tmp_path}/new/deeper/my.db")
+    assert (tmp_path / "new/deeper/my.db").is_file()
+    monkeypatch.setattr(stores, "OPENING_S", 0.1)
+    held = os.open(tmp_path / "new/deeper", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(OSError, match="database is locked: another process has been opening it"):
+            stores.client_of(f"sqlite:///{tmp_path}/new/deeper/my.db")
+        assert not probe_store(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/new/deeper/my.db"), None).reachable
+    finally:
+        os.close(held)
 
 
 def test_database_that_was_left_half_made_is_said_to_be_so(tmp_path: Path) -> None:

@@ -60,3 +60,17 @@ def test_run_whose_compilation_is_kept_is_not_resumed_where_nothing_can_be_compi
         ResumeError, match=r"(?s)cannot resume .*checkpoint_3\.pt on this machine.*training\.compile: true needs a C.*--fork"
     ):
         resumed(tiny, CPU)
+
+
+def test_run_that_is_beyond_max_iters_is_not_called_finished(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny).exit_code == 0  # 6 steps
+    for fork in (False, True):
+        result = train(tiny, "training.max_iters=4", resume="latest", fork=fork)
+        assert result.exit_code == 2
+        assert "nothing to do, it is at step 6 and training.max_iters is 4. Set training.max_iters above 6" in result.output
+    forked = train(tiny, resume="latest", fork=True)
+    assert (forked.exit_code, "nothing to do, it is at step 6" in forked.output) == (2, True)
+    again = train(tiny, resume="latest")
+    assert again.exit_code == 0, "what a scheduler starts again has ended well"
+    assert "Nothing to do: the run was at step 6" in again.output
+    assert "Finished" not in again.output

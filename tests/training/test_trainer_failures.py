@@ -185,11 +185,30 @@ def test_a_save_that_fails_as_well_does_not_hide_what_ended_the_loop() -> None:
     b = bench(parts={"progress": Watcher("advance", 3)}, full_at=3, checkpoint_freq=100)
     with pytest.raises(BrokenPipeError) as caught:
         b.trainer.run()
-    assert caught.value.__notes__ == ["disk full"]
+    assert caught.value.__notes__ == ["its state could not be saved: disk full"]
+
+
+def test_weights_that_are_not_finite_any_more_are_not_saved_as_good() -> None:
+    """The update before has overflowed them: only the next pass shows it."""
+
+    class Overflowing(torch.optim.SGD):
+        steps = 0
+
+        def step(self, *given: Any, **named: Any) -> Any:
+            super().step(*given, **named)
+            self.steps += 1
+            if self.steps == 3:
+                self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    model = Toy()
+    b = bench(model=model, parts={"optimizer": Overflowing(model.parameters(), lr=0.1)}, checkpoint_freq=2)
+    with pytest.raises(NonFiniteError, match="Weights of step 3 are not finite, and not saved"):
+        b.trainer.run()
+    assert b.saved_steps == [2]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("checkpoint_freq", "saved", "words"), [(2, [2, 4], "of step 4"), (100, [], "none before it")])
+@pytest.mark.parametrize(("checkpoint_freq", "saved", "words"), [(2, [2, 4], "is of step 4"), (100, [], "no checkpoint before it")])
 def test_weights_that_evaluate_to_no_number_are_not_called_good(loss: float, checkpoint_freq: int, saved: list[int], words: str) -> None:
     class Diverged(Toy):
         def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
