@@ -19,6 +19,7 @@ from bdh_mlflow.text import Evaluation
 
 FORMAT = 2
 _ENVELOPE = {"kind", "v", "at_ms"}
+_NUMBERS = (float, int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,6 @@ def _is(value: Any, kind: Any) -> bool:
         return True
     if not isinstance(value, origin):
         return False
-    if args == (str, float):  # of points, which come by the million
-        return all(type(each) in (float, int) for each in value.values())
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return all(_is(each, args[-1]) for each in inside)
 
@@ -111,6 +110,15 @@ class Points(_Kind):
     def to_json(self) -> dict[str, Any]:
         """Written out, because the training loop waits for it."""
         return {"values": self.values, "step": self.step, **self.unknown_fields}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; written out, because points come by the million."""
+        values, step = tree["values"], tree["step"]
+        is_usual = type(step) is int and type(values) is dict and len(tree.keys() - _ENVELOPE) == 2  # no unknown fields
+        if is_usual and all(type(value) in _NUMBERS for value in values.values()):
+            return cls(values=values, step=step)
+        return super().from_json(tree)
 
 
 @dataclass(frozen=True, kw_only=True)
