@@ -13,6 +13,7 @@ import click
 from bdh_mlflow.cli.common import config_option, print_table, read_config
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import CheckpointError, InputError, ResumeError
+from bdh_mlflow.files import shown
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.export import Format
@@ -24,16 +25,18 @@ def checkpoints() -> None:
 
 
 @checkpoints.command("list")
-@click.argument("target", default="checkpoints")
+@click.argument("target", required=False)
 @config_option
 @click.option("--best", is_flag=True, help="Only the one with the lowest validation loss.")
 @click.option("--all-runs", is_flag=True, help="Mirrored checkpoints of every run in the experiment, best first.")
-def checkpoints_list(target: str, config_path: str, best: bool, all_runs: bool) -> None:
+def checkpoints_list(target: str | None, config_path: str, best: bool, all_runs: bool) -> None:
     """List the checkpoints of TARGET.
 
-    TARGET is a run directory, the folder of run directories, or an MLflow run (whose mirrored checkpoints are listed).
+    TARGET is a run directory, the folder of run directories (by default that of the configuration), or an MLflow run (whose mirrored
+    checkpoints are listed).
     """
-    if all_runs or not os.path.exists(target):  # noqa: PTH110 - also for a name that is too long
+    target = target or read_config(config_path).training.checkpoint_dir
+    if all_runs or not (os.path.isabs(target) or os.path.exists(target)):  # noqa: PTH110, PTH117 - also for a name that is too long
         _list_mirrored(None if all_runs else target, config_path, best)
     else:
         _list_local(Path(target), best)
@@ -57,7 +60,7 @@ def _list_local(target: Path, best: bool) -> None:
         val = "" if m.val_loss is None else f"{m.val_loss:.4f}{' best' if is_best else ''}"
         rows.append([str(c.path), str(m.step), f"{m.tokens_seen:,}", val, f"{m.bytes / 1e6:.1f} MB", m.mlflow_run_id or ""])
     if not rows:
-        raise InputError(f"{target}: no checkpoints here{' with a validation loss' if best else ''}")
+        raise InputError(f"{shown(target)}: no checkpoints here{' with a validation loss' if best else ''}")
     print_table(["checkpoint", "step", "tokens", "val/loss", "size", "MLflow run"], rows)
 
 
@@ -75,16 +78,17 @@ def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
 
 
 @checkpoints.command("verify")
-@click.argument("target", default="checkpoints")
+@click.argument("target", required=False)
 @config_option
 @click.pass_context
-def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> None:
+def checkpoints_verify(ctx: click.Context, target: str | None, config_path: str) -> None:
     """Read every checkpoint of TARGET and compare it with the digest in its manifest.
 
     TARGET is a folder, or an MLflow run (whose mirrored checkpoints are downloaded one by one). Exit code 1 if any is damaged.
     """
     from bdh_mlflow import checkpoint
 
+    target = target or read_config(config_path).training.checkpoint_dir
     intact, damaged = 0, 0
 
     def check(name: str, verify: Callable[[], object]) -> None:
@@ -98,7 +102,7 @@ def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> Non
             click.echo(f"{name}: intact")
             intact += 1
 
-    if os.path.exists(target):  # noqa: PTH110
+    if os.path.isabs(target) or os.path.exists(target):  # noqa: PTH110, PTH117
         for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
             listing = checkpoint.list_run(run_dir)
             for path, reason in listing.rejected:
@@ -115,7 +119,7 @@ def checkpoints_verify(ctx: click.Context, target: str, config_path: str) -> Non
             with tempfile.TemporaryDirectory(prefix="verify-") as folder:  # one at a time: all of them may not fit on this disk
                 check(f"runs:/{run_id}/{file}", functools.partial(locator.mirror.fetch, run_id, file, Path(folder)))
     if not intact and not damaged:
-        raise InputError(f"{target}: no checkpoints here")
+        raise InputError(f"{shown(target)}: no checkpoints here")
     click.echo(f"{intact} intact, {damaged} damaged")
     if damaged:
         ctx.exit(1)

@@ -136,6 +136,8 @@ def place(text: str) -> str:
 
     Raises InputError for what stands for nothing.
     """
+    if not text.strip():
+        raise InputError("empty text names no file or folder")
     try:
         return text if text in BUILT_IN else expanded(text, Path.cwd())
     except ValueError as error:

@@ -29,6 +29,13 @@ class _Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
+            if error.filename is None and error.errno in (
+                errno.ENOSPC,
+                errno.EIO,
+                errno.EBADF,
+            ):  # standard output, of which nothing names it
+                click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+                ctx.exit(1)
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
                 raise
             click.echo(f"Error: {str(error.filename)[:80]}...: {error.strerror}; give another path", err=True)
@@ -74,6 +81,8 @@ def _guard_processes() -> None:
         kept = [each for each in warnings.filters if each[0] != "error"]
         warnings.resetwarnings()  # and with it what was cached
         warnings.filters[:] = kept  # type: ignore[index]
+    sys.stdout = sys.stdout or io.StringIO()  # None where it was closed (`>&-`)
+    sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

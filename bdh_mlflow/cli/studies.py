@@ -55,6 +55,8 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, metrics: tuple[st
     tracking, path = read_config(config_path).tracking, Path(out)
     if not path.absolute().parent.is_dir():
         raise InputError(f"--out {path}: there is no folder {path.parent}")
+    if not path.name or path.is_dir():
+        raise InputError(f"--out {out!r}: a folder, or no name; name a file")
     if not (names := _split(runs, study.FILTER)):
         raise InputError("no run is named; give an id, a name, latest, an experiment or a filter")
     comparison = study.read(names, tracking, metrics)
@@ -62,7 +64,10 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, metrics: tuple[st
     print_table(["", *(run.label for run in shown)], [row[: 1 + len(shown)] for row in study.rows(comparison)])
     if len(shown) < len(comparison.runs):
         click.echo(f"... and {len(comparison.runs) - len(shown)} more runs in the report")
-    files = report.write(comparison, path)
+    try:
+        files = report.write(comparison, path)
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.filename or path} cannot be written: {error.strerror}") from None
     if log:
         report.log(comparison, files, tracking)
     click.echo(f"Report with curves: {path.absolute()}")

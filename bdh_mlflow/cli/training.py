@@ -55,7 +55,9 @@ def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resu
     from bdh_mlflow.training.stop import StopRequest
 
     given = [*overrides, *dotted_options(ctx)]
-    if resume not in ("none", ""):
+    if not resume.strip():
+        raise click.UsageError("--resume names nothing; accepted: none for a new run, latest, a path, a run id, ...", ctx)
+    if resume != "none":
         given.append(f"training.resume_from_checkpoint={resume}")
     config = Config.from_yaml(config_path, given, checks=(problems,))
     stop = StopRequest()

@@ -8,6 +8,7 @@ same place then. A place in full stays as it is. Knows nothing of MLflow beyond 
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from bdh_mlflow.config.settings import Place
 
@@ -28,8 +29,12 @@ def absolute(text: str, base: Path, kind: Place = Place.PATH, *, expand: bool = 
     """
     if kind is Place.STORE:
         return store_uri(text, base, expand=expand)
-    if _URI.match(text) or (kind is Place.SOURCE and text in BUILT_IN):
+    if kind is Place.SOURCE and text in BUILT_IN:
         return text
+    if _URI.match(text):
+        if not text.startswith("file:///"):
+            raise ValueError(f"{text.partition(':')[0]}: is not a place on this machine; accepted: a path")
+        return unquote(text.removeprefix("file://"))
     return str(base / (expanded(text, base) if expand else text))
 
 
@@ -64,10 +69,14 @@ def store_uri(text: str, base: Path, *, expand: bool = True) -> str:
     if kind == "file":
         rest = uri[len("file:") :]
         return uri if rest.startswith("/") and not rest.startswith("//~") else (base / expanded(rest.removeprefix("//"), base)).as_uri()
+    try:
+        of_a_server = kind not in ("http", "https") or (urlsplit(uri).hostname and urlsplit(uri).port != 0 and not re.search(r"\s", uri))
+    except ValueError:
+        of_a_server = False
     needs_slashes = kind in ("http", "https", *DATABASES)
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
         raise ValueError(f"`{uri}` is no URI of a tracking store; did you mean http://{uri}?")
-    if not scheme or (needs_slashes and not uri[scheme.end() :].startswith("//")):
+    if not scheme or not of_a_server or (needs_slashes and not uri[scheme.end() :].startswith("//")):
         found = f"`{scheme[0]}...`" if scheme else f"`{uri}`"  # behind a scheme there may be a password
         hint = f"; a folder is written {(base / uri).as_uri()}" if not scheme and uri else ""
         raise ValueError(f"{found} is no URI of a tracking store; accepted: {ACCEPTED}{hint}")
@@ -98,7 +107,7 @@ def _sqlite(uri: str, base: Path, *, expand: bool) -> str:
     if not slashes or not file or file == ":memory:":
         raise ValueError(f"`{uri}` names no file: a database in memory is gone with its process; accepted: sqlite:///FILE")
     if file.startswith("/"):
-        return uri
+        return f"{head}:///{_quoted(unquote(file))}{mark}{query}"  # one spelling, whoever has quoted more of it
     if expand and file.startswith("~"):
         return f"{head}:///{_quoted(expanded(file, base))}{mark}{query}"
     return f"{head}:///{_quoted(str(base))}/{file}{mark}{query}"

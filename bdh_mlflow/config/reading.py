@@ -31,6 +31,7 @@ _WORDS = {
 }
 _PLAIN = "tag:yaml.org,2002:plain"
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("plain", "str", "int", "float", "bool", "null", "map", "seq", "merge")}
+_NODES = {"tag:yaml.org,2002:map": yaml.MappingNode, "tag:yaml.org,2002:seq": yaml.SequenceNode, "tag:yaml.org,2002:str": yaml.ScalarNode}
 _UNDER_WAY = object()
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -56,6 +57,20 @@ class _Loader(yaml.SafeLoader):
         self.flatten_mapping(node)
         return {str(key.value): self.construct_object(value, deep=deep) for key, value in node.value}
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace merge keys by what they stand for: a mapping's own keys win, then those of the first of several (yaml.org/type/merge)."""
+        own = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for value in (value for key, value in node.value if key.tag == _MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(None, None, "`<<` takes a mapping, or a list of them", value.start_mark)
+                self.flatten_mapping(source)
+                for key, content in source.value:
+                    merged.setdefault(str(key.value), (key, content))
+        kept = {str(key.value) for key, _ in own}
+        node.value = [pair for name, pair in merged.items() if name not in kept] + own
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag not in _TAGS:
             kind = node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -65,6 +80,8 @@ class _Loader(yaml.SafeLoader):
                 f"values of the type {kind} are not read; accepted: text, numbers, true, false, null, lists and mappings",
                 node.start_mark,
             )
+        if not isinstance(node, _NODES.get(node.tag, yaml.Node)):
+            raise yaml.constructor.ConstructorError(None, None, "its type and what it holds do not go together", node.start_mark)
         return super().construct_object(node, deep)
 
     def plain(self, node: yaml.ScalarNode) -> Scalar:
@@ -139,9 +156,17 @@ def _parsed(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{where}: not valid YAML: {error.problem}") from None
     except RecursionError:
         raise ConfigError(f"{origin}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     return None if isinstance(tree, Scalar) and tree.value is None else tree
+
+
+def value_of(text: str) -> Any:
+    """What a YAML text stands for; the text itself where it stands for nothing."""
+    try:
+        return plain_values(_parsed(text, ""))
+    except ConfigError:
+        return text
 
 
 def typed(key: str, node: Any) -> Any:
@@ -195,6 +220,6 @@ def _override(section: str, key: str, text: str) -> Any:
         tree = _parsed(text, "")
     except ConfigError:
         return text
-    if tree is not None and takes_text(section, key):
-        return text  # letter by letter, quotes as well
+    if takes_text(section, key) and (tree is not None or not text.strip()):
+        return text  # letter by letter, quotes as well; and nothing at all is no `null`
     return typed(f"{section}.{key}", tree)

@@ -22,7 +22,7 @@ from bdh_mlflow.text import VOCAB_SIZE, is_storable
 
 TAG_KEY = re.compile(r"[/\w.\- :]{1,250}")
 """Names that MLflow takes for tags; besides, they must not change when they are read as paths (mlflow.utils.validation)."""
-LONGEST_TAG, LONGEST_EXPERIMENT, LONGEST_RUN_NAME = 8000, 500, 250  # characters that MLflow stores
+LONGEST_TAG, LONGEST_PARAM, LONGEST_EXPERIMENT, LONGEST_RUN_NAME = 8000, 6000, 500, 250  # characters that MLflow stores
 
 
 def _decimal(value: object) -> object:
@@ -67,8 +67,8 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"`{key}`: names that begin with bdh. are set by the program")
         if not is_storable(value):
             raise ValueError(f"the value of `{key}` holds bytes that are not UTF-8, or NUL, which cannot be stored")
-        if len(value) > LONGEST_TAG:
-            raise ValueError(f"the value of `{key}` has {len(value):,} characters; MLflow stores {LONGEST_TAG:,}")
+        if len(value) > LONGEST_PARAM:  # every setting is logged as a parameter, too
+            raise ValueError(f"the value of `{key}` has {len(value):,} characters; MLflow stores {LONGEST_PARAM:,}")
     return tags
 
 

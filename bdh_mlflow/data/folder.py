@@ -4,6 +4,7 @@ Links to folders are followed. A folder that is reached twice is read once, unde
 twice would be training and validation text at once; a link to a folder above itself leads nowhere new.
 """
 
+import contextlib
 import difflib
 import errno
 import itertools
@@ -61,7 +62,7 @@ def list_files(root: Path, skipped: Callable[[str], bool]) -> Listing:
                 (links if path.is_symlink() else folders).append(path)
             elif found == "file":
                 files.append(path)
-            else:
+            elif found != "nothing":  # that has gone meanwhile
                 unreadable.append((path, found))
     return Listing(sorted(files), sorted(unreadable))
 
@@ -77,7 +78,7 @@ def kind_of(path: Path) -> str:
             raise DataError(f"{shown(path)}: the name is too long for this file system") from None
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return f"cannot be looked at: {error.strerror}"
-        if path.is_symlink():
+        with contextlib.suppress(OSError):  # it may go while it is looked at
             return f"a link to {printable(path.readlink())}, which does not exist or leads back to itself"
         return "nothing"
     if stat.S_ISREG(mode):

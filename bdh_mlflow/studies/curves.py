@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from bdh_mlflow.config import SECTIONS, Problem
-from bdh_mlflow.config.reading import with_overrides
+from bdh_mlflow.config.reading import value_of, with_overrides
 from bdh_mlflow.text import Sample
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.mlflow_internals import MetricPoint
@@ -151,12 +150,9 @@ def setting(key: str, text: str) -> Any:
 
 
 def _plain(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    value = value_of(text)
     if isinstance(value, str | float):
-        with contextlib.suppress(ValueError, OverflowError):  # YAML takes 3e-4, without a point, for text
+        with contextlib.suppress(ValueError, OverflowError):  # a run may be logged by another program
             number = float(value)
             return int(number) if number.is_integer() else number if math.isfinite(number) else text
     return value

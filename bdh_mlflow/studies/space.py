@@ -16,6 +16,7 @@ from bdh_mlflow.errors import ConfigError
 
 SET_BY_THE_SWEEP = ("training.checkpoint_dir", "training.resume_from_checkpoint", "tracking.")
 """What every trial has of its own, or all share: neither is searched."""
+MOST_STEPS = 10**9
 _RULES = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -55,6 +56,8 @@ class Choice(BaseModel):
             raise ValueError("a log scale needs low above 0 and no step")
         if self.step is None:
             return
+        if self.step > 0 and (high - low) / self.step > MOST_STEPS:
+            raise ValueError(f"step {self.step} makes more than {MOST_STEPS:,} values between {low} and {high}")
         if self.step <= 0 or self.step > max(high - low, 0):
             raise ValueError(f"step {self.step}; accepted: above 0, and at most high - low ({high - low})")
         if self._whole and not float(self.step).is_integer():

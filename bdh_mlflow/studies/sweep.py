@@ -231,9 +231,9 @@ class _Trials:
     def run_next(self) -> None:
         """Train the next trial and give its result to the study; a trial that a signal stopped stays unfinished."""
         trial = self.study.ask()
-        varied = {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}
-        self.controls.note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
         try:
+            varied = {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}
+            self.controls.note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
             config = self._config(trial, varied)
             with self.controls.display(config.training.max_iters) as progress:
                 judged = _PruningProgress(progress, trial, self.controls.stop)

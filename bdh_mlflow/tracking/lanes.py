@@ -219,8 +219,9 @@ class FilesLane(Lane):
     def _is_permanent(self, error: Exception) -> bool:
         """For files also: the server or a proxy before it will not have this upload, or there can be no such place on this machine."""
         refused = getattr(getattr(error, "response", None), "status_code", None) in REFUSED_UPLOADS
+        in_the_way = isinstance(error, IsADirectoryError | FileExistsError)
         nowhere = isinstance(error, OSError) and store.why_no_folder(self._shared.run.identity.artifact_uri) is not None
-        return refused or nowhere or super()._is_permanent(error)
+        return refused or in_the_way or nowhere or super()._is_permanent(error)
 
     def _store_name(self, error: Exception) -> str:
         """Errors of the tracking store are MLflow's own; those of an artifact store pass through it."""

@@ -65,7 +65,7 @@ class MirrorReader:
             with store.reported(f"run {run_id} cannot be read"):
                 run = store.find_run(client, run_id)
                 if run is not None and "bdh.continues" in run.data.tags:
-                    run = store.find_run(client, run.data.tags["bdh.continues"])
+                    run = store.find_run(client, run.data.tags["bdh.continues"]) or run  # a tag by hand may name none
             if run is None:
                 raise ResumeError(f"run {run_id}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
             run_dir = run.data.tags.get("bdh.run_dir", "")

@@ -185,7 +185,7 @@ class RemoteRun:
         table = self._json(SAMPLES)
         with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or somebody else's: begun anew
             there = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
-            rows = [{key: old[key] for key in columns} for old in there if old["step"] != step]
+            rows = [{key: old[key] for key in columns} for old in there if isinstance(old["step"], int) and old["step"] != step]
         ordered = [[row[key] for key in columns] for row in sorted([*rows, *new], key=lambda row: row["step"])]
         self._client.log_text(self.run_id, json.dumps({"columns": columns, "data": ordered}), SAMPLES)
         listed: list[Any] = []
@@ -197,7 +197,7 @@ class RemoteRun:
 
     def _json(self, name: str) -> Any:
         """What a JSON file at the top of the run's artifacts holds; None if there is no such file, or it is something else."""
-        if not any(f.path == name for f in self._client.list_artifacts(self.run_id)):
+        if not any(f.path == name and not f.is_dir for f in self._client.list_artifacts(self.run_id)):
             return None
         content = store.small_artifact(self._client, self.run_id, name)
         try:
@@ -217,6 +217,9 @@ class RemoteRun:
             artifact_uri=run.info.artifact_uri,
             continued=continued,
         )
+        folder = store.local_path(run.info.artifact_uri)
+        if continued and folder is not None and not folder.exists():
+            self._say(Note(text=f"tracking: artifacts of this run go to {folder}, which is not there any more, and is made again"))
         self._mirror = Mirror(self._client, self._identity, lambda text: self._say(Note(text=text)), self._throttle)
         self.attached.set()
 

@@ -127,30 +127,41 @@ def database_file(uri: str) -> Path | None:
 def _only_opener(uri: str) -> Iterator[None]:
     """MLflow makes the tables of a new database when it is opened, and two processes at once leave it half made: one opens at a time.
 
-    The lock is one of the folder of a database file, so that nothing is left behind; for a database server of a file of this machine.
-    Raises OSError if another process has it for OPENING_S.
+    For an SQLite file the lock is a hidden file beside it that is gone once the tables are there, for a database server a file of this
+    machine. (A lock of the database file itself would end SQLite's own locks when it is closed.) Raises OSError if another process has it
+    for OPENING_S.
     """
-    kind = scheme_of(uri)
+    place, database = _lock_place(uri), database_file(uri)
     try:
-        if (database := database_file(uri)) is not None:
-            folder = database.parent
-            folder.mkdir(parents=True, exist_ok=True)  # as MLflow does
-            file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        elif kind in DATABASES:
-            where = re.sub(r"//[^/@]*@", "//", uri).partition("?")[0]  # nothing that a password could be guessed from
-            name = f"bdh-mlflow-{os.getuid()}-{hashlib.sha256(where.encode()).hexdigest()[:16]}.lock"
-            file = os.open(Path(tempfile.gettempdir()) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        else:
-            file = None
+        lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600) if place is not None else None
     except OSError:  # no permission: opening says so
-        file = None
+        lock = None
     try:
-        if file is not None and try_lock(file, wait_s=OPENING_S) is False:
+        if lock is not None and try_lock(lock, wait_s=OPENING_S) is False:
             raise OSError(f"database is locked: another process has been opening it for {OPENING_S:.0f} s")
         yield
+        if lock is not None and place is not None and database is not None:
+            place.unlink(missing_ok=True)  # whoever waits for it finds a database that is made
     finally:
-        if file is not None:
-            os.close(file)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_place(uri: str) -> Path | None:
+    """The file to lock; None where nothing is to be made."""
+    if (database := database_file(uri)) is not None:
+        place = database.with_name(f".{database.name}.opening")
+        with contextlib.suppress(OSError):
+            if database.stat().st_size and not place.exists():
+                return None
+            return place
+        with contextlib.suppress(OSError):
+            database.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
+        return place
+    if scheme_of(uri) not in DATABASES:
+        return None
+    where = re.sub(r"//[^/@]*@", "//", uri).partition("?")[0]  # nothing that a password could be guessed from
+    return Path(tempfile.gettempdir()) / f"bdh-mlflow-{os.getuid()}-{hashlib.sha256(where.encode()).hexdigest()[:16]}.lock"
 
 
 def probe_store(tracking: TrackingConfig, continues: str | None) -> StoreStatus:
@@ -195,8 +206,15 @@ def _status(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreS
 
 
 def _try_database(uri: str) -> None:
-    """Connect to a database server once: MLflow would repeat it for minutes, also with a wrong password.   Raises SQLAlchemy's errors."""
-    if scheme_of(uri) not in DATABASES or scheme_of(uri) == "sqlite":
+    """Connect to a database once: MLflow would repeat it for minutes, also with a wrong password or a file that cannot be written.
+
+    Raises TrackingError or SQLAlchemy's errors.
+    """
+    if (file := database_file(uri)) is not None:
+        if reason := _why_no_database(file):
+            raise TrackingError(f"tracking store {uri} cannot be used: {reason}")
+        return
+    if scheme_of(uri) not in DATABASES:
         return
     import sqlalchemy
 
@@ -205,6 +223,18 @@ def _try_database(uri: str) -> None:
         engine.connect().close()
     finally:
         engine.dispose()
+
+
+def _why_no_database(file: Path) -> str | None:
+    """Why an SQLite database cannot be opened for writing, None if it can."""
+    here = str(Path.cwd())
+    if not file.exists():
+        if "'" in here and '"' in here:  # MLflow writes the folder of artifacts into SQL as Python spells it
+            return f"MLflow cannot make a database in {here}, as its name holds both kinds of quotes; start in another folder"
+        return checkpoint.why_unwritable(file.parent)
+    if not file.is_file():
+        return f"{file} is no file"
+    return None if os.access(file, os.R_OK | os.W_OK) else f"no permission to write {file}"
 
 
 def wrapper_run(client: MlflowClient, run_id: str, continues: str | None) -> Run:
@@ -224,9 +254,11 @@ def wrapper_run(client: MlflowClient, run_id: str, continues: str | None) -> Run
             f"MLFLOW_RUN_ID"
         )
     if not is_free(run, continues):
+        way = f", or continue that one with --resume {run_id}" if "bdh.sweep" not in run.data.tags else ""
+        what = "another training" if way else "a sweep"
         raise TrackingError(
-            f"MLFLOW_RUN_ID names run {run_id} ({run.info.run_name}), which holds another training already; unset MLFLOW_RUN_ID for a run "
-            f"of its own, or continue that one with --resume {run_id}"
+            f"MLFLOW_RUN_ID names run {run_id} ({run.info.run_name}), which holds {what} already; unset MLFLOW_RUN_ID for a run of "
+            f"its own{way}"
         )
     return run
 

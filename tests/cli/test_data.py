@@ -23,7 +23,7 @@ def test_data_is_prepared_and_inspected(tmp_path: Path) -> None:
     [
         (("book.txt", "out", "--column", ""), "Error: column '': not a name for a column"),
         (("book.txt", ""), "Error: FOLDER is empty text"),
-        (("", "out"), "Error: '': a source without a name"),
+        (("", "out"), "Error: empty text names no file or folder"),
         (("book.txt", "a\0b"), "the character NUL has no place in a path"),
         (("a\0b", "out"), "the character NUL has no place in a path"),
         (("book.txt", "book.txt"), "Error: book.txt: a file, not a folder"),

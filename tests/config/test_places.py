@@ -24,7 +24,7 @@ from bdh_mlflow.errors import ConfigError
         ("a$", "/base/a$"),
         ("./~", "/base/~"),
         ("auto", "/base/auto"),
-        ("s3://bucket/text", "s3://bucket/text"),
+        ("file:///data%20en/a", "/data en/a"),
     ],
 )
 def test_a_path_is_made_absolute_once(monkeypatch: pytest.MonkeyPatch, written: str, place: str) -> None:
@@ -42,6 +42,12 @@ def test_what_stands_for_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, wri
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(ValueError, match=reason):
         expanded(written, Path("/base"))
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/text", "https://host/a", "file://host/a", "models:/a/1"])
+def test_a_uri_is_no_folder_of_that_name(uri: str) -> None:
+    with pytest.raises(ValueError, match="is not a place on this machine"):
+        absolute(uri, Path("/base"))
 
 
 def test_a_word_that_stands_for_text_is_no_path_where_text_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +75,7 @@ def test_what_exists_as_it_is_written_is_meant_and_a_place_in_full_is_not_read_a
         ("sqlite:////data/my.db", "sqlite:////data/my.db"),
         ("sqlite:///~/my.db", "sqlite:////home/me/my.db"),
         ("sqlite+pysqlite:///my.db", "sqlite+pysqlite:////base/my.db"),
+        ("sqlite:////my%20data/my.db", "sqlite:////my data/my.db"),
         ("  http://host:5000\n", "http://host:5000"),
         ("file:mlruns", "file:///base/mlruns"),
         ("file:///mlruns", "file:///mlruns"),
@@ -92,6 +99,10 @@ def test_the_uri_of_a_store_means_the_same_from_everywhere(monkeypatch: pytest.M
         ("./mlruns", "no URI"),
         ("http:host", "no URI"),
         ("", "no URI"),
+        ("http://[::1", "no URI"),
+        ("http://h:99999", "no URI"),
+        ("http://a b", "no URI"),
+        ("http://", "no URI"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "in memory"),
         ("sqlite:///${NOT_SET}.db", "no variable NOT_SET"),

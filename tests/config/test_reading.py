@@ -82,6 +82,9 @@ def test_merge_keys_and_aliases_work_and_a_key_given_twice_does_not(tmp_path: Pa
     merged = "training: &t\n  <<: {max_iters: 7, batch_size: 1}\n  batch_size: 2\n"
     config = read(tmp_path, merged)
     assert (config.training.max_iters, config.training.batch_size) == (7, 2)
+    earlier = read(tmp_path, "training:\n  <<: [{max_iters: 7}, {max_iters: 8, batch_size: 3}]\n").training
+    assert (earlier.max_iters, earlier.batch_size) == (7, 3), "of several the first wins"
+    assert "`<<` takes a mapping" in refused(tmp_path, "training: {<<: 7}")
     assert read(tmp_path, "training: {max_iters: &n 9, test_freq: *n}").training.test_freq == 9
     assert "`batch_size` is given twice" in refused(tmp_path, merged + "  batch_size: 3\n")
 
@@ -99,6 +102,10 @@ def test_merge_keys_and_aliases_work_and_a_key_given_twice_does_not(tmp_path: Pa
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("a: " + "{b: " * 3000 + "}" * 3000, "nested too deeply"),
         ("model: &m {n_layer: *m}", "an alias names what it is part of"),
+        ('tracking: {run_name: "\\UFFFFFFFF"}', "not valid YAML"),
+        ('tracking: {tags: {"\\ud800": x}}', "the key holds bytes that are not UTF-8"),
+        ('training: {"\\ud800": 1}', "unknown key"),
+        ("tracking: !!map x", "its type and what it holds do not go together"),
         ("model: &m [*m]", "an alias names what it is part of"),
         ("training: {seed: " + "1" * 5000 + "}", 'training.seed: found the text "' + "1" * 80 + '..."'),
         (b"tracking: {run_name: 'a\0b'}", "not valid YAML"),
@@ -136,7 +143,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path: Path) -> None:
         ("{a//b: x}", "`a//b` is no name"),
         ("{../a: x}", "`../a` is no name"),
         ("{bdh.latest_checkpoint: x}", "names that begin with bdh. are set by the program"),
-        ("{a: " + "x" * 8001 + "}", "the value of `a` has 8,001 characters"),
+        ("{a: " + "x" * 6001 + "}", "the value of `a` has 6,001 characters"),
     ],
 )
 def test_tags_that_cannot_be_set_say_which_and_why(tmp_path: Path, tags: str, message: str) -> None:

@@ -96,3 +96,10 @@ def test_curve_without_finite_values_has_no_lowest_point() -> None:
 def test_setting_is_read_by_its_declared_type_else_as_yaml(key: str, text: str, value: Any) -> None:
     found = curves.setting(key, text)
     assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-13-45", "1" * 5000, "[" * 3000, "&a [*a]", '"\\UFFFFFFFF"', "!!python/name:os.system", "{a: ", "*x"]
+)
+def test_a_param_of_another_program_is_text_whatever_it_looks_like(text: str) -> None:
+    assert curves.setting("data.date", text) == text

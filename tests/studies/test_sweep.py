@@ -152,6 +152,7 @@ def test_signal_ends_a_sweep_after_a_checkpoint(
         ({"parameters": {"training.batch_size": {"low": 1, "high": 4, "step": -1}}}, "step -1; accepted: above 0"),
         ({"parameters": {"training.batch_size": {"low": 1.0, "high": 4.0}}}, "training.batch_size: found 2.1457; accepted: whole number"),
         ({"parameters": {"training.batch_size": {"low": 1, "high": 4, "step": 9}}}, "at most high - low (3)"),
+        ({"parameters": {"model.dropout": {"low": 0.0, "high": 0.5, "step": 1e-320}}}, "makes more than 1,000,000,000 values"),
         ({"parameters": {"training.seed": {"low": True, "high": 4}}}, "true and false are not numbers"),
         ({"parameters": {"model.dropout": {"low": 0.0, "high": float("inf")}}}, "should be a finite number"),
         ({"parameters": {"model.dropout": {"choices": [0.1, 0.2, 0.1]}}}, "choice 0.1 is given twice"),

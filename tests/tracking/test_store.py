@@ -74,15 +74,60 @@ def test_processes_that_open_a_new_database_at_once_take_turns(tmp_path: Path) -
 def test_folder_of_a_new_database_is_made_and_one_that_is_being_opened_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
     stores.client_of(f"sqlite:///{tmp_path}/new/deeper/my.db")
     assert (tmp_path / "new/deeper/my.db").is_file()
+    assert [p.name for p in (tmp_path / "new/deeper").iterdir()] == ["my.db"], "no lock is left behind"
     monkeypatch.setattr(stores, "OPENING_S", 0.1)
-    held = os.open(tmp_path / "new/deeper", os.O_RDONLY)
+    (tmp_path / "busy").mkdir()
+    held = os.open(tmp_path / "busy/.my.db.opening", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
         with pytest.raises(OSError, match="database is locked: another process has been opening it"):
-            stores.client_of(f"sqlite:///{tmp_path}/new/deeper/my.db")
-        assert not probe_store(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/new/deeper/my.db"), None).reachable
+            stores.client_of(f"sqlite:///{tmp_path}/busy/my.db")
+        assert not probe_store(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/busy/my.db"), None).reachable
     finally:
         os.close(held)
+
+
+def test_a_lock_that_a_user_holds_on_the_folder_holds_up_nothing(store: MlflowClient, tmp_path: Path) -> None:
+    """`flock . bdh-mlflow train`, as in many a crontab."""
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        assert probe_store(CONFIG, None).reachable
+    finally:
+        os.close(held)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"), [("folder", "is no file"), ("read-only", "no permission to write"), ("below a file", "not a folder")]
+)
+def test_database_that_can_never_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: Any, what: str, words: str) -> None:
+    file = tmp_path / "my.db"
+    if what == "folder":
+        file.mkdir()
+    elif what == "read-only":
+        file.touch()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file)  # the tests may run as root, who may write everything
+    else:
+        file.touch()
+        file = file / "my.db"
+    with pytest.raises(TrackingError, match=words):
+        probe_store(TrackingConfig(tracking_uri=f"sqlite:///{file}"), None)
+
+
+def test_folder_in_which_mlflow_cannot_make_a_database_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'it\'s "mine"').mkdir()
+    monkeypatch.chdir(tmp_path / 'it\'s "mine"')
+    with pytest.raises(TrackingError, match="its name holds both kinds of quotes; start in another folder"):
+        probe_store(CONFIG, None)
+
+
+def test_default_database_lies_in_a_folder_of_any_name_and_makes_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow makes the parent of the URI as it is quoted: a folder `my%20project` beside `my project`."""
+    (tmp_path / "my #project é").mkdir()
+    monkeypatch.chdir(tmp_path / "my #project é")
+    stores.client_of(stores.tracking_uri(CONFIG))
+    assert [p.name for p in tmp_path.iterdir()] == ["my #project é"]
+    assert Path("mlflow.db").stat().st_size
 
 
 def test_database_that_was_left_half_made_is_said_to_be_so(tmp_path: Path) -> None:
@@ -135,7 +180,7 @@ def test_run_that_mlflow_run_has_made_is_taken_while_it_is_fresh(store: MlflowCl
 @pytest.mark.parametrize("tag", ["bdh.training", "bdh.segment", "bdh.sweep", "bdh.continues"])
 def test_run_of_another_training_is_not_taken(store: MlflowClient, monkeypatch: pytest.MonkeyPatch, tag: str) -> None:
     made(store, monkeypatch, **{tag: "a" * 32})
-    with pytest.raises(TrackingError, match="holds another training already"):
+    with pytest.raises(TrackingError, match="holds a sweep already" if tag == "bdh.sweep" else "holds another training already"):
         probe_store(CONFIG, None)
 
 

@@ -133,7 +133,7 @@ def test_signal_ends_with_a_checkpoint_a_true_status_and_its_code(
     assert (run.data.tags["bdh.stop_reason"], run.data.tags["bdh.stop_step"]) == (number.name, str(last_step))
     assert run.data.tags["bdh.latest_checkpoint"].endswith(f"checkpoint_{last_step}.pt")
     assert f"Stopped by {number.name} at step {last_step}" in output
-    assert "-P resume=" in output
+    assert "--resume " in output
 
 
 def test_ctrl_c_under_mlflow_run_saves_and_tells_why(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
