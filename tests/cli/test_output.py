@@ -52,7 +52,7 @@ def test_nothing_is_left_to_fail_at_the_end_of_the_process() -> None:
     """What waits in the buffer of a broken stream would make the interpreter end with exit code 120."""
     with Path("/dev/full").open("w", encoding="utf-8") as full:  # closing it would raise
         safe = output.Unfailing(full)
-        safe.write("a" * 10)
+        assert safe.write("a" * 10) == 10
         safe.flush()
         safe.settle()
 
@@ -66,6 +66,7 @@ def test_in_the_body_printing_works_whatever_the_streams_are(monkeypatch: pytest
     with output.unfailing_output():
         print("a")
         print("b", file=sys.stderr)
+    assert (sys.stdout, sys.stderr) == closed, "afterwards they are what they were"
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOSPC])
