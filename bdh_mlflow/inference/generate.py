@@ -6,6 +6,7 @@ as a served model needs neither.
 
 import codecs
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,18 @@ class Sampling:
     seed: int | None = None
     stop: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that no text can be drawn with."""
+        accepted = {
+            "temperature": (not self.temperature < 0 and not math.isnan(self.temperature), "0 or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more, or none"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1, or none"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1, or none"),
+        }
+        for name, (is_valid, words) in accepted.items():
+            if not is_valid:
+                raise InputError(f"{name}: {getattr(self, name)}; accepted: {words}")
+
 
 def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
     """Continue a prompt, yielding text as it is generated; a character of several bytes is yielded when it is complete.
@@ -100,12 +113,14 @@ def _decoded(tokens: Iterator[torch.Tensor]) -> Iterator[str]:
 
 def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
     """Continue several prompts of any lengths, together.   Raises InputError for one that is too long."""
+    if not prompts:
+        return []
     tokens = torch.cat(list(_stream(loaded, prompts, max_new_tokens, sampling)), dim=1).tolist()
     return [decode([token for token in row if token != bdh.STOPPED]) for row in tokens]
 
 
 def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling) -> Iterator[torch.Tensor]:
-    ids = [encode(prompt) or [SEPARATOR] for prompt in prompts]
+    ids = [_encoded("prompt", prompt) or [SEPARATOR] for prompt in prompts]
     longest = max(map(len, ids))
     if longest > LONGEST_PROMPT:
         raise InputError(f"prompt of {longest:,} bytes; at most {LONGEST_PROMPT:,} are taken")
@@ -119,6 +134,13 @@ def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, samplin
         [torch.tensor(row, device=device) for row in ids],
         max_new_tokens,
         Sampler(sampling.temperature, sampling.top_k, sampling.top_p),
-        stop=encode(sampling.stop),
+        stop=_encoded("stop", sampling.stop),
         generator=generator,
     )
+
+
+def _encoded(name: str, text: str) -> list[int]:
+    try:
+        return encode(text)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: holds {text[error.start]!r}, half of a surrogate pair; accepted: text that UTF-8 can hold") from None
