@@ -13,6 +13,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from rich.progress import Progress
 
 from scripts.fuzz import all_kinds, findings
