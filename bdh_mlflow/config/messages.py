@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from bdh_mlflow.config.settings import SECTIONS, Refused, declared
+from bdh_mlflow.config.settings import SECTIONS, NotEmpty, Refused, declared
 from bdh_mlflow.files import nearest
 
 LONGEST_SHOWN = 80  # characters of a value in a message
@@ -91,5 +91,5 @@ def _limits(bound: Any) -> Iterable[str]:
         for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
             if hasattr(metadata, attribute):
                 yield f"{sign} {getattr(metadata, attribute)}"
-        if getattr(metadata, "min_length", 0):
-            yield "that is not empty"
+    if isinstance(bound, NotEmpty):
+        yield "that is not empty"

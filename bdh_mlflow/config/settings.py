@@ -36,8 +36,14 @@ def _decimal(value: object) -> object:
     return value
 
 
-def _without_nul(value: str) -> str:
+class NotEmpty(NamedTuple):
+    """Marks text that must hold something. (pydantic's own min_length refuses names of files that are not UTF-8.)"""
+
+
+def _something(value: str) -> str:
     """Text that every file system and process takes."""
+    if not value:
+        raise ValueError
     if "\0" in value:
         raise ValueError("the character NUL has no place in it")
     return value
@@ -86,7 +92,7 @@ Count = Annotated[Int, Field(ge=1)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+Text = Annotated[str, NotEmpty(), AfterValidator(_something)]
 
 
 class Role(enum.Enum):

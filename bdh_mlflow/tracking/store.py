@@ -31,6 +31,7 @@ from bdh_mlflow.config.places import DATABASES, scheme_of, store_uri
 from bdh_mlflow.errors import BdhError, TrackingError
 from bdh_mlflow.files import first_line, try_lock
 from bdh_mlflow.redact import masked
+from bdh_mlflow.text import printable
 
 PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
@@ -69,6 +70,11 @@ def tracking_uri(tracking: TrackingConfig) -> str:
     """
     try:
         inherited = store_uri(mlflow.get_tracking_uri(), Path.cwd(), expand=False)
+    except UnicodeError:
+        raise TrackingError(
+            f"{printable(Path.cwd())}: MLflow cannot keep a database in a folder whose name is not UTF-8; start elsewhere, or set "
+            f"MLFLOW_TRACKING_URI"
+        ) from None
     except ValueError as error:
         raise TrackingError(f"MLFLOW_TRACKING_URI: {error}") from None
     if tracking.tracking_uri is None:

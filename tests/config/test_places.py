@@ -145,3 +145,12 @@ def test_places_that_stand_for_nothing_are_problems_of_their_settings(tmp_path: 
     (tmp_path / "a.yaml").write_text("training: {checkpoint_dir: '${NOT_SET}/a'}\ntracking: {tracking_uri: mlruns}\n")
     with pytest.raises(ConfigError, match=r"2 problems\n  training.checkpoint_dir: .*NOT_SET\n  tracking.tracking_uri: `mlruns` is no URI"):
         Config.from_yaml(tmp_path / "a.yaml")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_a_folder(tmp_path: Path) -> None:
+    config = Config.from_dict({}, ["dataset.parquet_dir=caf\udce9", "training.checkpoint_dir=ck\udce9"], base=tmp_path)
+    assert config.dataset.parquet_dir == f"{tmp_path}/caf\udce9"
+    (tmp_path / "a.yaml").write_text(config.to_yaml())
+    assert Config.from_yaml(tmp_path / "a.yaml") == config
+    with pytest.raises(ConfigError, match='found the text ""; accepted: text that is not empty'):
+        Config.from_dict({}, ["dataset.parquet_dir="], base=tmp_path)

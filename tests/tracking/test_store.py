@@ -121,6 +121,13 @@ def test_folder_in_which_mlflow_cannot_make_a_database_is_named(tmp_path: Path, 
         probe_store(CONFIG, None)
 
 
+def test_folder_whose_name_mlflow_cannot_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "caf\udce9").mkdir()
+    monkeypatch.chdir(tmp_path / "caf\udce9")
+    with pytest.raises(TrackingError, match=r"caf\\xe9: MLflow cannot keep a database in a folder whose name is not UTF-8"):
+        probe_store(CONFIG, None)
+
+
 def test_default_database_lies_in_a_folder_of_any_name_and_makes_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow makes the parent of the URI as it is quoted: a folder `my%20project` beside `my project`."""
     (tmp_path / "my #project é").mkdir()
