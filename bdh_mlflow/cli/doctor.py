@@ -18,7 +18,7 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import journal, store, sync, system_metrics
+from bdh_mlflow.tracking import database, journal, store, sync, system_metrics
 from bdh_mlflow.tracking.store import local_path
 from bdh_mlflow.training.problems import problems
 
@@ -49,7 +49,7 @@ def _store(config: Config) -> Iterator[Finding]:
     else:
         why = "MLflow's default: a database in this folder"
     yield Finding("tracking URI", f"{masked(uri)} ({why})")
-    if (file := store.database_file(uri)) is not None and not file.exists():
+    if (file := database.database_file(uri)) is not None and not file.exists():
         yield Finding("tracking store", f"{file} will be made by the first run")  # opening it would make it
         return
     try:

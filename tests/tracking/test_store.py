@@ -19,6 +19,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import TrackingError
+from bdh_mlflow.tracking import database
 from bdh_mlflow.tracking import store as stores
 from bdh_mlflow.tracking.store import connect, probe_store
 
@@ -75,7 +76,7 @@ def test_folder_of_a_new_database_is_made_and_one_that_is_being_opened_is_waited
     stores.client_of(f"sqlite:///{tmp_path}/new/deeper/my.db")
     assert (tmp_path / "new/deeper/my.db").is_file()
     assert [p.name for p in (tmp_path / "new/deeper").iterdir()] == ["my.db"], "no lock is left behind"
-    monkeypatch.setattr(stores, "OPENING_S", 0.1)
+    monkeypatch.setattr(database, "OPENING_S", 0.1)
     (tmp_path / "busy").mkdir()
     held = os.open(tmp_path / "busy/.my.db.opening", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -138,8 +139,8 @@ def test_default_database_lies_in_a_folder_of_any_name_and_makes_no_other(tmp_pa
 
 
 def test_database_that_was_left_half_made_is_said_to_be_so(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "half.db") as database:
-        database.execute("create table runs (run_uuid text)")
+    with sqlite3.connect(tmp_path / "half.db") as half:
+        half.execute("create table runs (run_uuid text)")
     with pytest.raises(TrackingError, match=r"was left half made .* If it holds no runs yet, remove the file"):
         stores.client_of(f"sqlite:///{tmp_path}/half.db")
 
