@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bdh_mlflow import __version__
-from bdh_mlflow.config.messages import Problem, entry_problems, explain, yaml_scalar
+from bdh_mlflow.config.messages import Problem, entry_problems, explain, refused, yaml_scalar
 from bdh_mlflow.config.places import absolute
 from bdh_mlflow.config.reading import read_yaml, with_overrides
 from bdh_mlflow.config.settings import (
@@ -113,7 +113,7 @@ class Config:
         """The same from a nested mapping.   origin: heads the error message.   base: folder of relative places; None leaves them so."""
         config, problems = _read(tree, overrides, checks, base)
         if problems:
-            raise _refused(origin, problems)
+            raise refused(origin, problems)
         return config
 
     def replaced(self, values: Mapping[str, Any]) -> "Config":
@@ -169,7 +169,7 @@ class Config:
         problems = [problem for problem in problems if not _is_free(problem.key)]  # an earlier version took other names and places
         if not problems:
             return config
-        error = _refused(f"{file} (its configuration)", problems)
+        error = refused(f"{file} (its configuration)", problems)
         if written_by == __version__:
             raise error
         raise ConfigError(f"{error}\nbdh-mlflow {written_by} wrote it, this is {__version__}: install that version or a newer one")
@@ -246,11 +246,6 @@ def _read(tree: Mapping[str, Any], overrides: Sequence[str], checks: Sequence[Ch
     for check in (_consistency, *checks):
         problems += [p for p in check(config) if p.key not in faulty]
     return config, problems
-
-
-def _refused(origin: str, problems: Sequence[Problem]) -> ConfigError:
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
 
 
 def _is_free(key: str) -> bool:

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from bdh_mlflow.config.settings import SECTIONS, NotEmpty, Refused, declared
+from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
 
 LONGEST_SHOWN = 80  # characters of a value in a message
@@ -21,6 +22,12 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
+
+
+def refused(origin: str, problems: Sequence[Problem]) -> ConfigError:
+    """The error of a file with problems, one in a line."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigError("\n  ".join([f"{origin}: {count}", *map(str, problems)]))
 
 
 def documentation() -> list[tuple[str, str, str, str]]:

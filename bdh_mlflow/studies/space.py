@@ -10,9 +10,9 @@ import optuna
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bdh_mlflow.config import Problem, problem_of
+from bdh_mlflow.config.messages import refused
 from bdh_mlflow.config.reading import plain_values, read_yaml, typed
 from bdh_mlflow.config.settings import Float, Int
-from bdh_mlflow.errors import ConfigError
 
 SET_BY_THE_SWEEP = ("training.checkpoint_dir", "training.resume_from_checkpoint", "tracking.")
 """What every trial has of its own, or all share: neither is searched."""
@@ -107,7 +107,7 @@ class Space(BaseModel):
             problems = list(space.problems())
             if not problems:
                 return space
-        raise ConfigError("\n  ".join([f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", *map(str, problems)]))
+        raise refused(path, problems)
 
     def problems(self) -> Iterator[Problem]:
         """Settings that do not exist, cannot be searched, or have values that are not accepted; combinations are the business of trials."""
