@@ -36,10 +36,15 @@ def checkpoints_list(target: str | None, config_path: str, best: bool, all_runs:
     checkpoints are listed).
     """
     target = target or read_config(config_path).training.checkpoint_dir
-    if all_runs or not (os.path.isabs(target) or os.path.exists(target)):  # noqa: PTH110, PTH117 - also for a name that is too long
+    if all_runs or not _is_local(target):
         _list_mirrored(None if all_runs else target, config_path, best)
     else:
         _list_local(Path(target), best)
+
+
+def _is_local(target: str) -> bool:
+    """Whether a target is a folder here rather than an MLflow run; also told of a name that is too long for one."""
+    return os.path.isabs(target) or os.path.exists(target)  # noqa: PTH110, PTH117
 
 
 def _list_local(target: Path, best: bool) -> None:
@@ -102,7 +107,7 @@ def checkpoints_verify(ctx: click.Context, target: str | None, config_path: str)
             click.echo(f"{name}: intact")
             intact += 1
 
-    if os.path.isabs(target) or os.path.exists(target):  # noqa: PTH110, PTH117
+    if _is_local(target):
         for run_dir in checkpoint.list_all(Path(target)) or [Path(target)]:
             listing = checkpoint.list_run(run_dir)
             for path, reason in listing.rejected:
