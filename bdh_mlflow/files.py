@@ -20,6 +20,11 @@ def first_line(error: BaseException) -> str:
     return masked(text.split("\n")[0])[:LONGEST_LINE]
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed: what the operating system says of it, without the path, else the first line of the error."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as a message shows it: from the current folder on where it is in there, else in full."""
     full = Path(path)

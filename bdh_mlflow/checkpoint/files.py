@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 from pydantic import TypeAdapter, ValidationError
 
 from bdh_mlflow.errors import CheckpointError, SaveError
-from bdh_mlflow.files import atomic_write, first_line
+from bdh_mlflow.files import atomic_write, first_line, reason_of
 from bdh_mlflow.text import Evaluation
 
 if TYPE_CHECKING:  # imported in the functions that open a file: listing and mirroring do without
@@ -179,7 +179,7 @@ def describe(path: Path) -> Checkpoint:
     try:
         size = path.stat().st_size
     except OSError as error:  # retention of its own process was quicker
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {reason_of(error)}") from None
     if size != manifest.bytes:
         raise CheckpointError(f"{path}: damaged ({size:,} bytes, its manifest says {manifest.bytes:,})")
     return Checkpoint(path, manifest)
@@ -272,8 +272,7 @@ def file_digest(path: Path) -> str:
 
 def not_saved(path: Path, error: Exception) -> SaveError:
     """The error of a file that could not be written."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    return SaveError(f"{path}: not saved: {reason}. Earlier checkpoints are untouched")
+    return SaveError(f"{path}: not saved: {reason_of(error)}. Earlier checkpoints are untouched")
 
 
 class _Pieces:

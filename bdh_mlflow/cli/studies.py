@@ -24,6 +24,7 @@ from bdh_mlflow.cli.output import TrainingCommand
 from bdh_mlflow.config import Config
 from bdh_mlflow.config.messages import yaml_scalar
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.files import reason_of
 
 SHOWN_RUNS = 8  # columns of runs that a terminal holds
 
@@ -67,7 +68,7 @@ def compare(runs: tuple[str, ...], config_path: str, out: str, metrics: tuple[st
     try:
         files = report.write(comparison, path)
     except OSError as error:
-        raise InputError(f"--out {path}: {error.filename or path} cannot be written: {error.strerror}") from None
+        raise InputError(f"--out {path}: {error.filename or path} cannot be written: {reason_of(error)}") from None
     if log:
         report.log(comparison, files, tracking)
     click.echo(f"Report with curves: {path.absolute()}")

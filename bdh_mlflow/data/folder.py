@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import shown
+from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
 
 SUGGESTED, REFUSED = 0.6, 0.75  # likeness of two names, of 1: to ask "did you mean", and to take one for a misspelling of the other
@@ -43,7 +43,7 @@ def list_files(root: Path, skipped: Callable[[str], bool]) -> Listing:
     try:
         seen = {_identity(folder) for folder in root.resolve().parents}
     except OSError as error:
-        raise DataError(f"{shown(root)}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{shown(root)}: cannot be read: {reason_of(error)}") from None
     folders: list[Path] = [root]
     links: list[Path] = []
     while folders or links:
@@ -54,7 +54,7 @@ def list_files(root: Path, skipped: Callable[[str], bool]) -> Listing:
             seen.add(identity)
             entries = list(folder.iterdir())
         except OSError as error:
-            unreadable.append((folder, f"cannot be read: {error.strerror}"))
+            unreadable.append((folder, f"cannot be read: {reason_of(error)}"))
             continue
         for path in (entry for entry in entries if entry.name != OF_THE_FILE_SYSTEM and not skipped(entry.name)):
             found = kind_of(path)
@@ -77,7 +77,7 @@ def kind_of(path: Path) -> str:
         if error.errno == errno.ENAMETOOLONG:
             raise DataError(f"{shown(path)}: the name is too long for this file system") from None
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return f"cannot be looked at: {error.strerror}"
+            return f"cannot be looked at: {reason_of(error)}"
         with contextlib.suppress(OSError):  # it may go while it is looked at
             return f"a link to {printable(path.readlink())}, which does not exist or leads back to itself"
         return "nothing"
@@ -93,7 +93,7 @@ def held(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir() if entry.name != OF_THE_FILE_SYSTEM)
     except OSError as error:
-        raise DataError(f"{shown(folder)}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{shown(folder)}: cannot be read: {reason_of(error)}") from None
 
 
 def nearest_folder(missing: Path, likeness: float = SUGGESTED) -> Path | None:

@@ -22,7 +22,7 @@ from bdh_mlflow.data import sources
 from bdh_mlflow.data.folder import held, kind_of
 from bdh_mlflow.data.parquet import UNFINISHED
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line, shown
+from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
 
 ROW_GROUP_BYTES = 4 * 2**20  # of text: small enough to keep several in memory, large enough to shuffle within
@@ -88,7 +88,7 @@ def _reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{shown(folder)}: cannot be written: {error.strerror or first_line(error)}") from None
+        raise DataError(f"{shown(folder)}: cannot be written: {reason_of(error)}") from None
 
 
 @contextlib.contextmanager

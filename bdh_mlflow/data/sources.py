@@ -24,7 +24,7 @@ import pyarrow as pa
 from bdh_mlflow.data import parquet
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line, shown
+from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
 
 TEXT_DOCUMENT_BYTES = 16 * 2**10  # plain text is cut into documents of about this size, at line ends;
@@ -164,7 +164,7 @@ def _reported(file: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        raise DataError(f"{shown(file)}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise DataError(f"{shown(file)}: cannot be read: {reason_of(error)}") from None
 
 
 def _ends_in(raw: BinaryIO, ending: bytes) -> bool:

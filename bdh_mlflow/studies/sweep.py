@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, in_full
 from bdh_mlflow.errors import BdhError, ConfigError, InputError, TrackingError
-from bdh_mlflow.files import first_line, try_lock
+from bdh_mlflow.files import first_line, reason_of, try_lock
 from bdh_mlflow.redact import masked
 from bdh_mlflow.studies.space import Space
 from bdh_mlflow.tracking import store
@@ -131,7 +131,7 @@ def _only_sweep(folder: Path) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{folder}: cannot be written: {reason_of(error)}") from None
     try:
         locked = try_lock(lock)
         if locked is False:

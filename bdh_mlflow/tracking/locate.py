@@ -25,7 +25,7 @@ from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import expanded
 from bdh_mlflow.errors import CheckpointError, ResumeError
-from bdh_mlflow.files import shown
+from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.mirrored import GRAMMAR, MirrorReader
 
@@ -239,7 +239,7 @@ class Locator:
             with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as folder:
                 yield Path(folder)
         except OSError as error:
-            raise ResumeError(f"{directory}: cannot be written: {error.strerror or error}") from None
+            raise ResumeError(f"{directory}: cannot be written: {reason_of(error)}") from None
         finally:
             for folder_made in made:
                 with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from bdh_mlflow.config.settings import LONGEST_TAG
 from bdh_mlflow.errors import SaveError, TrackingError
+from bdh_mlflow.files import reason_of
 from bdh_mlflow.redact import masked
 from bdh_mlflow.text import Evaluation, Sample, storable
 from bdh_mlflow.tracking.journal import Journal
@@ -78,7 +79,7 @@ class Tracker:
         try:
             self._journal = Journal(folder())
         except OSError as error:
-            raise SaveError(f"{folder()}: the journal cannot be written: {error.strerror}") from error
+            raise SaveError(f"{folder()}: the journal cannot be written: {reason_of(error)}") from error
         self._identity: RunIdentity | None = None
         self._refusal: str | None = None
         self._known = threading.Event()
