@@ -29,7 +29,7 @@ from bdh_mlflow.text import Evaluation
 if TYPE_CHECKING:  # imported in the functions that open a file: listing and mirroring do without
     import torch
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_NAME = "config.yaml"
 PIECE_BYTES = 2**18
 _FILE = re.compile(r"checkpoint_(\d+)\.pt")
@@ -247,6 +247,8 @@ def load(path: Path) -> State:
         raise CheckpointError(f"{path}: not a checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a checkpoint: holds a {type(state).__name__}, not a dict")
+    if isinstance(number := state.get("format"), int) and number > FORMAT:
+        raise CheckpointError(f"{path}: its format is {number}, of a later version of bdh-mlflow; this one reads up to {FORMAT}: upgrade")
     return state
 
 

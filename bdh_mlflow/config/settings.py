@@ -123,7 +123,7 @@ class ModelConfig:
     n_embd: Annotated[Count, Role.SHAPE] = 256
     """Width D of the residual stream."""
     dropout: Fraction = 0.1
-    """Probability of zeroing a neuron in training."""
+    """Probability of zeroing a neuron in training; the blocked form rounds it to a multiple of 2^-16."""
     n_head: Annotated[Count, Role.SHAPE] = 4
     """Heads H."""
     mlp_internal_dim_multiplier: Annotated[Count, Role.SHAPE] = 128

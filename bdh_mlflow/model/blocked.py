@@ -27,7 +27,7 @@ Forward pass
     4   Y  = S X                         (T, D)   values are X, the same for all heads
     5   Z  = norm(Y)                     (T, D)
     6   Bv = relu(Z F)                   (T, N)   the second activations
-    7   P  = K o A o Bv                  (T, N)   the gate; K is the dropout mask, 0 or 1 / (1 - p)
+    7   P  = K o A o Bv                  (T, N)   the gate; K is the dropout mask, 0 or 1 / (1 - p); the factor is applied to O and dO
     8   O  = sum over heads of P G       (T, D)
     9   X' = norm(X + norm(O))           (T, D)   the layer's output
 
@@ -171,7 +171,7 @@ def _forward(task: Task, activity: Activity | None, keep_scores: bool, full_stat
             span = task.span(block, start, stop, values, buffers)
             span.of(attended).copy_(_attend(task, span, state, in_state, None if scores is None else span.of(scores)))
             read[block.rows, start:stop] += _read_out(task, span, span.of(attended), activity)
-    return _Pass(read, attended, scores, states)
+    return _Pass(read.mul_(task.scale), attended, scores, states)
 
 
 def _attend(task: Task, span: Span, state: Tensor | None, in_state: int, kept: Tensor | None) -> Tensor:
@@ -274,7 +274,7 @@ def _backward(task: Task, saved: _Pass, grad: Tensor) -> _Gradients:
     batch, tokens, _ = x.shape
     values = x.to(compute[0].dtype)
     d_x, d_read = _pull_back(_residual, grad, x, saved.read)
-    d_out = d_read.to(values.dtype)
+    d_out = d_read.mul_(task.scale).to(values.dtype)
     grads = _Gradients(d_x, *(torch.zeros_like(w, dtype=x.dtype) for w in compute))
     buffers = task.buffers(per_head=2)
     assert saved.scores is not None, "kept whenever a gradient is needed"

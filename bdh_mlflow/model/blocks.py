@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bdh_mlflow.model.dropout import keep_mask, keep_probability
 from bdh_mlflow.model.kernels import Buffers, Kernels, halves_first, ranges
 from bdh_mlflow.model.layer import ACTIVITY_STRIDE, LayerWeights, RopeTable, rope_table
 
@@ -113,9 +114,14 @@ class Task(NamedTuple):
         return Span(block, start, stop, v, rope, buffers)
 
     def mask(self, span: "Span", first: int, like: Tensor) -> Tensor:
-        """Dropout's mask for a span's neurons from `first` on."""
+        """Which of a span's neurons from `first` on dropout keeps, as `dropout.keep_mask`."""
         place = (span.block.number * self.x.shape[1] + span.start) * self.compute[0].shape[2] + first
-        return keep_mask(tuple(like.shape), self.dropout, self.seed + place, like)
+        return keep_mask(like, self.dropout, self.seed + place)
+
+    @property
+    def scale(self) -> float:
+        """What dropout multiplies the kept activations by: of their sum in the forward pass, of its gradient in the backward pass."""
+        return 1 / keep_probability(self.dropout)
 
     def neuron_blocks(self) -> list[tuple[int, int]]:
         """(first, end) of each block of neurons."""
@@ -139,10 +145,3 @@ class Span(NamedTuple):
     def chunks(self, size: int) -> list[tuple[slice, int]]:
         """Each chunk's tokens, counted from the span's start, and where it begins in the text."""
         return [(slice(begin - self.start, end - self.start), begin) for begin, end in ranges(self.start, self.stop, size)]
-
-
-def keep_mask(shape: tuple[int, ...], dropout: float, seed: int, like: Tensor) -> Tensor:
-    """What dropout multiplies activations by: 0 or 1 / (1 - dropout), the same for the same seed."""
-    generator = torch.Generator(like.device).manual_seed(seed % 2**63)
-    mask = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)

@@ -35,7 +35,6 @@ PARTS = {
     "scheduler": "scheduler_state_dict",
     "scaler": "scaler_state_dict",
     "number formats": "precision_state_dict",
-    "RNG": "rng",
     "data position": "data_position",
     "tokens seen": "tokens_seen",
     "metric accumulators": "accumulators",

@@ -16,6 +16,7 @@ from bdh_mlflow.config import Config, Difference, Machine, Role, changes_traject
 from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
+from bdh_mlflow.files import shown
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import locate
 from bdh_mlflow.training.problems import problems
@@ -104,6 +105,8 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
             )
             + "\nMake it work, or begin a new run from this checkpoint with --fork, in which `auto` is settled for this machine"
         )
+    if found.state["format"] == 1 and saved.model.dropout:
+        progress.note(f"{shown(found.path)} is of format 1: dropout masks from here on are drawn otherwise than before it")
     return Origin("forked" if fork else "resumed", found, saved)
 
 

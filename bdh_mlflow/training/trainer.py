@@ -26,6 +26,7 @@ from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
+from bdh_mlflow.training.passes import seed_pass
 from bdh_mlflow.training.stop import StopRequest
 
 State = dict[str, Any]
@@ -210,7 +211,6 @@ class Trainer:
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
             "precision_state_dict": parts.formats.state_dict(),
-            "rng": _rng_state(parts.device),
             "data_position": self._position,
             "loss": self._loss,
             "accumulators": self._interval.state_dict(),
@@ -226,7 +226,6 @@ class Trainer:
         if state["scaler_state_dict"]:  # empty where the loss was not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])
         parts.formats.load_state_dict(state.get("precision_state_dict", {}))  # empty without FP8; older checkpoints have none
-        _set_rng_state(parts.device, state["rng"])
         self.step = self._saved_step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self._evaluated_step = state["evaluated_step"]
@@ -237,12 +236,11 @@ class Trainer:
     def _update(self) -> bool:
         """One optimizer update; False if float16 gradients overflowed and the update was skipped."""
         parts = self._parts
-        rng, restore_formats = _rng_state(parts.device), parts.formats.savepoint()
+        restore_formats = parts.formats.savepoint()
         try:
             tokens_per_s = self._try_update()
         except BaseException:
-            _set_rng_state(parts.device, rng)  # what is saved now is the state before this update, all of it
-            restore_formats()
+            restore_formats()  # what is saved now is the state before this update, all of it
             parts.optimizer.zero_grad(set_to_none=True)
             raise
         if tokens_per_s is not None:
@@ -284,8 +282,9 @@ class Trainer:
         parts, passes = self._parts, self._config.gradient_accumulation_steps
         parts.model.train()
         losses, tokens = [], 0
-        for _ in range(passes):
+        for number in range(passes):
             batch = next(parts.batches)
+            seed_pass(self._config.seed, self.step, number)
             windows = batch.tokens.to(parts.device, non_blocking=True).long()
             idx, targets = windows[:, :-1], windows[:, 1:]
             with parts.autocast():
@@ -400,17 +399,3 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _rng_state(device: torch.device) -> State:
-    """Random number generators that a pass may draw from. Copied at every update: 5 KB and 1 us, of CUDA 16 bytes that the host holds."""
-    rng = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(device)
-    return rng
-
-
-def _set_rng_state(device: torch.device, rng: State) -> None:
-    torch.set_rng_state(rng["cpu"])
-    if device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], device)

@@ -174,7 +174,15 @@ def test_checkpoint_opens_with_weights_only_and_holds_what_was_given(tmp_path: P
     saved = new(tmp_path).save(state(7), PROVENANCE, None)
     loaded = torch.load(saved.path, weights_only=True)
     assert loaded.pop("model_state_dict")["encoder"].tolist() == [7.0] * 3
-    assert loaded == {"format": 1, "step": 7, "tokens_seen": 70, "loss": 2.5}
+    assert loaded == {"format": 2, "step": 7, "tokens_seen": 70, "loss": 2.5}
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    torch.save({"format": checkpoint.FORMAT + 1, "step": 7}, tmp_path / "checkpoint_7.pt")
+    with pytest.raises(
+        CheckpointError, match=rf"its format is {checkpoint.FORMAT + 1}, of a later version of bdh-mlflow; this one reads up to"
+    ):
+        checkpoint.load(tmp_path / "checkpoint_7.pt")
 
 
 def test_manifest_vouches_for_the_file(tmp_path: Path) -> None:

@@ -68,7 +68,6 @@ def test_resume_with_4bit_states_is_bit_exact(text: Path, tmp_path: Path, monkey
         ("scheduler_state_dict", {"scheduler": NEVER_BETTER, "training": {"learning_rate": 1e-9}}, 12, "scheduler"),
         ("scaler_state_dict", {"low_precision": {"compute_dtype": "float16", "use_4bit": False}}, 12, "scaler"),
         ("precision_state_dict", {"low_precision": FP8, "fp8": {"emulate": True}}, 12, "number formats"),
-        ("rng", {}, 12, "RNG"),
         ("data_position", {}, 12, "data position"),
         ("tokens_seen", {}, 12, "tokens seen"),
         ("accumulators", {"training": {"log_freq": 3}}, 26, "curve train/loss"),

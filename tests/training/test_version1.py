@@ -1,7 +1,7 @@
 """Runs that the code before the rebuild (a152983) has left: resumed, delivered and compared by the code of today.
 
 tests/resources/version1 holds a run directory for each number format, all trained for six steps with a tracking server that was never
-there, and one whose training was killed. Losses are compared with a tolerance, because another processor adds up in another order.
+there, and one whose training was killed. Losses are compared with a tolerance, because dropout masks are drawn otherwise since then.
 """
 
 import shutil
@@ -59,9 +59,11 @@ def test_checkpoint_resumes_and_its_journal_is_delivered(store: MlflowClient, na
     assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
     assert dict(points) == before
     replayed = [value for _, value in history(store, run.info.run_id, "resume/replay_max_abs_diff")]
-    assert max(replayed) < 1e-3
+    assert max(replayed) < 0.1  # other dropout masks
+    assert "format 1: dropout masks from here on are drawn otherwise" in done.output
     state = torch.load(folder / "checkpoint_6.pt", weights_only=True)
-    assert state["loss"] == pytest.approx(before[6], rel=1e-3)
+    assert state["format"] == 2
+    assert state["loss"] == pytest.approx(before[6], rel=2e-2)
     assert run.data.tags["bdh.latest_checkpoint"].endswith("checkpoint_6.pt")
 
 
