@@ -105,8 +105,10 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
             )
             + "\nMake it work, or begin a new run from this checkpoint with --fork, in which `auto` is settled for this machine"
         )
-    if found.state["format"] == 1 and saved.model.dropout:
-        progress.note(f"{shown(found.path)} is of format 1: dropout masks from here on are drawn otherwise than before it")
+    if found.state["format"] == 1 and (saved.model.dropout or saved.training.gradient_accumulation_steps > 2):
+        progress.note(
+            f"{shown(found.path)} is of format 1: from here on dropout masks are drawn, and gradients summed, otherwise than before"
+        )
     return Origin("forked" if fork else "resumed", found, saved)
 
 

@@ -26,7 +26,7 @@ from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
-from bdh_mlflow.training.passes import seed_pass
+from bdh_mlflow.training.passes import TreeSum, seed_pass
 from bdh_mlflow.training.stop import StopRequest
 
 State = dict[str, Any]
@@ -281,7 +281,7 @@ class Trainer:
         """Gradients of all passes of an update.   Returns the last batch, the loss of each pass, still on the device, and the tokens."""
         parts, passes = self._parts, self._config.gradient_accumulation_steps
         parts.model.train()
-        losses, tokens = [], 0
+        losses, tokens, gradients = [], 0, TreeSum(parts.model.parameters())
         for number in range(passes):
             batch = next(parts.batches)
             seed_pass(self._config.seed, self.step, number)
@@ -290,8 +290,10 @@ class Trainer:
             with parts.autocast():
                 _, loss = parts.model(idx, targets)
             parts.scaler.scale(loss / passes).backward()
+            gradients.add()
             losses.append(loss.detach())
             tokens += targets.numel()
+        gradients.finish()
         return batch, losses, tokens
 
     def _guard(self, loss: float, grad_norm: float) -> None:
