@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bdh_mlflow import host
 from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig, resolve
+from bdh_mlflow.errors import CheckpointError
 
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as improvement; torch's ReduceLROnPlateau
 SMALLEST_QUANTISED = 4096  # elements; both libraries keep smaller tensors' states in fp32
@@ -168,6 +169,34 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state dict with names of parameters instead of numbers, in the form of torch's `get_optimizer_state_dict`."""
+    state, names = optimizer.state_dict(), _names(optimizer, model)
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": {names[number]: each for number, each in state["state"].items()}, "param_groups": groups}
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Continue from what `named_state` gave, or from a state dict with numbers, as checkpoints of format 1 have it.
+
+    Raises CheckpointError for a state of other parameters.
+    """
+    names = _names(optimizer, model)
+    numbers: dict[str | int, int] = {name: number for number, name in names.items()} | {number: number for number in names}
+    try:
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+        by_number = {numbers[name]: each for name, each in state["state"].items()}
+    except KeyError as error:
+        raise CheckpointError(f"the optimizer's state has a parameter {error}; the model has {', '.join(names.values())}") from None
+    optimizer.load_state_dict({**state, "state": by_number, "param_groups": groups})
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:
+    """Names of parameters by the numbers that the optimizer's state dict has for them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return dict(enumerate(names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]))
 
 
 class LearningRate:

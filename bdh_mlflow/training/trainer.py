@@ -26,6 +26,7 @@ from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
+from bdh_mlflow.training.optim import load_named_state, named_state
 from bdh_mlflow.training.passes import TreeSum, seed_pass
 from bdh_mlflow.training.stop import StopRequest
 
@@ -207,7 +208,7 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "model_state_dict": parts.model.state_dict(),
-            "optimizer_state_dict": parts.optimizer.state_dict(),
+            "optimizer_state_dict": named_state(parts.optimizer, parts.model),
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
             "precision_state_dict": parts.formats.state_dict(),
@@ -221,7 +222,7 @@ class Trainer:
         """Continue from `state`; the batches handed in must start at its `data_position`."""
         parts = self._parts
         parts.model.load_state_dict(state["model_state_dict"])
-        parts.optimizer.load_state_dict(state["optimizer_state_dict"])
+        load_named_state(parts.optimizer, parts.model, state["optimizer_state_dict"])
         parts.schedule.load_state_dict(state["scheduler_state_dict"])
         if state["scaler_state_dict"]:  # empty where the loss was not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])

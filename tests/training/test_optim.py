@@ -11,7 +11,7 @@ from torch import nn
 
 from bdh_mlflow import host
 from bdh_mlflow.config import Config, SchedulerConfig, TrainingConfig
-from bdh_mlflow.errors import ConfigError
+from bdh_mlflow.errors import CheckpointError, ConfigError
 from bdh_mlflow.training import optim
 from bdh_mlflow.training.optim import LearningRate, build_optimizer
 
@@ -127,20 +127,33 @@ def test_few_bits_follow_adamw(bits: int) -> None:
 
 @pytest.mark.usefixtures("_eager")
 @pytest.mark.parametrize("bits", [32, 8, 4])
-def test_saved_states_open_without_the_library_and_continue_to_the_bit(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", ["names", "numbers, as in format 1"])
+def test_saved_states_open_without_the_library_and_continue_to_the_bit(bits: int, keys: str, tmp_path: Path) -> None:
     straight = parameters()
     optimizer = build_optimizer(straight, TrainingConfig(), bits)
     updated(straight, optimizer, range(3))
-    torch.save({"o": optimizer.state_dict(), "p": [p.detach() for p in straight]}, tmp_path / "s.pt")
+    state = optim.named_state(optimizer, nn.ParameterList(straight)) if keys == "names" else optimizer.state_dict()
+    assert list(state["state"]) == state["param_groups"][0]["params"] == ([*"0123"] if keys == "names" else [0, 1, 2, 3])
+    torch.save({"o": state, "p": [p.detach() for p in straight]}, tmp_path / "s.pt")
     updated(straight, optimizer, range(3, 6))
 
     saved = torch.load(tmp_path / "s.pt", weights_only=True)
     again = [nn.Parameter(p) for p in saved["p"]]
     optimizer = build_optimizer(again, TrainingConfig(), bits)
-    optimizer.load_state_dict(saved["o"])
+    optim.load_named_state(optimizer, nn.ParameterList(again), saved["o"])
     updated(again, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(again, straight, strict=True))
     assert all(type(t) is torch.Tensor for state in saved["o"]["state"].values() for t in tensors_of(state))
+
+
+def test_state_of_other_parameters_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model.parameters(), TrainingConfig())
+    updated(list(model.parameters()), optimizer, range(1))
+    state = optim.named_state(optimizer, model)
+    state["state"]["gain"] = state["state"].pop("bias")
+    with pytest.raises(CheckpointError, match="the optimizer's state has a parameter 'gain'; the model has weight, bias"):
+        optim.load_named_state(optimizer, model, state)
 
 
 @pytest.mark.slow
