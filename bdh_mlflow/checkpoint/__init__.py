@@ -6,8 +6,6 @@ from bdh_mlflow.checkpoint.files import (
     FORMAT,
     Checkpoint,
     Listing,
-    Manifest,
-    Provenance,
     State,
     Throttle,
     best,
@@ -23,6 +21,7 @@ from bdh_mlflow.checkpoint.files import (
     step_of,
     verify,
 )
+from bdh_mlflow.checkpoint.manifest import Manifest, Provenance
 from bdh_mlflow.checkpoint.writer import BackgroundWriter
 
 __all__ = [

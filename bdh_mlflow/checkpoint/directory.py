@@ -16,7 +16,6 @@ from bdh_mlflow.checkpoint.files import (
     CONFIG_NAME,
     FORMAT,
     Checkpoint,
-    Provenance,
     SaveInfo,
     State,
     Throttle,
@@ -25,6 +24,7 @@ from bdh_mlflow.checkpoint.files import (
     not_saved,
     write,
 )
+from bdh_mlflow.checkpoint.manifest import Provenance
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.files import atomic_write, try_lock
 from bdh_mlflow.text import Evaluation

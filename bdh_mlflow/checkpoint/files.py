@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -20,8 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from bdh_mlflow.checkpoint.manifest import FileRecord, Manifest, Provenance
 from bdh_mlflow.errors import CheckpointError, SaveError
 from bdh_mlflow.files import atomic_write, first_line, reason_of
 from bdh_mlflow.text import Evaluation
@@ -40,76 +40,17 @@ Throttle = Callable[[float], object]
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Where a checkpoint comes from: the part of a manifest that is the same for every checkpoint of a process.
-
-    git_commit, git_dirty: None if unknown (`host.source_state`).
-    """
-
-    mlflow_run_id: str | None
-    segment: int
-    git_commit: str | None
-    git_dirty: bool | None
-    config_digest: str
-    data_digest: str
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest(Provenance):
-    """What is known of a checkpoint without opening it."""
-
-    step: int
-    tokens_seen: int
-    bytes: int
-    sha256: str
-    loss: float | None
-    val_loss: float | None
-    run_dir: str
-    artifact_path: str
-    saved_at: str
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> "Manifest":
-        """What a manifest file holds; fields of a newer version are skipped.   Raises ValueError for missing and invalid ones."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        values = {name: value for name, value in tree.items() if name in names}
-        for name in ("loss", "val_loss"):  # version 0.2.0 wrote NaN
-            if isinstance(values.get(name), float) and not math.isfinite(values[name]):
-                values[name] = None
-        manifest = _ADAPTER.validate_json(json.dumps(values), strict=True)  # strict about types, but for objects that JSON has not
-        if manifest.step < 0 or manifest.run_dir in ("", ".", "..") or Path(manifest.run_dir).name != manifest.run_dir:
-            raise ValueError(f"step {manifest.step} in a run directory {manifest.run_dir!r}")
-        return manifest
-
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether it has a validation loss that can be compared with others."""
-        return self.val_loss is not None and math.isfinite(self.val_loss)
-
-    @property
-    def instant(self) -> datetime | None:
-        """When it was saved; None where the text is no time."""
-        try:
-            return datetime.fromisoformat(self.saved_at).astimezone(UTC)
-        except (ValueError, OverflowError):
-            return None
-
-    @property
-    def written_by(self) -> str:
-        """Version of this package that wrote the checkpoint."""
-        return self.versions.get("bdh-mlflow", "an unknown version")
-
-
-_ADAPTER = TypeAdapter(Manifest)
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk.   path: of its first file, whatever that is named now."""
 
     path: Path
     manifest: Manifest
+
+    @property
+    def files(self) -> list[tuple[Path, FileRecord]]:
+        """Where its files are, and what the manifest says of each."""
+        first, *others = self.manifest.files
+        return [(self.path, first), *((self.path.with_name(file.name), file) for file in others)]
 
     @property
     def manifest_path(self) -> Path:
@@ -176,22 +117,23 @@ def describe(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {first_line(error)})") from None
     if step_of(path) not in (None, manifest.step):
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is of step {manifest.step})")
-    try:
-        size = path.stat().st_size
-    except OSError as error:  # retention of its own process was quicker
-        raise CheckpointError(f"{path}: {reason_of(error)}") from None
-    if size != manifest.bytes:
-        raise CheckpointError(f"{path}: damaged ({size:,} bytes, its manifest says {manifest.bytes:,})")
-    return Checkpoint(path, manifest)
+    found = Checkpoint(path, manifest)
+    for file, said in found.files:
+        try:
+            size = file.stat().st_size
+        except OSError as error:  # retention of its own process was quicker
+            raise CheckpointError(f"{file}: {reason_of(error)}") from None
+        if size != said.bytes:
+            raise CheckpointError(f"{file}: damaged ({size:,} bytes, its manifest says {said.bytes:,})")
+    return found
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Read the whole file and compare its digest.   Raises CheckpointError if it is another."""
-    digest = file_digest(checkpoint.path)
-    if digest != checkpoint.manifest.sha256:
-        raise CheckpointError(
-            f"{checkpoint.path}: damaged (sha256 {digest[:12]}..., its manifest says {checkpoint.manifest.sha256[:12]}...)"
-        )
+    """Read all its files and compare their digests.   Raises CheckpointError if one is another."""
+    for file, said in checkpoint.files:
+        digest = file_digest(file)
+        if digest != said.sha256:
+            raise CheckpointError(f"{file}: damaged (sha256 {digest[:12]}..., its manifest says {said.sha256[:12]}...)")
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -229,7 +171,8 @@ def expired(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]:
 def remove(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint, its manifest first, so that it never looks like a whole one without being it."""
     checkpoint.manifest_path.unlink(missing_ok=True)
-    checkpoint.path.unlink(missing_ok=True)
+    for file, _ in checkpoint.files:
+        file.unlink(missing_ok=True)
 
 
 def load(path: Path) -> State:
@@ -323,8 +266,7 @@ def write(run_dir: Path, state: State, about: SaveInfo, throttle: Throttle) -> C
         manifest = Manifest(
             step=state["step"],
             tokens_seen=state["tokens_seen"],
-            bytes=partial.stat().st_size,
-            sha256=pieces.digest.hexdigest(),
+            files=(FileRecord(path.name, partial.stat().st_size, pieces.digest.hexdigest()),),
             loss=state["loss"],
             val_loss=about.evaluation.loss if about.evaluation else None,
             run_dir=run_dir.name,

@@ -63,7 +63,8 @@ class Mirror:
         manifest_file = saved.manifest_path.read_bytes()  # now: retention or a rewind may come while the file is under way
         if not self._is_there(saved, manifest_file, remote):
             self._client.log_artifact(run_id, str(saved.path.parent / checkpoint.CONFIG_NAME), remote)
-            self._upload(saved, remote)
+            for file, said in saved.files:
+                self._upload(file, said.bytes, remote)
             self._client.log_text(run_id, manifest_file.decode(), f"{remote}/{saved.manifest_path.name}")
         self._verify(saved, manifest_file, remote)
         run = self._client.get_run(run_id)
@@ -82,23 +83,23 @@ class Mirror:
         if name not in sizes:
             return False
         if store.small_artifact(self._client, self._run.run_id, f"{remote}/{name}") == manifest_file:
-            return sizes.get(saved.path.name) == saved.manifest.bytes
+            return all(sizes.get(file.name) == said.bytes for file, said in saved.files)
         with contextlib.suppress(Exception):  # not every store lets files be deleted; it is replaced in a moment anyway
             self._repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
         return False
 
-    def _upload(self, saved: Checkpoint, remote: str) -> None:
+    def _upload(self, file: Path, size: int, remote: str) -> None:
         if self._folder is not None:
-            link_or_copy(saved.path, self._folder / remote / saved.path.name)
+            link_or_copy(file, self._folder / remote / file.name)
             return
         try:
-            self._put(saved.path, remote)
+            self._put(file, remote)
         except FileNotFoundError:
             raise
         except Exception as error:  # each artifact store raises its own kinds
-            if saved.manifest.bytes >= LARGE_BYTES and saved.path.name not in self._warned:
-                self._warned.add(saved.path.name)
-                self._note(_about_limits(saved, error))
+            if size >= LARGE_BYTES and file.name not in self._warned:
+                self._warned.add(file.name)
+                self._note(_about_limits(file, size, error))
             raise
 
     def _put(self, path: Path, remote: str) -> None:
@@ -117,15 +118,14 @@ class Mirror:
 
     def _verify(self, saved: Checkpoint, manifest_file: bytes, remote: str) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
-        if self._folder is not None:
-            copy = self._folder / remote / saved.path.name
-            if copy.samefile(saved.path):
-                return
-            if checkpoint.file_digest(copy) != saved.manifest.sha256:
+        for file, said in saved.files if self._folder is not None else ():
+            assert self._folder is not None
+            copy = self._folder / remote / file.name
+            if not copy.samefile(file) and checkpoint.file_digest(copy) != said.sha256:
                 copy.unlink()
-                raise OSError(f"{remote}/{saved.path.name} arrived damaged")
+                raise OSError(f"{remote}/{file.name} arrived damaged")
         sizes = self._sizes(remote)
-        for name, size in ((saved.path.name, saved.manifest.bytes), (saved.manifest_path.name, len(manifest_file))):
+        for name, size in (*((file.name, said.bytes) for file, said in saved.files), (saved.manifest_path.name, len(manifest_file))):
             if name not in sizes:
                 raise OSError(f"{remote}/{name} did not arrive")
             if sizes[name] not in (size, None):
@@ -145,12 +145,13 @@ class Mirror:
         """A LoggedModel that points to the checkpoint, so that one search finds the best of all runs. Metadata, not a second copy."""
         client, manifest, run_id = self._client, saved.manifest, self._run.run_id
         model = self._model(manifest.step)
-        tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.sha256": manifest.sha256}
+        digest = manifest.files[0].sha256
+        tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.sha256": digest}
         if model is None:
             params = {"step": str(manifest.step), "tokens_seen": str(manifest.tokens_seen)}
             name = f"bdh-step-{manifest.step}"  # not `checkpoint...`: runs:/ID/NAME would then mean the model
             model = client.create_logged_model(self._run.experiment_id, name, run_id, tags, params, MODEL_TYPE)
-        elif model.tags.get("bdh.sha256") != manifest.sha256:
+        elif model.tags.get("bdh.sha256") != digest:
             client.set_logged_model_tags(model.model_id, tags)
         if str(model.status) != "READY":
             linked_to = {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}
@@ -248,9 +249,9 @@ def _number(text: str | None) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _about_limits(saved: Checkpoint, error: Exception) -> str:
+def _about_limits(file: Path, size: int, error: Exception) -> str:
     return (
-        f"tracking: {saved.path.name} ({saved.manifest.bytes / 1e6:,.0f} MB) was not taken ({first_line(error)}). If a proxy limits "
+        f"tracking: {file.name} ({size / 1e6:,.0f} MB) was not taken ({first_line(error)}). If a proxy limits "
         f"bodies, raise its limit (nginx: client_max_body_size); against time-outs set MLFLOW_HTTP_REQUEST_TIMEOUT (s) here and the "
         f"server's own; for a server before S3 or the like MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=true; tracking.mirror_checkpoints: false "
         f"keeps files here only"
