@@ -7,10 +7,12 @@ what cannot be found out is called unknown.
 import contextlib
 import functools
 import os
+import platform
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +21,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+
+from bdh_mlflow import __version__
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What ends a training run with a checkpoint: Ctrl-C, a scheduler's end and its warnings, a closed terminal, a used-up limit of CPU time.
@@ -70,6 +74,19 @@ def source_state(folder: Path) -> SourceState:
         return UNKNOWN
 
 
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package in a process of its own.
+
+    Neither the current folder nor that of the package is searched for anything else: a file `random.py` or `mlflow.py` of the user's there
+    must not be run.
+    """
+    start = (
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import bdh_mlflow; del sys.path[0]; "
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-P", "-c", start, str(Path(__file__).parents[1]), module, *arguments]
+
+
 def compiler() -> str | None:
     """Path of the C++ compiler that torch.compile would use on a CPU; None without one."""
     return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
@@ -92,6 +109,13 @@ def version_of(package: str) -> str | None:
     except Exception:  # missing, not UTF-8, no permission, no version, and what later versions of Python add
         return None
     return version if isinstance(version, str) and version else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that the numbers depend on."""
+    names = ("torch", "mlflow", "bitsandbytes", "torchao", "pyarrow", "numpy")
+    found = {"bdh-mlflow": __version__, "python": platform.python_version()}
+    return found | {name: version for name in names if (version := version_of(name))}
 
 
 def _described(package: metadata.Distribution) -> str:

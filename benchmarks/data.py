@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdh_mlflow.config import DatasetConfig
-from bdh_mlflow.data.order import Batch, Position, TrainingBatches
+from bdh_mlflow.data.order import Batch, Order, Position, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 
 BLOCK_SIZE, BATCH_SIZE, LANES, SEED = 512, 8, 5, 1
@@ -120,7 +120,7 @@ def memory(text: ParquetText) -> None:
 
 
 def batches(text: ParquetText, position: Position | None = None) -> Iterator[Batch]:
-    order = TrainingBatches(text, lanes=LANES, batch_size=BATCH_SIZE, block_size=BLOCK_SIZE, seed=SEED, position=position)
+    order = TrainingBatches(text, Order(LANES, BATCH_SIZE, BLOCK_SIZE, SEED), position)
     return iter(order)
 
 

@@ -24,7 +24,7 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import Config
-from bdh_mlflow.data.order import TrainingBatches
+from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import BdhError
 from bdh_mlflow.studies.space import Space
@@ -212,7 +212,7 @@ def _read_parquet(folder: Path, content: bytes) -> None:
     dataset = Config.from_dict({"dataset": {"parquet_dir": str(folder / "data"), "val_fraction": 0.2}}).dataset
     text = ParquetText(dataset)
     text.validation_batches(1, 2, 8)
-    next(iter(TrainingBatches(text, lanes=2, batch_size=2, block_size=8, seed=1, position=None)))
+    next(iter(TrainingBatches(text, Order(2, 2, 8, 1), None)))
 
 
 def _journal_seed() -> bytes:

@@ -24,7 +24,7 @@ LEVELS = (  # a module imports its own wing and wings of a line above its own
     ("inference", "studies"),
     ("cli",),
 )
-LEAVES = ("errors", "redact", "text", "host", "files")  # modules of no wing
+LEAVES = ("errors", "redact", "text", "host", "files", "distributed")  # modules of no wing
 LEVEL = {wing: number for number, wings in enumerate(LEVELS) for wing in wings}
 FORBIDDEN = {  # what the levels allow and these modules must not import all the same
     f"{PACKAGE}.redact": (PACKAGE,),

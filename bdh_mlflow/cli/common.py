@@ -33,6 +33,13 @@ config_option = click.option("--config", "config_path", default=DEFAULT_CONFIG, 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one setting of the file; repeatable."
 )
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many processes of this machine train together, a GPU each where there are some. They give the same numbers as one.",
+)
 ACCEPTS_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of commands that also take settings as `--section.key VALUE`; `dotted_options` reads them."""
 
@@ -79,12 +86,12 @@ class Launch(NamedTuple):
         return cls("." if same else str(Path.cwd()), _env_manager(Path(sys.prefix)))
 
     def train(self, config_path: str, parameters: Mapping[str, object], experiment: str = DEFAULT_EXPERIMENT) -> str:
-        """The shell line that trains with a configuration.   parameters: `resume`, settings, and their values."""
+        """The shell line that trains with a configuration.   parameters: `resume`, `processes`, settings, and their values."""
         given = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
         if self.project is None:
             words = ["bdh-mlflow", "train", "--config", config_path]
             for name, value in given.items():
-                words += ["--resume", value] if name == "resume" else ["--set", f"{name}={value}"]
+                words += [f"--{name}", value] if "." not in name else ["--set", f"{name}={value}"]
             return shlex.join(words)
         words = ["mlflow", "run", self.project, "--env-manager", self.env_manager, "--experiment-name", experiment]
         for name, value in {"config": config_path, **given}.items():

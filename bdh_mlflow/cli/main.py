@@ -52,7 +52,15 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script and of `python -m bdh_mlflow`."""
-    cli(prog_name="bdh-mlflow")
+    try:
+        cli(prog_name="bdh-mlflow")
+    except SystemExit as ending:
+        if "bdh_mlflow.training.processes" in sys.modules:  # else torch is not imported, and need not be
+            from bdh_mlflow.training import processes
+
+            if processes.have_met():
+                processes.leave(ending.code if isinstance(ending.code, int) else bool(ending.code))
+        raise
 
 
 def _quiet_libraries() -> None:

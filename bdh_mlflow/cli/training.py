@@ -1,9 +1,11 @@
 """The command `train`, and what it prints at the end."""
 
+import contextlib
+import functools
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +16,7 @@ from bdh_mlflow.cli.common import (
     config_option,
     dotted_options,
     exit_stopped_early,
+    processes_option,
     set_option,
 )
 from bdh_mlflow.cli.output import TrainingCommand
@@ -22,7 +25,10 @@ from bdh_mlflow.files import shown
 from bdh_mlflow.text import bits_per_byte
 
 if TYPE_CHECKING:
+    from bdh_mlflow.distributed import World
     from bdh_mlflow.training.start import Outcome
+    from bdh_mlflow.training.stop import StopRequest
+    from bdh_mlflow.training.trainer import Ending
 
 
 @click.command(cls=TrainingCommand, context_settings=ACCEPTS_SETTINGS)
@@ -42,34 +48,85 @@ if TYPE_CHECKING:
     default="no",
     help="With --resume: start a new run from the checkpoint; any setting may then change.",
 )
-@click.pass_context
-def train(ctx: click.Context, config_path: str, overrides: tuple[str, ...], resume: str, fork: str) -> None:
+@processes_option
+@click.option(
+    "--patience",
+    "patience_s",
+    type=click.FloatRange(min=1.0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long several processes wait for each other before one that does not answer ends them all.",
+)
+def train(config_path: str, overrides: tuple[str, ...], resume: str, fork: str, processes: int, patience_s: float) -> None:
     """Train a model, from random weights or from a checkpoint.
 
     Settings can also be given as --section.key VALUE, which is how `mlflow run -P section.key=value` passes them on.
     """
-    from bdh_mlflow.cli import console
-    from bdh_mlflow.tracking.sender import SubprocessSender
-    from bdh_mlflow.training import start
+    from bdh_mlflow.errors import BdhError
+    from bdh_mlflow.training import processes as group
     from bdh_mlflow.training.problems import problems
     from bdh_mlflow.training.stop import StopRequest
 
+    ctx = click.get_current_context()
     given = [*overrides, *dotted_options(ctx)]
     if not resume.strip():
         raise click.UsageError("--resume names nothing; accepted: none for a new run, latest, a path, a run id, ...", ctx)
     if resume != "none":
         given.append(f"training.resume_from_checkpoint={resume}")
-    config = Config.from_yaml(config_path, given, checks=(problems,))
+    if processes > 1 and group.launched():
+        raise click.UsageError("--processes starts processes, but a launcher (torchrun) has started this one; leave it out", ctx)
     stop = StopRequest()
     stop.install()
     try:
-        with console.watching(sys.stdout, config.training.max_iters) as progress:
-            outcome = start.train(config, progress, stop, fork=fork == "yes", make_sender=ctx.obj or SubprocessSender)
+        read = functools.partial(Config.from_yaml, config_path, given, checks=(problems,))
+        with _together(processes, patience_s, read) as (world, config):
+            ending, outcome = _train(ctx, config, fork == "yes", world, stop)
     except KeyboardInterrupt:
-        exit_stopped_early(ctx, stop)
-    click.echo("\n".join(_summary(outcome, config_path, given)))
-    if outcome.ending.reason != "finished":
-        ctx.exit(128 + signal.Signals[outcome.ending.reason])
+        if group.speaks():
+            exit_stopped_early(ctx, stop)
+        ctx.exit(128 + stop.number)
+    except BdhError as error:
+        if group.speaks() or getattr(error, "speaks", False):
+            raise
+        ctx.exit(error.exit_code)
+    if outcome is not None:
+        click.echo("\n".join(_summary(outcome, config_path, given)))
+    if ending.reason != "finished":
+        ctx.exit(128 + signal.Signals[ending.reason])
+
+
+@contextlib.contextmanager
+def _together(processes: int, patience_s: float, read: Callable[[], Config]) -> Iterator[tuple["World", Config]]:
+    """The processes that train, and what they train.   read: the configuration, which each process that a launcher started reads itself."""
+    from bdh_mlflow.training import processes as group
+    from bdh_mlflow.training.agreement import refuse_different
+
+    if not group.launched():
+        config = read()
+        with group.started(processes, patience_s) as world:
+            yield world, config
+        return
+    with group.joined(patience_s) as world:
+        with world.failing():
+            config = read()
+        refuse_different(world, world.gather(config.flat()))
+        yield world, config
+
+
+def _train(ctx: click.Context, config: Config, fork: bool, world: "World", stop: "StopRequest") -> "tuple[Ending, Outcome | None]":
+    """What this process has to do. Rank 0 alone has an outcome to tell."""
+    if world.rank:
+        from bdh_mlflow.training.follower import follow
+
+        return follow(world, stop), None
+    from bdh_mlflow.cli import console
+    from bdh_mlflow.tracking.sender import SubprocessSender
+    from bdh_mlflow.training import start
+
+    with console.watching(sys.stdout, config.training.max_iters) as progress:
+        outcome = start.train(config, progress, stop, fork=fork, make_sender=ctx.obj or SubprocessSender, world=world)
+        return outcome.ending, outcome
 
 
 def _summary(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> Iterator[str]:
@@ -107,6 +164,8 @@ def _resume_line(outcome: "Outcome", config_path: str, overrides: Sequence[str])
     target = identity.run_id if identity and not outcome.undelivered else shown(outcome.run_dir or "")
     settings = dict(override.split("=", 1) for override in overrides)  # `mlflow run` refuses a parameter given twice
     settings.pop("training.resume_from_checkpoint", None)
+    if outcome.processes > 1:
+        settings["processes"] = str(outcome.processes)
     if ending.reason == "finished":
         settings["training.max_iters"] = str(2 * ending.step)
     experiment = identity.experiment if identity else outcome.experiment

@@ -5,7 +5,8 @@
    per epoch; `max_cached_files` of them are open at once, one per lane, and windows are taken from the lanes in turn.
 3. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
    row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
-4. `TrainingBatches` yields `Batch(tokens, position, epoch)`; starting again from that position gives the batch that would have followed.
+4. `TrainingBatches` yields `Batch(tokens, position, epoch)`, of an update only those that this process computes; starting again from that
+   position gives the update that would have followed.
 
 Knows text only through `ParquetText`, and the model only as a block size.
 """
@@ -29,7 +30,7 @@ from bdh_mlflow.host import ENDING_SIGNALS
 from bdh_mlflow.text import SEPARATOR
 
 Position = dict[str, Any]
-"""Where the next batch starts. Opaque to everyone else and saved in checkpoints (`data_position`), so keys and lists must not change.
+"""Where the next update starts. Opaque to everyone else and saved in checkpoints (`data_position`), so keys and lists must not change.
 
 next_unit: row groups opened so far in the run, over all epochs.   turn: the lane whose turn it is.   lanes: a list of integers for each,
 see `_Lane.state`.
@@ -37,37 +38,56 @@ see `_Lane.state`.
 
 
 class Batch(NamedTuple):
-    """tokens: (B, block_size + 1) uint8.   position: where the next batch starts.   epoch: passes over the data so far, with a fraction."""
+    """tokens: (B, block_size + 1) uint8.   position: where the next update starts.   epoch: passes over the data by then."""
 
     tokens: Tensor
     position: Position
     epoch: float
 
 
-class TrainingBatches(IterableDataset[Batch]):
-    """Endless batches of training windows from a position on; the same for any number of loader workers.
+class Order(NamedTuple):
+    """What decides which window comes when.
 
-    Each worker walks the whole order and yields every n-th batch, so workers need not agree on anything.
+    lanes: row groups that are read in turn.   passes: batches of an update.   own: which of those this process takes, by their numbers.
     """
 
-    def __init__(self, text: ParquetText, *, lanes: int, batch_size: int, block_size: int, seed: int, position: Position | None) -> None:
+    lanes: int
+    batch_size: int
+    block_size: int
+    seed: int
+    passes: int = 1
+    own: range = range(1)
+
+
+class TrainingBatches(IterableDataset[Batch]):
+    """Endless batches of training windows from a position on; the same for any number of loader workers and of processes.
+
+    Each worker of each process walks the whole order and yields its share, so that none need agree on anything.
+    """
+
+    def __init__(self, text: ParquetText, order: Order, position: Position | None) -> None:
         self._text = text
-        self._lanes = min(lanes, len(text.row_groups))
-        self._batch_size = batch_size
-        self._block_size = block_size
-        self._seed = seed
+        self._order = order._replace(lanes=min(order.lanes, len(text.row_groups)))
         self._position = position
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        walk = _Walk(self._text, self._lanes, self._block_size, self._seed)
+        workers, worker_number = (worker.num_workers, worker.id) if worker else (1, 0)
+        order = self._order
+        walk = _Walk(self._text, order.lanes, order.block_size, order.seed)
         if self._position is not None:
             walk.seek(self._position)
-        for index in itertools.count():
-            windows = walk.next_windows(self._batch_size)
-            if index % workers == number:
-                yield Batch(torch.from_numpy(windows), walk.position(), walk.epoch())
+        indices = itertools.count()
+        while True:
+            own = []
+            for number in range(order.passes):
+                windows = walk.next_windows(order.batch_size)
+                if number in order.own and next(indices) % workers == worker_number:
+                    own.append(windows)
+            if own:
+                position, epoch = walk.position(), walk.epoch()
+                for windows in own:
+                    yield Batch(torch.from_numpy(windows), position, epoch)
 
 
 def training_loader(batches: TrainingBatches, loader: DataLoaderConfig, cuda: bool) -> Iterator[Batch]:

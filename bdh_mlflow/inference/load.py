@@ -42,7 +42,7 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
     formats = found.state.get("precision_state_dict", {})
-    step, run_id = found.checkpoint.manifest.step, found.run_id or locate.run_of(found.checkpoint)
+    step, run_id = found.checkpoint.manifest.step, found.run_id
     loaded = generate.from_weights(
         found.state["model_state_dict"], own, formats, found.path, step, tuple(f"skipped {note}" for note in found.notes)
     )

@@ -76,7 +76,7 @@ def register(
     found = locate.Locator(checkpoint_dir, config).find(target)
     if found.checkpoint is None:
         raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
-    run_id = found.run_id or locate.run_of(found.checkpoint)
+    run_id = found.run_id
     if run_id is None:
         raise InputError(f"{found.path}: its run is not in MLflow yet; deliver it first: bdh-mlflow sync {found.path.parent}")
     client = store.connect(config)

@@ -153,8 +153,10 @@ class BDH(nn.Module):
         return layer.LayerWeights(encoder, encoder_v.mT.contiguous(), decoder.view(encoder_v.mT.shape))
 
     @contextlib.contextmanager
-    def observed(self) -> Iterator[dict[str, float]]:
-        """Count active neurons in every forward pass in the body; the dict is filled at its end.
+    def observed(self, summed: Callable[[Tensor], Tensor] = lambda counts: counts) -> Iterator[dict[str, float]]:
+        """Count active neurons in every forward pass in the body; the dict is filled at its end, unless it raises.
+
+        summed: adds up float64 counts with those of other processes.
 
         Per layer i: `bdh/active_x_l{i}` and `bdh/active_xy_l{i}`, mean share of neurons that are not zero for a token, before and after
         the gate; `bdh/dead_x_l{i}` and `bdh/dead_xy_l{i}`, share of neurons that were zero for all of the counted tokens.
@@ -172,11 +174,13 @@ class BDH(nn.Module):
         finally:
             handle.remove()
             counted, self._activity = self._activity, None
-            for depth, activity in enumerate(counted):
-                for name, counts in zip(activity._fields, activity, strict=True):
-                    if self._counted_tokens:
-                        facts[f"bdh/active_{name}_l{depth}"] = counts.mean().item() / self._counted_tokens
-                        facts[f"bdh/dead_{name}_l{depth}"] = (counts == 0).float().mean().item()
+        counts = summed(torch.stack([torch.stack(activity) for activity in counted]).double().cpu()).float()
+        tokens = int(summed(torch.tensor(self._counted_tokens, dtype=torch.float64)))
+        for depth, activity in enumerate(counts):
+            for name, each in zip(layer.Activity._fields, activity, strict=True):
+                if tokens:
+                    facts[f"bdh/active_{name}_l{depth}"] = each.mean().item() / tokens
+                    facts[f"bdh/dead_{name}_l{depth}"] = (each == 0).float().mean().item()
 
     def use(self, form: Form, compiled: bool = False, plan: blocks.Plan | None = None) -> None:
         """Choose how layers are computed; the values are the same.

@@ -26,6 +26,7 @@ from bdh_mlflow.errors import BdhError
 from bdh_mlflow.tracking import tracker
 from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import start
+from bdh_mlflow.training.silent import Silent
 from bdh_mlflow.training.stop import StopRequest
 
 UNINTERRUPTED, INTERRUPTED = "uninterrupted", "interrupted"
@@ -97,7 +98,7 @@ def bitwise_difference(a: Any, b: Any, path: str = "") -> str:
     return "" if a == b else f"{path}: {a!r} and {b!r}"
 
 
-class _Silent:
+class _Silent(Silent):
     """Progress that is not shown.   then: called after step `after`."""
 
     def __init__(self, after: int = -1, then: Callable[[], None] = lambda: None) -> None:
@@ -106,12 +107,6 @@ class _Silent:
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
         if step == self._after:
             self._then()
-
-    def point(self, values: Mapping[str, float], step: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
 
 
 def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experiment: str) -> Config:

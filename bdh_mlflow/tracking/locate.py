@@ -16,9 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
@@ -26,29 +24,14 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import expanded
 from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.files import reason_of, shown
-from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.mirrored import GRAMMAR, MirrorReader
+from bdh_mlflow.tracking.resolved import ResolvedCheckpoint, run_of
 
 LONGEST_NAME = 255  # bytes of each part of a path
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUNS_URI = re.compile(r"runs:/+([^/]+)/?(.*)")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _WITH_STEP = re.compile(r"(runs:/+[^/:]+|(?![a-z][a-z0-9+.-]+:/).+):(\d+)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class ResolvedCheckpoint:
-    """What a target stands for.
-
-    checkpoint: None for a warm start.   state: contents of the file.   notes: what was skipped, and why.   run_id: the MLflow run that the
-    target names, None if it names none.
-    """
-
-    path: Path
-    checkpoint: Checkpoint | None
-    state: dict[str, Any]
-    notes: tuple[str, ...]
-    run_id: str | None = None
 
 
 class Locator:
@@ -256,12 +239,6 @@ def _in_full(target: str) -> str:
         return expanded(text, Path.cwd())
     except ValueError as error:
         raise ResumeError(f"{text}: {error}") from None
-
-
-def run_of(found: Checkpoint) -> str | None:
-    """The MLflow run of a checkpoint: the one it was saved under, else the one its journal has got since."""
-    state = journal.delivered(found.path.parent)
-    return found.manifest.mlflow_run_id or (state.run_id if state else None)
 
 
 def _no_such_step(run: str, step: int, steps: set[int]) -> ResumeError:

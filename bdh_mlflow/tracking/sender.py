@@ -1,7 +1,7 @@
 """Where a delivery runs beside a training run: in a process of its own, or in a thread of this one.
 
-This module with a folder as its argument is the process (see `START`). It takes neither the interpreter lock nor the loop's time, outlives
-a killed training, delivers what that one left and ends the run for it. It reports by messages (see `records`), a line of JSON each.
+This module with a folder as its argument is the process. It takes neither the interpreter lock nor the loop's time, outlives a killed
+training, delivers what that one left and ends the run for it. It reports by messages (see `records`), a line of JSON each.
 """
 
 import contextlib
@@ -16,19 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import bdh_mlflow
+from bdh_mlflow import host
 from bdh_mlflow.host import ENDING_SIGNALS
 from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import Finished, Message, OnMessage, message_from_json, message_to_json
 from bdh_mlflow.tracking.store import RETRIES, RETRIES_GIVEN
 
-START = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import bdh_mlflow; del sys.path[0]; "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
-"""Arguments: the folder of this package, this module, the folder of the journal. Neither the current folder nor that of the package is
-searched for anything else: a file `random.py` or `mlflow.py` of the user's there must not be run."""
 SENDER_SILENCE_LIMIT_S = 45.0  # at the end: a sender that works is never silent for so long
 FIRST_RESTART_S, LAST_RESTART_S = 2.0, 60.0
 
@@ -70,8 +64,7 @@ class SubprocessSender:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": self._uri}  # not an argument: it may hold a password
         if not RETRIES_GIVEN:
             environment[RETRIES] = "0"  # patience is the sender's own, and MLflow would make a run twice whose answer is lost
-        package = str(Path(bdh_mlflow.__file__).parents[1])
-        command = [sys.executable, "-P", "-c", START, package, "bdh_mlflow.tracking.sender", str(self._folder())]
+        command = host.python_module("bdh_mlflow.tracking.sender", str(self._folder()))
         return subprocess.Popen(  # in a session of its own: Ctrl-C is for the trainer
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )

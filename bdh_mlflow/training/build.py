@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from bdh_mlflow.config import Config, DatasetConfig
-from bdh_mlflow.config.resolve import resolve
 from bdh_mlflow.data import order, prepare
 from bdh_mlflow.data.folder import REFUSED, held, kind_of, nearest_folder
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
+from bdh_mlflow.distributed import Report, World
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
 from bdh_mlflow.model import bdh, precision
@@ -27,7 +27,8 @@ from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import Sample, decode, printable
 from bdh_mlflow.training import optim
-from bdh_mlflow.training.origin import Origin, find_origin, load_warm, position_of
+from bdh_mlflow.training.agreement import refuse_differences
+from bdh_mlflow.training.origin import Origin, Settled, load_warm, position_of
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
 
@@ -41,7 +42,7 @@ class Built:
     """Everything that a run needs before it begins.
 
     config: resolved.   facts: tags that say how the network and its optimizer are computed.   peak_flops: the fastest matrix product
-    measured in the dtype of the matmuls, FLOP/s.
+    measured in the dtype of the matmuls, FLOP/s, of all processes together.
     """
 
     config: Config
@@ -55,22 +56,21 @@ class Built:
     network: BDH
     optimizer: torch.optim.Optimizer
     facts: dict[str, str]
+    world: World
 
 
-def build(config: Config, progress: Progress, fork: bool) -> Built:
-    """Everything up to the first batch.   Raises InputError for whatever the configuration, the checkpoint or the data do not allow."""
-    device = precision.pick_device()
-    machine = precision.machine(device)
-    origin = find_origin(config, machine, progress, fork)
-    config, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
+def build(settled: Settled, progress: Progress, world: World) -> Built:
+    """Everything up to the first batch, on each rank.   Raises InputError for whatever configuration, machine or data do not allow."""
+    config, origin, device = settled.config, settled.origin, precision.pick_device()
+    refuse_differences(config, world)
     runs = Precision.from_config(config, device)
-    peak_flops = precision.gemm_peak(runs.dtype, device)
-    text = open_text(config, progress)
-    batches = build_batches(config, text, position_of(origin, config, text, progress), device)
+    peak_flops = sum(world.gather(precision.gemm_peak(runs.dtype, device)))
+    text = open_together(config, progress, world)
+    batches = build_batches(config, text, position_of(origin, config, text, progress), device, world)
     training = config.training
     validation = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
     torch.manual_seed(training.seed)
-    network, optimizer, facts = build_network(config, why, runs, device)
+    network, optimizer, facts = build_network(config, settled.why, runs, device)
     if origin.kind == "warm":
         load_warm(network, origin)
     return Built(
@@ -85,12 +85,13 @@ def build(config: Config, progress: Progress, fork: bool) -> Built:
         network=network,
         optimizer=optimizer,
         facts=facts,
+        world=world,
     )
 
 
 def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progress, stop: StopRequest) -> Trainer:
     """The loop over the parts, at the state of the checkpoint where there is one."""
-    config = built.config
+    config, world = built.config, built.world
     parts = Parts(
         model=built.network,
         optimizer=built.optimizer,
@@ -101,13 +102,14 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         device=built.device,
         batches=built.batches,
         validation=built.validation,
-        samples=build_sampler(built.network, built.validation, config.training.seed, built.device),
-        observed=built.network.observed,
+        samples=build_sampler(built.network, built.validation if world.rank == 0 else [], config.training.seed, built.device),
+        observed=lambda: built.network.observed(world.sum_exact),
         peak_tokens_per_s=built.peak_flops / bdh.useful_flops(built.network.config, config.training.block_size),
         saver=saver,
         tracker=tracker,
         progress=progress,
         stop=stop,
+        world=world,
     )
     trainer = Trainer(parts, config.training)
     if built.origin.state is not None:
@@ -115,6 +117,24 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         for group in built.optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
             group["weight_decay"] = config.training.weight_decay
     return trainer
+
+
+def open_together(config: Config, progress: Progress, world: World) -> ParquetText:
+    """The data on each rank; where it is built from its source, by one process at a time.   Raises DataError where it is not the same."""
+    text = None
+    for turn in (world.rank == 0, world.local_rank == 0, True):
+        with world.failing():
+            if turn and text is None:
+                text = open_text(config, progress)
+        world.exchange(Report())
+    assert text is not None
+    for rank, digest in enumerate(world.gather(text.digest)):
+        if digest != text.digest:
+            raise DataError(
+                f"dataset.parquet_dir: {shown(text.root)} holds other text for {world.name(rank)} (digest {digest[:12]}) than for "
+                f"{world.name(world.rank)} ({text.digest[:12]}); every process must read the same files"
+            )
+    return text
 
 
 def open_text(config: Config, progress: Progress) -> ParquetText:
@@ -153,16 +173,14 @@ def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
     progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text{listed(done.skipped)}")
 
 
-def build_batches(config: Config, text: ParquetText, position: order.Position | None, device: torch.device) -> Iterator[Batch]:
-    """Training batches from a position on; the first one is read now, so that unreadable data fails here."""
-    batches = TrainingBatches(
-        text,
-        lanes=config.dataset.max_cached_files,
-        batch_size=config.training.batch_size,
-        block_size=config.training.block_size,
-        seed=config.training.seed,
-        position=position,
-    )
+def build_batches(
+    config: Config, text: ParquetText, position: order.Position | None, device: torch.device, world: World
+) -> Iterator[Batch]:
+    """Training batches of this process from a position on; the first one is read now, so that unreadable data fails here."""
+    training = config.training
+    passes, lanes = training.gradient_accumulation_steps, config.dataset.max_cached_files
+    plan = order.Order(lanes, training.batch_size, training.block_size, training.seed, passes, world.passes(passes))
+    batches = TrainingBatches(text, plan, position)
     loaded = order.training_loader(batches, config.dataloader, device.type == "cuda")
     return itertools.chain([next(loaded)], loaded)
 

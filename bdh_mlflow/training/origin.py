@@ -1,10 +1,6 @@
-"""Where training begins (fresh, resumed, forked, or from weights of another program), and proof that its configuration may begin there.
+"""Where training begins: fresh, resumed, forked, or from weights of another program. `settle` finds it; every rank begins there."""
 
-A resumed run must follow the trajectory it would have had without the interruption, so a setting that would change it is refused; which
-ones do, each field of the configuration says (`config.Role`).
-"""
-
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,14 +8,12 @@ from typing import Any, Literal
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Manifest, RunDirectory
-from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, incompatible, resolve, role_of
+from bdh_mlflow.config import Config, Role, role_of
 from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
-from bdh_mlflow.files import shown
 from bdh_mlflow.model.bdh import BDH
-from bdh_mlflow.tracking import locate
-from bdh_mlflow.training.problems import problems
+from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.training.trainer import Progress
 
 
@@ -32,7 +26,7 @@ class Origin:
     """
 
     kind: Literal["fresh", "resumed", "forked", "warm"]
-    found: locate.ResolvedCheckpoint | None = None
+    found: ResolvedCheckpoint | None = None
     saved: Config | None = None
 
     @property
@@ -43,14 +37,21 @@ class Origin:
     @property
     def run_id(self) -> str | None:
         """The MLflow run of the checkpoint, if it had one or its journal has got one since."""
-        if self.found is None or self.found.checkpoint is None:
-            return None
-        return self.found.run_id or locate.run_of(self.found.checkpoint)
+        return self.found.run_id if self.found else None
 
     @property
     def manifest(self) -> Manifest | None:
         """What the checkpoint's manifest says."""
         return self.found.checkpoint.manifest if self.found and self.found.checkpoint else None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is trained, and from where: decided by rank 0 for all.   why: reasons of settings that were `auto`, see `resolve`."""
+
+    config: Config
+    why: Mapping[str, str]
+    origin: Origin
 
 
 def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
@@ -61,64 +62,6 @@ def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDi
     if folder.name != origin.manifest.run_dir:  # a copy elsewhere, among files of other runs
         folder = checkpoint_dir / origin.manifest.run_dir
     return RunDirectory(folder, config.to_yaml())
-
-
-def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool) -> Origin:
-    """What training begins from.   Raises ResumeError if this configuration may not go on from there, with both values of each setting."""
-    target = config.training.resume_from_checkpoint
-    if not target or target == "none":
-        if fork:
-            raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")
-        return Origin("fresh")
-    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
-    for note in found.notes:
-        progress.note(f"skipped {note}")
-    if found.checkpoint is None:
-        return Origin("warm", found)
-    settings = found.state["config"]
-    settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
-    saved = resolve(Config.from_saved(settings, found.path, found.checkpoint.manifest.written_by), machine).config
-    step, last = found.state["step"], config.training.max_iters
-    if step > last or (fork and step == last):
-        raise ResumeError(
-            f"cannot resume {found.path}: nothing to do, it is at step {step} and training.max_iters is {last}. "
-            f"Set training.max_iters above {step}"
-        )
-    changes = _refused_changes(saved, config, machine, fork)
-    if changes:
-        lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
-        shapes = " Shapes are fixed for the life of a run." if any(role_of(d.key) is Role.SHAPE for d in changes) else ""
-        ways = "start a new run" if shapes else "begin a new run from this checkpoint with --fork"
-        raise ResumeError(
-            "\n  ".join([f"cannot resume {found.path}: this configuration would leave the trajectory of the run.{shapes}", *lines])
-            + f"\nRestore the values (its own configuration is {found.path.parent / checkpoint.CONFIG_NAME}) or {ways}"
-        )
-    continued = resolve(config, machine, None if fork else saved).config
-    if not fork and (clashing := list(incompatible(continued))):
-        raise ResumeError(
-            "\n  ".join([f"cannot resume {found.path}: what the run keeps does not go with this configuration", *map(str, clashing)])
-        )
-    if not fork and (unable := list(problems(continued))):
-        raise ResumeError(
-            "\n  ".join(
-                [f"cannot resume {found.path} on this machine: what the run was trained with does not work here", *map(str, unable)]
-            )
-            + "\nMake it work, or begin a new run from this checkpoint with --fork, in which `auto` is settled for this machine"
-        )
-    if found.state["format"] == 1 and (saved.model.dropout or saved.training.gradient_accumulation_steps > 2):
-        progress.note(
-            f"{shown(found.path)} is of format 1: from here on dropout masks are drawn, and gradients summed, otherwise than before"
-        )
-    return Origin("forked" if fork else "resumed", found, saved)
-
-
-def _refused_changes(saved: Config, config: Config, machine: Machine, fork: bool) -> list[Difference]:
-    """What a resumed or forked run may not change. `debug` may come and go although nothing is compiled under it."""
-    alike = dataclasses.replace(config, training=dataclasses.replace(config.training, debug=saved.training.debug))
-    changes = saved.differences(resolve(alike, machine, None if fork else saved).config)
-    if fork:
-        return [d for d in changes if role_of(d.key) is Role.SHAPE]
-    return [d for d in changes if changes_trajectory(d, saved)]
 
 
 def position_of(origin: Origin, config: Config, text: ParquetText, progress: Progress) -> order.Position | None:

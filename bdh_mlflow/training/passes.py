@@ -1,13 +1,38 @@
 """The passes of an update: the random numbers that each may draw, and the order in which their gradients are summed.
 
-Both are functions of a pass's number in its update, so that it does not matter which process computes it.
+Both are functions of a pass's number in its update, so that it does not matter which process computes it. `Passes` computes those of one
+process and adds up the gradients of all.
 """
 
 import hashlib
-from collections.abc import Iterable
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from bdh_mlflow.distributed import Report, Summed, World
+
+
+class Item(Protocol):
+    """A batch: tokens (B, T + 1), where the next update starts, and how many passes over the data are behind it."""
+
+    @property
+    def tokens(self) -> Tensor:  # noqa: D102
+        ...
+
+    @property
+    def position(self) -> dict[str, Any]:  # noqa: D102
+        ...
+
+    @property
+    def epoch(self) -> float:  # noqa: D102
+        ...
 
 
 def seed_pass(seed: int, step: int, number: int) -> None:
@@ -59,3 +84,61 @@ def _taken(parameter: nn.Parameter) -> Tensor:
 def _added(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     torch._foreach_add_(left, right)
     return left
+
+
+class Computed(NamedTuple):
+    """What the passes of an update leave, besides the gradients in the parameters.   batch: the last one of this process."""
+
+    batch: Item
+    summed: Summed
+    reports: list[Report]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Computes the gradients of updates.   count: passes of an update, of all processes.   seed: of the training."""
+
+    model: nn.Module
+    autocast: Callable[[], AbstractContextManager[Any]]
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    batches: Iterator[Item]
+    world: World
+    count: int
+    seed: int
+
+    def compute(self, step: int) -> Computed:
+        """Forward and backward, then the sum over all processes.   step: updates before this one."""
+        batch, losses, report = self._own(step)
+        reports = self.world.exchange(report)
+        return Computed(batch, self.world.sum_gradients(list(self.model.parameters()), torch.stack(losses)), reports)
+
+    def _own(self, step: int) -> tuple[Item, list[Tensor], Report]:
+        """This process's passes: their last batch and the loss of each, still on the device."""
+        started, data_s = time.perf_counter(), 0.0
+        self.model.train()
+        losses, gradients = [], TreeSum(self.model.parameters())
+        for number in self.world.passes(self.count):
+            asked = time.perf_counter()
+            batch = next(self.batches)
+            data_s += time.perf_counter() - asked
+            seed_pass(self.seed, step, number)
+            windows = batch.tokens.to(self.device, non_blocking=True).long()
+            with self.autocast():
+                _, loss = self.model(windows[:, :-1], windows[:, 1:])
+            self.scaler.scale(loss / self.count).backward()
+            gradients.add()
+            losses.append(loss.detach())
+        gradients.finish()
+        if self.world.size > 1 and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the seconds below would be those of launching
+        compute_s = time.perf_counter() - started - data_s
+        return batch, losses, Report(compute_s=compute_s, data_s=data_s, peak_gib=peak_gib(self.device))
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory held so far, in GiB: of the device for CUDA, of the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

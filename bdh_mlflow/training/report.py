@@ -53,7 +53,7 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
         host=platform.node(),
         pid=os.getpid(),
         device=built.facts["bdh.device"],
-        versions=versions(),
+        versions=host.versions(),
         started_at_ms=int(time.time() * 1000),
         first_step=origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
     )
@@ -119,16 +119,6 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
         }
         lines.append(f"{origin.kind} from {shown(origin.found.path)} ({how[origin.kind]})")
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of those that the numbers depend on."""
-    names = ("torch", "mlflow", "bitsandbytes", "torchao", "pyarrow", "numpy")
-    found = {"bdh-mlflow": __version__, "python": platform.python_version()}
-    for name in names:
-        if version := host.version_of(name):
-            found[name] = version
-    return found
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from bdh_mlflow import checkpoint, host
 from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
 from bdh_mlflow.config import Config
+from bdh_mlflow.distributed import ALONE, World
 from bdh_mlflow.errors import ConfigError, SaveError, TrackingError
 from bdh_mlflow.tracking import journal, store
 from bdh_mlflow.tracking.records import RunIdentity, Segment
@@ -21,10 +22,12 @@ from bdh_mlflow.tracking.sender import SubprocessSender
 from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training.build import Built, build, build_trainer
 from bdh_mlflow.training.origin import run_directory
-from bdh_mlflow.training.report import FinalReport, headline, introduce, report_ending, segment_of, system_metrics, versions
+from bdh_mlflow.training.passes import peak_gib
+from bdh_mlflow.training.report import FinalReport, headline, introduce, report_ending, segment_of, system_metrics
 from bdh_mlflow.training.saving import save_into
+from bdh_mlflow.training.settle import settle
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Ending, Progress, peak_gib
+from bdh_mlflow.training.trainer import Ending, Progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Outcome:
     """What a training run left behind.
 
     first_step: updates completed before it.   identity: None if the store has not answered yet.   run_dir: None if no checkpoint was saved.
-    undelivered: records that wait for the store, in the journal of the folder `journal`.
+    undelivered: records that wait for the store, in the journal of the folder `journal`.   processes: that trained together.
     """
 
     ending: Ending
@@ -43,47 +46,63 @@ class Outcome:
     undelivered: int
     journal: Path | None
     experiment: str
+    processes: int
 
 
 def train(
-    config: Config, progress: Progress, stop: StopRequest, *, fork: bool = False, make_sender: MakeSender = SubprocessSender
+    config: Config,
+    progress: Progress,
+    stop: StopRequest,
+    *,
+    fork: bool = False,
+    make_sender: MakeSender = SubprocessSender,
+    world: World = ALONE,
 ) -> Outcome:
     """Train as configured, to the end or a signal.   Raises a BdhError for whatever else ends it.
 
     fork: begin a new run from the checkpoint named by resume_from_checkpoint; settings may then differ from its own.   make_sender: starts
-    the sender.
+    the sender.   world: the processes that train together, this being rank 0; the others call `follower.follow`.
     """
     checkpoint_dir = Path(config.training.checkpoint_dir)
-    if reason := checkpoint.why_unwritable(checkpoint_dir):
-        raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
-    built = build(config, progress, fork)
-    status = store.probe_store(built.config.tracking, built.origin.run_id if built.origin.kind == "resumed" else None)
-    stop.begun = True  # from here on there is a run to end properly
-    run_dir = run_directory(built.origin, checkpoint_dir, built.config)
-    with contextlib.closing(run_dir):
-        with journal.reading(run_dir.folder) as reader:
-            earlier = reader.index.segments if reader else []
-        segment = segment_of(built, status, earlier)
-        try:
-            tracker = Tracker(lambda: run_dir.folder, status.tracking_uri, segment, progress.note, make_sender)
-        except BaseException:
-            run_dir.discard()
-            raise
-        with report_ending(tracker, stop, run_dir) as report:
-            _attach(tracker, status, report)
-            provenance = _introduced(tracker, built, segment)
-            progress.note(headline(built, tracker.identity, status, segment.number))
-            save = save_into(run_dir, tracker, provenance, built.config, segment.continues or segment.wrapper, progress.note)
-            writer = BackgroundWriter(save)
-            trainer = build_trainer(built, writer, tracker, progress, stop)
-            report.step = lambda: trainer.step
-            with (
-                system_metrics(built, tracker, [*earlier, segment][0], status, progress.note),
-                torch.autograd.set_detect_anomaly(True) if built.config.training.debug else contextlib.nullcontext(),
-                _finished(writer, progress),
-            ):
-                report.ending = trainer.run()
-        return _outcome(built, tracker, run_dir, report)
+    with world.failing():
+        if reason := checkpoint.why_unwritable(checkpoint_dir):
+            raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
+        built = build(world.share(lambda: settle(config, progress, fork, world.size)), progress, world)
+        status = store.probe_store(built.config.tracking, built.origin.run_id if built.origin.kind == "resumed" else None)
+        stop.begun = True  # from here on there is a run to end properly
+        run_dir = run_directory(built.origin, checkpoint_dir, built.config)
+        with contextlib.closing(run_dir):
+            return _tracked(built, run_dir, status, progress, stop, make_sender)
+
+
+def _tracked(
+    built: Built, run_dir: RunDirectory, status: store.StoreStatus, progress: Progress, stop: StopRequest, make_sender: MakeSender
+) -> Outcome:
+    """Train as a run of MLflow, from its beginning to its ending."""
+    with journal.reading(run_dir.folder) as reader:
+        earlier = reader.index.segments if reader else []
+    segment = segment_of(built, status, earlier)
+    try:
+        tracker = Tracker(lambda: run_dir.folder, status.tracking_uri, segment, progress.note, make_sender)
+    except BaseException:
+        run_dir.discard()
+        raise
+    with report_ending(tracker, stop, run_dir) as report:
+        _attach(tracker, status, report)
+        provenance = _introduced(tracker, built, segment)
+        progress.note(headline(built, tracker.identity, status, segment.number))
+        save = save_into(run_dir, tracker, provenance, built.config, segment.continues or segment.wrapper, progress.note)
+        writer = BackgroundWriter(save)
+        trainer = build_trainer(built, writer, tracker, progress, stop)
+        report.step = lambda: trainer.step
+        with (
+            system_metrics(built, tracker, [*earlier, segment][0], status, progress.note),
+            torch.autograd.set_detect_anomaly(True) if built.config.training.debug else contextlib.nullcontext(),
+            _finished(writer, progress),
+        ):
+            built.world.expect_updates()
+            report.ending = trainer.run()
+    return _outcome(built, tracker, run_dir, report)
 
 
 def _attach(tracker: Tracker, status: store.StoreStatus, report: FinalReport) -> None:
@@ -98,7 +117,7 @@ def _attach(tracker: Tracker, status: store.StoreStatus, report: FinalReport) ->
 def _introduced(tracker: Tracker, built: Built, segment: Segment) -> Provenance:
     """Record what is known of the run before its first step.   Returns what its manifests say of where it comes from."""
     source = host.source_state(Path(__file__).parent)
-    provenance = Provenance(None, segment.number, source.commit, source.dirty, built.config.digest(), built.text.digest, versions())
+    provenance = Provenance(None, segment.number, source.commit, source.dirty, built.config.digest(), built.text.digest, host.versions())
     introduce(tracker, built, provenance, source.patch)
     return provenance
 
@@ -114,6 +133,7 @@ def _outcome(built: Built, tracker: Tracker, run_dir: RunDirectory, report: Fina
         undelivered=report.undelivered,
         journal=run_dir.folder if report.undelivered else None,
         experiment=built.config.tracking.experiment,
+        processes=built.world.size,
     )
 
 

@@ -38,6 +38,17 @@ class StopRequest:
         """End after this update, as after a signal; a reason already received stays."""
         self.received = self.received or StopReason(reason)
 
+    @property
+    def number(self) -> int:
+        """For other processes: of the signal, -1 for another reason, 0 while there is none."""
+        if self.received is None:
+            return 0
+        return int(self.received) if isinstance(self.received, signal.Signals) else -1
+
+    def agree(self, number: int) -> None:
+        """Another process of this training was asked to stop, see `number`."""
+        self.received = self.received or (signal.Signals(number) if number > 0 else StopReason("stopped"))
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """What a signal does.   Raises KeyboardInterrupt for the first one if the run has not begun."""
         first = self.received is None

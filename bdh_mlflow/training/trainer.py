@@ -9,8 +9,6 @@ non-finite loss, and those in the middle of an update, are not good.
 
 import contextlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,34 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from bdh_mlflow.config import TrainingConfig
+from bdh_mlflow.distributed import ALONE, Report, World
 from bdh_mlflow.errors import InputError, NonFiniteError, SaveError, StoppedError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
 from bdh_mlflow.training.optim import load_named_state, named_state
-from bdh_mlflow.training.passes import TreeSum, seed_pass
+from bdh_mlflow.training.passes import Item, Passes
 from bdh_mlflow.training.stop import StopRequest
 
 State = dict[str, Any]
 REMEDY = "Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
 SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scaling: the run has diverged
-
-
-class Item(Protocol):
-    """A batch: tokens (B, T + 1), where the next one starts, and how many passes over the data are behind it."""
-
-    @property
-    def tokens(self) -> Tensor:  # noqa: D102
-        ...
-
-    @property
-    def position(self) -> State:  # noqa: D102
-        ...
-
-    @property
-    def epoch(self) -> float:  # noqa: D102
-        ...
 
 
 class Schedule(Protocol):
@@ -153,6 +136,8 @@ class Parts:
     tracker: Tracker
     progress: Progress
     stop: StopRequest = field(default_factory=StopRequest)
+    world: World = ALONE
+    """The processes that train together; the batches handed in are those of this one's passes."""
 
 
 class Trainer:
@@ -161,11 +146,13 @@ class Trainer:
     def __init__(self, parts: Parts, config: TrainingConfig) -> None:
         self._parts = parts
         self._config = config
+        self._passes = _passes(parts, config)
         self.step = 0
         self.tokens_seen = 0
         self._position: State | None = None
         self._loss: float | None = None
         self._grad_norm = 0.0
+        self._peak_gib = 0.0
         self._interval = Interval()
         self._saved_step: int | None = None
         self._consistent = True  # what state_dict gives is a step, and may be saved
@@ -175,21 +162,12 @@ class Trainer:
 
     def run(self) -> Ending:
         """Train to the end. The last update is evaluated and saved. Raises what stopped it, after saving what is good."""
-        config, stop = self._config, self._parts.stop
+        stop, world = self._parts.stop, self._parts.world
         try:
-            if self.step % config.test_freq == 0 and self._evaluated_step != self.step:
-                self._evaluate()  # the interruption came before it, and a plateau schedule depends on it
-            while self.step < config.max_iters and not stop.received:
-                self._parts.saver.check()
-                if not self._update():
-                    continue
-                last = self.step == config.max_iters
-                if self.step % config.log_freq == 0 or last:
-                    self._log()
-                if (self.step % config.test_freq == 0 or last) and not stop.received:
-                    self._evaluate()
-                if self.step % config.checkpoint_freq == 0 or last:
-                    self._save()
+            with world.failing():
+                self._train()
+                self._save_once()
+                world.exchange(Report())  # nobody leaves before everything is saved
         except SaveError:
             raise
         except BaseException as error:  # also those of libraries, and of whoever watches: none may cost the steps since the last checkpoint
@@ -197,9 +175,32 @@ class Trainer:
             if isinstance(error, InputError):
                 raise StoppedError(f"stopped after step {self.step}: {error}") from error
             raise
-        self._save_once()
         val_loss = self._evaluation.loss if self._evaluation else None
         return Ending(stop.received.name if stop.received else "finished", self.step, val_loss, self._samples)
+
+    def _train(self) -> None:
+        config = self._config
+        if self.step % config.test_freq == 0 and self._evaluated_step != self.step:
+            self._evaluate()  # the interruption came before it, and a plateau schedule depends on it
+        while self.step < config.max_iters and not self._stop_agreed():
+            self._parts.saver.check()
+            if not self._update():
+                continue
+            last = self.step == config.max_iters
+            if self.step % config.log_freq == 0 or last:
+                self._log()
+            if self.step % config.test_freq == 0 or last:
+                self._evaluate()
+            if self.step % config.checkpoint_freq == 0 or last:
+                self._save()
+
+    def _stop_agreed(self) -> bool:
+        """Whether any process was asked to stop; all find the same."""
+        stop = self._parts.stop
+        asked = [int(report.stop) for report in self._parts.world.exchange(Report(stop=stop.number)) if report.stop]
+        if asked:
+            stop.agree(asked[0])
+        return bool(asked)
 
     def state_dict(self) -> State:
         """Everything that the next update depends on."""
@@ -252,25 +253,27 @@ class Trainer:
         """Returns the speed in tokens a second, None if the update was skipped."""
         parts = self._parts
         started = time.perf_counter()
-        batch, losses, tokens = self._accumulate()
+        done = self._passes.compute(self.step)
         parts.scaler.unscale_(parts.optimizer)
         norm = nn.utils.clip_grad_norm_(parts.model.parameters(), self._config.grad_clip or float("inf"))
-        *values, grad_norm = torch.stack([*losses, norm]).tolist()  # the loop waits for the device here, once an update
-        loss = 0.0
-        for value in values:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
-            loss += value / len(values)
-        self._guard(loss, grad_norm)
+        *numbers, grad_norm = torch.cat([*done.summed, norm.unsqueeze(0)]).tolist()  # the loop waits for the device here, once an update
+        passes, loss = self._config.gradient_accumulation_steps, 0.0
+        for value in numbers[:passes]:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
+            loss += value / passes
+        self._guard(loss, grad_norm, [parts.world.name(rank) for rank, each in enumerate(numbers[passes:]) if not math.isfinite(each)])
         self._consistent = False
-        self._position, self._interval.epoch = batch.position, batch.epoch
+        self._position, self._interval.epoch = done.batch.position, done.batch.epoch
         rate = parts.schedule.at(self.step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
         parts.scaler.step(parts.optimizer)
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
+        tokens = passes * done.batch.tokens[:, 1:].numel()
         self.tokens_seen += tokens
         elapsed_s = time.perf_counter() - started
-        self._interval.add_attempt(tokens, elapsed_s)
+        self._interval.add_attempt(tokens, elapsed_s, done.reports)
+        self._peak_gib = max(report.peak_gib for report in done.reports)
         if applied := math.isfinite(grad_norm):
             self.step += 1
             self._loss, self._grad_norm = loss, grad_norm
@@ -278,47 +281,27 @@ class Trainer:
         self._consistent = True
         return tokens / elapsed_s if applied else None
 
-    def _accumulate(self) -> tuple[Item, list[Tensor], int]:
-        """Gradients of all passes of an update.   Returns the last batch, the loss of each pass, still on the device, and the tokens."""
-        parts, passes = self._parts, self._config.gradient_accumulation_steps
-        parts.model.train()
-        losses, tokens, gradients = [], 0, TreeSum(parts.model.parameters())
-        for number in range(passes):
-            batch = next(parts.batches)
-            seed_pass(self._config.seed, self.step, number)
-            windows = batch.tokens.to(parts.device, non_blocking=True).long()
-            idx, targets = windows[:, :-1], windows[:, 1:]
-            with parts.autocast():
-                _, loss = parts.model(idx, targets)
-            parts.scaler.scale(loss / passes).backward()
-            gradients.add()
-            losses.append(loss.detach())
-            tokens += targets.numel()
-        gradients.finish()
-        return batch, losses, tokens
+    def _guard(self, loss: float, grad_norm: float, origin: list[str]) -> None:
+        """Stop before non-finite values reach the weights. Under loss scaling an overflow of gradients only skips the update.
 
-    def _guard(self, loss: float, grad_norm: float) -> None:
-        """Stop before non-finite values reach the weights. Under loss scaling an overflow of gradients only skips the update."""
+        origin: the ranks whose gradients are not finite, where there are several.
+        """
         finite_loss = math.isfinite(loss)
         if finite_loss and math.isfinite(grad_norm):
             return
         scaler = self._parts.scaler
         if finite_loss and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE:
             return
-        raise _not_applied(self.step, loss, grad_norm, self._parts.model)
+        raise _not_applied(self.step, loss, grad_norm, self._parts.model, origin)
 
     def _log(self) -> None:
         parts, step, interval = self._parts, self.step, self._interval
         values = {
-            "train/loss": interval.loss,
+            **interval.metrics(parts.peak_tokens_per_s),
             "optim/lr": parts.optimizer.param_groups[0]["lr"],
             "optim/grad_norm": self._grad_norm,
-            "perf/tokens_per_s": interval.tokens_per_s,
-            "perf/mfu_pct": 100 * interval.tokens_per_s / parts.peak_tokens_per_s,
-            "perf/step_ms": interval.step_ms,
-            "mem/peak_gib": peak_gib(parts.device),
+            "mem/peak_gib": self._peak_gib,
             "progress/tokens_seen": self.tokens_seen,
-            "progress/epoch": interval.epoch,
         }
         if parts.scaler.is_enabled():
             values["optim/loss_scale"] = parts.scaler.get_scale()
@@ -333,7 +316,7 @@ class Trainer:
         if not parts.validation:
             return
         with parts.observed() as observed:
-            val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped)
+            val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped, parts.world)
         if val_loss is None:
             return
         if not math.isfinite(val_loss):
@@ -377,14 +360,28 @@ class Trainer:
         return self._parts.stop.received is not None
 
 
+def _passes(parts: Parts, config: TrainingConfig) -> Passes:
+    return Passes(
+        model=parts.model,
+        autocast=parts.autocast,
+        scaler=parts.scaler,
+        device=parts.device,
+        batches=parts.batches,
+        world=parts.world,
+        count=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+
+
 def _are_finite(model: nn.Module) -> bool:
     """Whether every weight is a finite number."""
     return all(bool(torch.isfinite(weights).all()) for weights in model.parameters())
 
 
-def _not_applied(step: int, loss: float, grad_norm: float, model: nn.Module) -> NonFiniteError:
-    """The error of an update after `step` others whose numbers are not finite."""
+def _not_applied(step: int, loss: float, grad_norm: float, model: nn.Module, origin: list[str]) -> NonFiniteError:
+    """The error of an update after `step` others whose numbers are not finite.   origin: ranks that they come from, of several."""
     what = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+    what += f" from {', '.join(origin)}" if origin else ""
     weights = f"Weights of step {step} are {'good' if _are_finite(model) else 'not finite, and not saved'}"
     return NonFiniteError(f"update {step + 1}: {what}; it was not applied. {weights}. {REMEDY}")
 
@@ -394,11 +391,3 @@ def _diverged(step: int, val_loss: float, saved_step: int | None) -> NonFiniteEr
     last = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint before it"
     kept = "its checkpoint was saved before it was evaluated" if saved_step == step else f"they are not saved, {last}"
     return NonFiniteError(f"evaluation after step {step}: val/loss {val_loss}; {kept}. {REMEDY}")
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory held so far, in GiB: of the device for CUDA, of the process otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -11,7 +11,7 @@ import torch
 
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data import parquet
-from bdh_mlflow.data.order import Batch, TrainingBatches, training_loader
+from bdh_mlflow.data.order import Batch, Order, TrainingBatches, training_loader
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
 from tests.conftest import documents, write_shards
@@ -21,7 +21,7 @@ from tests.data.test_parquet import all_bytes, opened
 def batches(
     text: ParquetText, count: int, position: Any = None, *, lanes: int = 3, batch_size: int = 4, block_size: int = 8
 ) -> list[Batch]:
-    order = TrainingBatches(text, lanes=lanes, batch_size=batch_size, block_size=block_size, seed=7, position=position)
+    order = TrainingBatches(text, Order(lanes, batch_size, block_size, 7), position)
     return [batch for batch, _ in zip(order, range(count), strict=False)]
 
 
@@ -81,9 +81,7 @@ def test_any_position_continues_with_the_batch_that_would_have_followed(tmp_path
 def test_order_depends_on_the_seed_and_differs_between_epochs(tmp_path: Path) -> None:
     write_shards(tmp_path, documents(60))
     text = opened(tmp_path)
-    first, other = (
-        next(iter(TrainingBatches(text, lanes=2, batch_size=4, block_size=8, seed=seed, position=None))).tokens for seed in (1, 2)
-    )
+    first, other = (next(iter(TrainingBatches(text, Order(2, 4, 8, seed), None))).tokens for seed in (1, 2))
     assert not torch.equal(first, other)
     orders = [parquet.shuffled(100, 7, -1 - epoch).tolist() for epoch in range(2)]
     assert orders[0] != orders[1]
@@ -102,7 +100,7 @@ def test_windows_come_in_one_order_whatever_the_batch_size(tmp_path: Path, batch
 def test_memory_is_that_of_one_row_group_a_lane(tmp_path: Path) -> None:
     """Over an epoch of 40 row groups of 20 KB, each 22.5 KB as windows; the permutation of one row group takes another 100 KB."""
     write_shards(tmp_path, ["x" * 20_000] * 40, shards=1, row_group_size=1)
-    order = iter(TrainingBatches(opened(tmp_path), lanes=3, batch_size=100, block_size=8, seed=7, position=None))
+    order = iter(TrainingBatches(opened(tmp_path), Order(3, 100, 8, 7), None))
     next(order)
     tracemalloc.start()
     while next(order).epoch < 1:
@@ -119,7 +117,7 @@ def test_order_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     text = opened(tmp_path)
     expected = batches(text, 9)
     for workers in (1, 2):
-        order = TrainingBatches(text, lanes=3, batch_size=4, block_size=8, seed=7, position=expected[1].position)
+        order = TrainingBatches(text, Order(3, 4, 8, 7), expected[1].position)
         loader = training_loader(order, DataLoaderConfig(num_workers=workers), cuda=False)
         assert same([next(loader) for _ in range(7)], expected[2:]), workers
 
@@ -130,3 +128,21 @@ def test_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
         batches(opened(tmp_path), 1, block_size=100)
     with pytest.raises(DataError, match=r"validation text has 4 bytes, block_size 100 needs more; raise dataset.val_fraction"):
         opened(tmp_path, val_fraction=0.01).validation_batches(1, 1, 100)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # workers are processes that import torch
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_passes_of_each_update_in_blocks(tmp_path: Path, processes: int, workers: int) -> None:
+    write_shards(tmp_path, documents(40), row_group_size=5)
+    text = opened(tmp_path)
+    straight, passes = batches(text, 12), 4
+    for rank in range(processes):
+        own = range(rank * passes // processes, (rank + 1) * passes // processes)
+        order = TrainingBatches(text, Order(3, 4, 8, 7, passes, own), None)
+        loaded = training_loader(order, DataLoaderConfig(num_workers=workers), False)
+        for update in range(3):
+            for number in own:
+                batch = next(loaded)
+                assert torch.equal(batch.tokens, straight[passes * update + number].tokens)
+            assert batch.position == straight[passes * update + passes - 1].position, "where the next update starts, for every process"
+            assert batch.epoch == straight[passes * update + passes - 1].epoch

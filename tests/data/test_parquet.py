@@ -14,7 +14,7 @@ import pytest
 
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data import parquet
-from bdh_mlflow.data.order import TrainingBatches
+from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
 from tests.conftest import documents, write_shards
@@ -222,7 +222,7 @@ def test_order_and_split_of_an_ordinary_folder_never_change(tmp_path: Path) -> N
     assert [f.relative_to(tmp_path).as_posix() for f in text.files] == list(NAMES)
     held_out = hashlib.sha256(b"".join(text.validation_bytes(g).tobytes() for g in text.row_groups)).hexdigest()
     assert held_out == SPLIT
-    batches = iter(TrainingBatches(text, lanes=3, batch_size=2, block_size=16, seed=7, position=None))
+    batches = iter(TrainingBatches(text, Order(3, 2, 16, 7), None))
     order = hashlib.sha256(b"".join(next(batches).tokens.numpy().tobytes() for _ in range(50))).hexdigest()
     assert order == ORDER
 

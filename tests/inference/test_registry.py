@@ -22,9 +22,9 @@ from mlflow.exceptions import MlflowException
 
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.host import versions
 from bdh_mlflow.inference import generate, load, pyfunc, registry, requests
 from bdh_mlflow.inference.generate import Sampling
-from bdh_mlflow.training.report import versions
 from scripts.servers import free_port
 from tests.conftest import only_run, run_cli, train
 

@@ -15,7 +15,8 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.model.bdh import BDH, BDHConfig
-from bdh_mlflow.tracking.locate import Locator, ResolvedCheckpoint
+from bdh_mlflow.tracking.locate import Locator
+from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.tracking.tracker import Tracker
 from tests.checkpoint.test_files import Evil
 from tests.conftest import history, only_run, run_cli, train

@@ -9,7 +9,9 @@ from bdh_mlflow import host
 from bdh_mlflow.config import Config, Machine
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.tracking import locate
-from bdh_mlflow.training.origin import Origin, find_origin
+from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
+from bdh_mlflow.training.origin import Origin
+from bdh_mlflow.training.settle import find_origin
 from tests.conftest import train
 
 CHECKPOINTS = Path("checkpoints")
@@ -47,7 +49,7 @@ def test_run_whose_compilation_is_kept_is_not_resumed_where_nothing_can_be_compi
     assert train(tiny, "training.max_iters=3").exit_code == 0
     real = locate.Locator.find
 
-    def find(self: locate.Locator, target: str) -> locate.ResolvedCheckpoint:
+    def find(self: locate.Locator, target: str) -> ResolvedCheckpoint:
         found = real(self, target)
         found.state["config"]["training"]["compile"] = True
         return found

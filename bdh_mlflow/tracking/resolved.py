@@ -1,0 +1,36 @@
+"""What a resume target stands for, as `locate` finds it. Knows nothing of MLflow, so that processes which do not track can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.tracking import journal
+
+
+@dataclass(frozen=True)
+class ResolvedCheckpoint:
+    """What a target stands for.
+
+    checkpoint: None for a warm start.   state: contents of the file.   notes: what was skipped, and why.   named_run: the MLflow run that
+    the target names, None if it names none.
+    """
+
+    path: Path
+    checkpoint: Checkpoint | None
+    state: dict[str, Any]
+    notes: tuple[str, ...]
+    named_run: str | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run of the checkpoint: the one named, else the one it was saved under, else the one its journal has got since."""
+        if self.checkpoint is None or self.named_run:
+            return self.named_run
+        return run_of(self.checkpoint)
+
+
+def run_of(found: Checkpoint) -> str | None:
+    """The MLflow run of a checkpoint: the one it was saved under, else the one its journal has got since."""
+    state = journal.delivered(found.path.parent)
+    return found.manifest.mlflow_run_id or (state.run_id if state else None)

@@ -1,0 +1,50 @@
+"""Every rank but 0: computes its share of what rank 0 has decided, until that ends. Imports neither mlflow nor what tracks a run.
+
+`python -m bdh_mlflow.training.follower` is what `processes` starts on this machine.
+"""
+
+import sys
+from pathlib import Path
+
+from bdh_mlflow.distributed import World
+from bdh_mlflow.errors import BdhError
+from bdh_mlflow.tracking.tracker import NullTracker
+from bdh_mlflow.training import processes
+from bdh_mlflow.training.build import build, build_trainer
+from bdh_mlflow.training.origin import Settled
+from bdh_mlflow.training.silent import SILENT
+from bdh_mlflow.training.stop import StopRequest
+from bdh_mlflow.training.trainer import Ending
+
+
+def follow(world: World, stop: StopRequest) -> Ending:
+    """Train with rank 0, which decides, tracks and saves, until it ends.   Raises a BdhError where this or another rank fails."""
+    stop.begun = True  # rank 0 knows whether there is something to save
+    with world.failing():
+        settled: Settled = world.share(_decided_by_rank_0)
+        trainer = build_trainer(build(settled, SILENT, world), SILENT, NullTracker(), SILENT, stop)
+        world.expect_updates()
+        return trainer.run()
+
+
+def _decided_by_rank_0() -> Settled:
+    raise AssertionError("only rank 0 makes what is shared")
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code, which nobody but a reader of a process list sees: rank 0 says what happened."""
+    folder, rank, size, patience_s = arguments
+    stop = StopRequest()
+    stop.install()
+    world = processes.meet(Path(folder), int(rank), int(size), float(patience_s))
+    try:
+        follow(world, stop)
+    except BdhError as error:
+        if getattr(error, "speaks", False):
+            print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    processes.leave(main(sys.argv[1:]))

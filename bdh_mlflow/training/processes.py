@@ -1,0 +1,161 @@
+"""The processes of a training: started here on this machine, or by torchrun on one or more, and met.
+
+`started` makes this process rank 0 and starts the others beside it. They meet through a file and talk over the loopback interface, so
+nothing of it can be reached from other machines. `joined` is for a process that torchrun, or another launcher that sets RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT, has started.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+
+from bdh_mlflow import host
+from bdh_mlflow.distributed import ALONE, PATIENCE_S, START_PATIENCE_S, Group, World, backend
+from bdh_mlflow.errors import BdhError, ConfigError
+from bdh_mlflow.files import first_line
+
+FOLLOWER = "bdh_mlflow.training.follower"
+MEETING_S = 600.0  # for processes that are started at different times on different machines
+ENDING_S = 1.0  # between a lost connection and the end of the process behind it
+LEAVING_S = 10.0  # for a process that has nothing left to do
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_groups: list[Group] = []  # that this process has been in
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun has started this process as one of several."""
+    return all(os.environ.get(name) for name in LAUNCHED_BY)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that talks to the user."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+@contextlib.contextmanager
+def joined(patience_s: float = PATIENCE_S) -> Iterator[World]:
+    """The world that the launcher's variables describe.   Raises BdhError where the others cannot be met."""
+    own, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if size == "1":
+        yield ALONE
+        return
+    _take_device(int(os.environ.get("LOCAL_RANK", own)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    try:
+        dist.init_process_group(backend(), init_method="env://", timeout=timedelta(seconds=MEETING_S))
+    except (RuntimeError, ValueError) as error:
+        raise BdhError(
+            f"rank {own} of {size} cannot meet the others at {place}: {first_line(error)}. Another job may be using the port, or the "
+            f"machines may not reach each other (GLOO_SOCKET_IFNAME names the network interface)"
+        ) from None
+    yield _joined(Group(patience_s))
+
+
+@contextlib.contextmanager
+def started(processes: int, patience_s: float = PATIENCE_S) -> Iterator[World]:
+    """This process as rank 0 of as many, the others started on this machine and ended with it.   Raises ConfigError, BdhError."""
+    if processes == 1:
+        yield ALONE
+        return
+    _take_device(0, processes)
+    folder, before = Path(tempfile.mkdtemp(prefix="bdh-processes-")), torch.get_num_threads()
+    threads = before if os.environ.get("OMP_NUM_THREADS") else max(1, before // processes)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
+    followers: dict[int, subprocess.Popen[bytes]] = {}
+    try:
+        for rank in range(1, processes):
+            words = host.python_module(FOLLOWER, str(folder), str(rank), str(processes), str(patience_s))
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads), "LOCAL_RANK": str(rank)}
+            followers[rank] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env)
+        _wait_for(folder, followers)
+        yield meet(folder, 0, processes, patience_s, followers)
+    finally:
+        _end(followers)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_num_threads(before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def meet(folder: Path, rank: int, size: int, patience_s: float, followers: Mapping[int, "subprocess.Popen[bytes]"] | None = None) -> Group:
+    """The world of `size` processes of this machine that meet in a folder.   followers: those that this process has started."""
+    _take_device(rank, size)
+    if rank:
+        (folder / f"started-{rank}").touch()
+    store = FileStore(str(folder / "store"), size)
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
+    return _joined(Group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None))
+
+
+def _joined(group: Group) -> Group:
+    _groups.append(group)
+    return group
+
+
+def have_met() -> bool:
+    """Whether this process has been one of several."""
+    return bool(_groups)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process now. Threads of gloo abort about every tenth interpreter that ends with a group of four (torch 2.13.0)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _take_device(local_rank: int, local_size: int) -> None:
+    if not torch.cuda.is_available():
+        return
+    if (devices := torch.cuda.device_count()) < local_size:
+        raise ConfigError(f"{local_size} processes need {local_size} GPUs; this machine has {devices}: start {devices} processes on it")
+    torch.cuda.set_device(local_rank)
+
+
+def _wait_for(folder: Path, followers: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
+    """Until all have got as far as to meet.   Raises BdhError for one that ends before."""
+    waiting = set(followers)
+    while waiting:
+        for rank in sorted(waiting):
+            if (code := followers[rank].poll()) is not None:
+                raise BdhError(f"rank {rank} {_ended(code)} before it could meet the others")
+            if (folder / f"started-{rank}").exists():
+                waiting.discard(rank)
+        time.sleep(0.02)
+
+
+def _ending(process: "subprocess.Popen[bytes]") -> str | None:
+    """How a process ended; None while it lives."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return _ended(process.wait(ENDING_S))
+    return None
+
+
+def _ended(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _end(followers: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
+    """Wait for those that are about to end, and kill the others."""
+    until = time.monotonic() + (LEAVING_S if sys.exc_info()[0] is None else ENDING_S)
+    for process in followers.values():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+        if process.poll() is None:
+            process.kill()  # a stopped process obeys nothing else
+            process.wait()
