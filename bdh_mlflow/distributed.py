@@ -253,10 +253,12 @@ class Group(World):
         ended = [f"{self.name(rank)} {way}" for rank, way in ways.items() if way]
         if ended:
             return "; ".join(ended)
-        silent = ", ".join(self.name(rank) for rank in missing) or "a rank"
+        if not missing:
+            return f"the connection to another rank is lost ({first_line(error)})"
+        silent = ", ".join(map(self.name, missing))
         if waited_s >= 0.9 * self._waits_s:
             return f"{silent} did not answer within {self._waits_s:.0f} s: it hangs, is stopped, or waits for its data or disk"
-        return f"the connection to {silent} is lost: its process has ended, or the network between them ({first_line(error)})"
+        return f"the connection to {silent} is lost: its process was killed or has crashed, or the network between them failed"
 
 
 def _described(error: BaseException) -> str:

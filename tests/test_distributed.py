@@ -156,7 +156,7 @@ def test_a_killed_rank_is_named_at_once_and_the_lowest_that_lives_speaks(gone: i
     for rank in {0, 1, 2} - {gone}:
         message, speaks, took_s = found[rank]
         assert f"rank {gone} (" in message
-        assert "is lost: its process has ended" in message
+        assert "is lost: its process was killed" in message
         assert speaks == (rank == min({0, 1, 2} - {gone}))
         assert took_s < 15, "not the patience of a rank that is alive"
 

@@ -42,8 +42,9 @@ class RunDirectory:
     locked while this process lives, so one process trains a run at a time; the lock ends with the process, however it ends.
     """
 
-    def __init__(self, path: Path, config_yaml: str, *, new: bool = False) -> None:
-        """The existing run directory `path`, or one to be created there.   new: a directory of that name is another run's.
+    def __init__(self, path: Path, config_yaml: str, *, new: bool = False, left: Path | None = None) -> None:
+        """The existing run directory `path`, or one to be created there.   new: a directory of that name is another run's.   left: the
+        folder that is to become it.
 
         Raises ResumeError if another process trains there, SaveError.
         """
@@ -52,7 +53,9 @@ class RunDirectory:
         self._lock: int | None = None
         self._last_save: datetime | None = None
         try:
-            if path.is_dir() and not new:
+            if left is not None:
+                self.folder = left
+            elif path.is_dir() and not new:
                 self.folder = path
             else:
                 pending = path.parent / PENDING
@@ -67,6 +70,11 @@ class RunDirectory:
     def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
         """A directory to be created, named after the second in which the run started."""
         return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml, new=True)
+
+    @classmethod
+    def begun(cls, folder: Path, config_yaml: str) -> "RunDirectory":
+        """The directory of a run that has saved nothing yet.   folder: under `.pending/`, as an earlier process has left it."""
+        return cls(folder.parents[1] / folder.name.rpartition("-")[0], config_yaml, left=folder)
 
     @property
     def made(self) -> bool:

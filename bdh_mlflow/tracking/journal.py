@@ -16,7 +16,7 @@ import platform
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -389,6 +389,19 @@ def delivered(folder: Path) -> Delivered | None:
     """How far delivery of a folder's journal has come; None if it has no journal."""
     with reading(folder) as reader:
         return reader.delivered() if reader else None
+
+
+def of_job(folders: Iterable[Path], job: str) -> Path | None:
+    """The folder in whose journal a job of a launcher has begun a segment, the one written to last; None if there is none."""
+    written = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            written.append(((folder / FILE_NAME).stat().st_mtime_ns, folder))
+    for _, folder in sorted(written, reverse=True):
+        with reading(folder) as reader:
+            if reader and any(segment.job == job for segment in reader.index.segments):
+                return folder
+    return None
 
 
 def parsed(line: bytes, end: int) -> Entry | None:

@@ -25,6 +25,10 @@ GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.
 """What names a checkpoint, in words (see `locate`)."""
 
 
+JOB = "bdh.job"
+"""Tag of a run: the launcher's job that worked on it last."""
+
+
 class Training(NamedTuple):
     """The MLflow run of the checkpoints, and the name of its run directory if it has saved anything."""
 
@@ -79,6 +83,13 @@ class MirrorReader:
         with store.reported(f"runs of experiment {self._config.experiment} cannot be listed"):
             runs = store.runs_of(client, self._config.experiment)
         return str(runs[0].info.run_id) if runs else None
+
+    def run_of_job(self, job: str) -> str | None:
+        """Id of the run with mirrored checkpoints that a launcher's job has begun; None if there is none.   Raises TrackingError."""
+        client = self.client
+        with store.reported(f"runs of experiment {self._config.experiment} cannot be listed"):
+            runs = store.runs_of(client, self._config.experiment)
+        return next((str(run.info.run_id) for run in runs if run.data.tags.get(JOB) == job), None)
 
     def checkpoints(self, run_id: str) -> list[tuple[int, str]]:
         """Steps and artifact paths of a run's mirrored checkpoints, furthest first.   Raises ResumeError."""

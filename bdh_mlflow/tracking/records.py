@@ -71,12 +71,13 @@ def _is(value: Any, kind: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment(_Kind):
-    """A process begins to work on the run: what the sender must know to find or make the run, and what segments.json says of it.
+    """A process begins to work on the run, alone or as rank 0: what is needed to find or make the run, and what segments.json says of it.
 
     number: of the segment, from 1.   training: 32 hex digits that all segments of a training run share.   continues: MLflow run that is
     resumed.   wrapper: run that `mlflow run` made for this process.   tracking_uri: credentials masked.   mirror: whether checkpoints are
     mirrored.   keep: newest checkpoints that retention keeps.   audit: metrics that a replayed step must give again to the bit.
-    first_step: updates completed before this process.
+    first_step: updates completed before this process.   processes: that train together, on `hosts`, this one being rank 0.   threads: of
+    each, 0 if not known.   reduction: in which order gradients are summed.   job: of the launcher that restarts processes.
     """
 
     kind = "segment"
@@ -97,6 +98,11 @@ class Segment(_Kind):
     versions: dict[str, str]
     started_at_ms: int
     first_step: int
+    processes: int = 1
+    hosts: list[str] = field(default_factory=list)
+    threads: int = 0
+    reduction: str = ""
+    job: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""`segments.json` among the artifacts of a run: a row for each process that has worked on it, on whatever machine."""
+"""`segments.json` among the artifacts of a run: a row for each process, or group of them, that has worked on it, anywhere."""
 
 import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,11 +16,11 @@ FILE_NAME = "segments.json"
 
 @dataclass
 class SegmentRow:
-    """One process.
+    """One process, rank 0 of a group.
 
     first_step, last_step: completed updates when it began and when it wrote last.   *_ms: Unix time in ms, ended_at_ms None while it runs
     or if it was killed.   reason: how it ended; None while it runs.   downtime_s: between the segment before and this one.   mlflow_run:
-    the run that `mlflow run` made for it.
+    the run that `mlflow run` made for it.   processes, hosts, threads, reduction: as in the record; not known of versions up to 0.2.0.
     """
 
     segment: int
@@ -36,6 +36,10 @@ class SegmentRow:
     reason: str | None
     downtime_s: float
     mlflow_run: str | None
+    processes: int = 1
+    hosts: list[str] = field(default_factory=list)
+    threads: int = 0
+    reduction: str = ""
 
 
 _ROW = TypeAdapter(SegmentRow)
@@ -58,6 +62,10 @@ def row_of(span: SegmentSpan) -> SegmentRow:
         reason=end.tags.get("bdh.stop_reason", end.status) if end else None,
         downtime_s=0.0,
         mlflow_run=own.wrapper,
+        processes=own.processes,
+        hosts=own.hosts,
+        threads=own.threads,
+        reduction=own.reduction,
     )
 
 

@@ -13,6 +13,7 @@ from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.training.trainer import Progress
 
@@ -23,11 +24,13 @@ class Origin:
 
     fresh: random weights.   resumed: one of our checkpoints, in its run.   forked: one of our checkpoints, in a new run whose settings may
     differ.   warm: weights of another program.   saved: the checkpoint's configuration, resolved, for resumed and forked.
+    begun: folder of a run without a checkpoint that this job began before its launcher restarted it: the run goes on, from step 0.
     """
 
     kind: Literal["fresh", "resumed", "forked", "warm"]
     found: ResolvedCheckpoint | None = None
     saved: Config | None = None
+    begun: Path | None = None
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -38,6 +41,14 @@ class Origin:
     def run_id(self) -> str | None:
         """The MLflow run of the checkpoint, if it had one or its journal has got one since."""
         return self.found.run_id if self.found else None
+
+    @property
+    def continues(self) -> str | None:
+        """The MLflow run that goes on, as far as it is known."""
+        if self.begun is not None:
+            delivered = journal.delivered(self.begun)
+            return delivered.run_id if delivered else None
+        return self.run_id if self.kind == "resumed" else None
 
     @property
     def manifest(self) -> Manifest | None:
@@ -55,7 +66,9 @@ class Settled:
 
 
 def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
-    """The directory of the resumed run, or a new one."""
+    """The directory of the run that goes on, or a new one."""
+    if origin.begun is not None:
+        return RunDirectory.begun(origin.begun, config.to_yaml())
     if origin.kind != "resumed" or origin.found is None or origin.manifest is None:
         return RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
     folder = origin.found.path.absolute().parent

@@ -86,6 +86,14 @@ def _added(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     return left
 
 
+def reduction(passes: int, processes: int) -> str:
+    """In which order the gradients of an update are summed, in words. A power of two of passes a process keeps the order of one process."""
+    own = passes // processes
+    if processes == 1 or own & (own - 1) == 0:
+        return "tree over the passes"
+    return f"tree over the passes of each of {processes} processes, then over the processes"
+
+
 class Computed(NamedTuple):
     """What the passes of an update leave, besides the gradients in the parameters.   batch: the last one of this process."""
 

@@ -7,6 +7,7 @@ MASTER_ADDR and MASTER_PORT, has started.
 
 import contextlib
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,12 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 from bdh_mlflow import host
 from bdh_mlflow.distributed import ALONE, PATIENCE_S, START_PATIENCE_S, Group, World, backend
@@ -41,6 +43,22 @@ def launched() -> bool:
     return all(os.environ.get(name) for name in LAUNCHED_BY)
 
 
+class Job(NamedTuple):
+    """What a launcher that restarts processes calls its job.   restarted: whether it has started this job's processes before."""
+
+    id: str
+    restarted: bool
+
+
+def job() -> Job | None:
+    """The job of torchrun that this process belongs to; None without one."""
+    if (given := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return None
+    parent = psutil.Process(os.getppid())  # a job without a name of its own is that of its launcher
+    own = given if given not in ("", "none") else f"{platform.node()}:{parent.pid}:{parent.create_time():.0f}"
+    return Job(own, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+
+
 def speaks() -> bool:
     """Whether this process is the one that talks to the user."""
     return not launched() or os.environ["RANK"] == "0"
@@ -56,7 +74,7 @@ def joined(patience_s: float = PATIENCE_S) -> Iterator[World]:
         return
     _take_device(int(os.environ.get("LOCAL_RANK", own)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     try:
-        dist.init_process_group(backend(), init_method="env://", timeout=timedelta(seconds=MEETING_S))
+        dist.init_process_group(backend(), store=_launchers_store(int(own), int(size)), rank=int(own), world_size=int(size))
     except (RuntimeError, ValueError) as error:
         raise BdhError(
             f"rank {own} of {size} cannot meet the others at {place}: {first_line(error)}. Another job may be using the port, or the "
@@ -100,6 +118,18 @@ def meet(folder: Path, rank: int, size: int, patience_s: float, followers: Mappi
     store = FileStore(str(folder / "store"), size)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
     return _joined(Group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None))
+
+
+def _launchers_store(rank: int, size: int) -> PrefixStore:
+    """The store at MASTER_ADDR:MASTER_PORT: of the launcher's agent, or of rank 0.
+
+    torchrun keeps its store when it restarts the processes; under the same names the new ones would find the addresses of the old (tried
+    with torch 2.13.0, whose env:// does).
+    """
+    address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=MEETING_S)
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(address, port, size, is_master=rank == 0 and not of_agent, timeout=timeout, multi_tenant=True)
+    return PrefixStore(f"bdh/{size}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _joined(group: Group) -> Group:

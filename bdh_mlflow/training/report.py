@@ -11,15 +11,20 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.files import shown
 from bdh_mlflow.tracking import store, tracker
 from bdh_mlflow.tracking import system_metrics as system
+from bdh_mlflow.tracking.mirrored import JOB
 from bdh_mlflow.tracking.records import RunIdentity, Segment
 from bdh_mlflow.tracking.run import segment_number
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
+from bdh_mlflow.training import processes
 from bdh_mlflow.training.build import Built
+from bdh_mlflow.training.passes import reduction
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Ending
 
@@ -41,7 +46,7 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
     return Segment(
         number=1 + max(saved, later, earlier[-1].number if earlier else 0),
         training=earlier[0].training if earlier else tags.get("bdh.training", uuid.uuid4().hex),
-        continues=origin.run_id if origin.kind == "resumed" else None,
+        continues=origin.continues,
         wrapper=os.environ.get("MLFLOW_RUN_ID"),
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name,
@@ -56,17 +61,39 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
         versions=host.versions(),
         started_at_ms=int(time.time() * 1000),
         first_step=origin.state["step"] if origin.state and origin.kind == "resumed" else 0,
+        processes=built.world.size,
+        hosts=list(dict.fromkeys(built.world.hosts)),
+        threads=torch.get_num_threads(),
+        reduction=reduction(config.training.gradient_accumulation_steps, built.world.size),
+        job=job.id if (job := processes.job()) else None,
     )
 
 
-def introduce(tracker: Tracker, built: Built, provenance: Provenance, patch: str) -> None:
+def numerical_differences(earlier: list[Segment], segment: Segment) -> Iterator[str]:
+    """Why the numbers of this segment may differ from those that the one before it would have had, in their last bits."""
+    if not earlier:
+        return
+    last = earlier[-1]
+    if last.threads and last.threads != segment.threads:
+        yield (
+            f"note: {segment.threads} threads a process, the segment before had {last.threads}: matrix products may round otherwise "
+            f"(OMP_NUM_THREADS={last.threads} keeps them as they were)"
+        )
+    if last.reduction and last.reduction != segment.reduction:
+        yield f"note: gradients are summed in another order than in the segment before ({segment.reduction}; it was {last.reduction})"
+
+
+def introduce(tracker: Tracker, built: Built, segment: Segment, provenance: Provenance, patch: str) -> None:
     """Record everything about the run that is known before its first step.   patch: uncommitted changes of the source, as far as known."""
     config, origin, text = built.config, built.origin, built.text
     tags = {
         **config.tracking.tags,
         **built.facts,
         "bdh.version": __version__,
-        "bdh.host": platform.node(),
+        "bdh.host": ", ".join(segment.hosts),
+        "bdh.processes": str(segment.processes),
+        "bdh.threads": str(segment.threads),
+        "bdh.reduction": segment.reduction,
         "bdh.git_dirty": {True: "true", False: "false", None: "unknown"}[provenance.git_dirty],
         "bdh.command": " ".join(map(shlex.quote, sys.argv)),
         "bdh.stop_reason": "",
@@ -80,6 +107,8 @@ def introduce(tracker: Tracker, built: Built, provenance: Provenance, patch: str
         tags |= {f"drift.{d.key}": f"{d.before} -> {d.after}" for d in drift}
     elif origin.found is not None:
         tags["bdh.warm_start"] = str(origin.found.path)
+    if segment.job:
+        tags[JOB] = segment.job
     tracker.tags(tags)
     tracker.params(config.flat())
     tracker.text(config.to_yaml(), checkpoint.CONFIG_NAME)
@@ -109,6 +138,11 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
         else f"MLflow: {uri} {'has not named the run yet' if status.reachable else 'does not answer'}; training goes on, "
         f"everything is journalled and delivered when it does",
     ]
+    if (world := built.world).size > 1:
+        where = ", ".join(dict.fromkeys(world.hosts))
+        own = len(world.passes(config.training.gradient_accumulation_steps))
+        share = f"{own} {'passes' if own > 1 else 'pass'} of an update"
+        lines.append(f"{world.size} processes on {where}, each computing {share} with {torch.get_num_threads()} threads")
     if missed := store.overruled(config.tracking):
         lines.append(f"note: {missed}")
     if origin.found is not None:

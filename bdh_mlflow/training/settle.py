@@ -9,28 +9,58 @@ from pathlib import Path
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, incompatible, resolve, role_of
-from bdh_mlflow.errors import ResumeError
+from bdh_mlflow.errors import ResumeError, TrackingError
 from bdh_mlflow.files import shown
 from bdh_mlflow.model import precision
-from bdh_mlflow.tracking import locate
+from bdh_mlflow.tracking import journal, locate
+from bdh_mlflow.tracking.mirrored import MirrorReader
+from bdh_mlflow.training import processes
 from bdh_mlflow.training.agreement import refuse_indivisible
 from bdh_mlflow.training.origin import Origin, Settled
 from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.trainer import Progress
 
 
-def settle(config: Config, progress: Progress, fork: bool, processes: int) -> Settled:
+def settle(config: Config, progress: Progress, fork: bool, size: int) -> Settled:
     """Where training begins and with which settings.   Raises InputError for what the checkpoint or the number of processes forbid."""
     machine = precision.machine(precision.pick_device())
     origin = find_origin(config, machine, progress, fork)
     resolved, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
-    refuse_indivisible(resolved, processes)
+    refuse_indivisible(resolved, size)
     return Settled(resolved, why, origin)
 
 
 def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool) -> Origin:
-    """What training begins from.   Raises ResumeError if this configuration may not go on from there, with both values of each setting."""
-    target = config.training.resume_from_checkpoint
+    """What training begins from: the configured target, or what this job had reached before its launcher started it again.
+
+    Raises ResumeError if this configuration may not go on from there, with both values of each setting.
+    """
+    job = processes.job()
+    begun = job.restarted and journal.of_job(_folders(config), job.id) if job else None
+    if begun and checkpoint.list_run(begun).checkpoints:
+        return _origin_at(str(begun), config, machine, progress, fork=False)
+    if job and job.restarted and not begun and (run_id := _mirrored_run_of(job.id, config, progress)):
+        return _origin_at(run_id, config, machine, progress, fork=False)
+    origin = _origin_at(config.training.resume_from_checkpoint, config, machine, progress, fork)
+    return dataclasses.replace(origin, begun=begun or None)
+
+
+def _folders(config: Config) -> list[Path]:
+    checkpoint_dir = Path(config.training.checkpoint_dir)
+    return [*checkpoint.list_all(checkpoint_dir), *checkpoint.pending(checkpoint_dir)]
+
+
+def _mirrored_run_of(job: str, config: Config, progress: Progress) -> str | None:
+    """The MLflow run with checkpoints that a job has begun on another machine; None if there is none, or the store does not answer."""
+    try:
+        return MirrorReader(config.tracking).run_of_job(job)
+    except TrackingError as error:
+        progress.note(f"what this job has done on other machines is not known: {error}")
+        return None
+
+
+def _origin_at(target: str | None, config: Config, machine: Machine, progress: Progress, fork: bool) -> Origin:
+    """What training begins from.   target: in the resume grammar."""
     if not target or target == "none":
         if fork:
             raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")

@@ -23,7 +23,7 @@ from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training.build import Built, build, build_trainer
 from bdh_mlflow.training.origin import run_directory
 from bdh_mlflow.training.passes import peak_gib
-from bdh_mlflow.training.report import FinalReport, headline, introduce, report_ending, segment_of, system_metrics
+from bdh_mlflow.training.report import FinalReport, headline, introduce, numerical_differences, report_ending, segment_of, system_metrics
 from bdh_mlflow.training.saving import save_into
 from bdh_mlflow.training.settle import settle
 from bdh_mlflow.training.stop import StopRequest
@@ -68,7 +68,7 @@ def train(
         if reason := checkpoint.why_unwritable(checkpoint_dir):
             raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
         built = build(world.share(lambda: settle(config, progress, fork, world.size)), progress, world)
-        status = store.probe_store(built.config.tracking, built.origin.run_id if built.origin.kind == "resumed" else None)
+        status = store.probe_store(built.config.tracking, built.origin.continues)
         stop.begun = True  # from here on there is a run to end properly
         run_dir = run_directory(built.origin, checkpoint_dir, built.config)
         with contextlib.closing(run_dir):
@@ -82,6 +82,8 @@ def _tracked(
     with journal.reading(run_dir.folder) as reader:
         earlier = reader.index.segments if reader else []
     segment = segment_of(built, status, earlier)
+    for note in numerical_differences(earlier, segment):
+        progress.note(note)
     try:
         tracker = Tracker(lambda: run_dir.folder, status.tracking_uri, segment, progress.note, make_sender)
     except BaseException:
@@ -118,7 +120,7 @@ def _introduced(tracker: Tracker, built: Built, segment: Segment) -> Provenance:
     """Record what is known of the run before its first step.   Returns what its manifests say of where it comes from."""
     source = host.source_state(Path(__file__).parent)
     provenance = Provenance(None, segment.number, source.commit, source.dirty, built.config.digest(), built.text.digest, host.versions())
-    introduce(tracker, built, provenance, source.patch)
+    introduce(tracker, built, segment, provenance, source.patch)
     return provenance
 
 
