@@ -68,15 +68,20 @@ def dotted_options(ctx: click.Context) -> list[str]:
 class Launch(NamedTuple):
     """How this process was started, so that the lines to type next start another one the same way.
 
-    project: of `mlflow run`, as its user names it; None for `bdh-mlflow`.   env_manager: of `mlflow run`.
+    project: of `mlflow run`, as its user names it; None for `bdh-mlflow`.   env_manager: of `mlflow run`.   nodes, processes: of torchrun,
+    on as many machines and on each of them; 0 without it.
     """
 
     project: str | None
     env_manager: str
+    nodes: int = 0
+    processes: int = 0
 
     @classmethod
     def of_this_process(cls) -> "Launch":
         """Under `mlflow run` the current folder is the project, whatever folder its user is in."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return cls(None, "local", *(int(os.environ[name]) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE")))
         if not os.environ.get("MLFLOW_RUN_ID") or not Path("MLproject").is_file():
             return cls(None, "local")
         try:
@@ -88,6 +93,10 @@ class Launch(NamedTuple):
     def train(self, config_path: str, parameters: Mapping[str, object], experiment: str = DEFAULT_EXPERIMENT) -> str:
         """The shell line that trains with a configuration.   parameters: `resume`, `processes`, settings, and their values."""
         given = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+        if self.processes:
+            given.pop("processes", None)
+            ours = Launch(None, "local").train(config_path, given, experiment).removeprefix("bdh-mlflow ")
+            return f"torchrun --nnodes {self.nodes} --nproc-per-node {self.processes} ... -m bdh_mlflow {ours}"
         if self.project is None:
             words = ["bdh-mlflow", "train", "--config", config_path]
             for name, value in given.items():

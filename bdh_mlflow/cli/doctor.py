@@ -5,6 +5,8 @@ Imports torch and mlflow, so the command imports this module when it runs.
 
 import importlib.util
 import os
+import statistics
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +17,19 @@ from mlflow.entities import Experiment
 
 from bdh_mlflow import checkpoint, host
 from bdh_mlflow.config import Config
+from bdh_mlflow.distributed import Report, World
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import database, journal, store, sync, system_metrics
 from bdh_mlflow.tracking.store import local_path
+from bdh_mlflow.training.agreement import code_digest
 from bdh_mlflow.training.problems import problems
 
 ANSWER_S = 5.0
+EXCHANGES = 20
+SUMMED_BYTES = 2**24
+GROUP_HEADER = ("rank", "host", "device", "threads", "torch", "code", "exchange", "sum of 16 MiB")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,63 @@ class Finding:
 def examine(config: Config) -> list[Finding]:
     """All checks for a training run with `config`."""
     return [*_store(config), *_journals(config), *_machine(config)]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one process of a group sees.   exchange_ms: median time of an exchange with all others.   sum_mb_per_s: of numbers added up
+    over all processes.
+    """
+
+    host: str
+    device: str
+    threads: int
+    torch: str
+    code: str
+    exchange_ms: float
+    sum_mb_per_s: float
+
+    def trains_with(self, other: "Rank") -> bool:
+        """Whether nothing differs that would be refused."""
+        return (self.torch, self.code) == (other.torch, other.code)
+
+
+def examine_group(world: World) -> list[Rank]:
+    """What each process sees, and how fast it reaches the others.   Raises PeerError where one cannot be reached."""
+    times = []
+    for _ in range(EXCHANGES):
+        started = time.perf_counter()
+        world.exchange(Report())
+        times.append(time.perf_counter() - started)
+    numbers = torch.zeros(SUMMED_BYTES // 8, dtype=torch.float64)
+    started = time.perf_counter()
+    world.sum_exact(numbers)
+    took_s = time.perf_counter() - started
+    device = precision.pick_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return world.gather(
+        Rank(
+            world.hosts[world.rank],
+            f"{device} {name}".strip(),
+            torch.get_num_threads(),
+            torch.__version__,
+            code_digest(),
+            1e3 * statistics.median(times),
+            SUMMED_BYTES / 1e6 / took_s,
+        )
+    )
+
+
+def group_table(ranks: list[Rank]) -> list[list[str]]:
+    """A row for each rank; what must be the same on all and is not is marked."""
+    rows = []
+    for number, rank in enumerate(ranks):
+        alike = [
+            f"{own}{'' if own == first else '  <- differs'}"
+            for own, first in ((rank.threads, ranks[0].threads), (rank.torch, ranks[0].torch), (rank.code, ranks[0].code))
+        ]
+        rows.append([str(number), rank.host, rank.device, *alike, f"{rank.exchange_ms:.2f} ms", f"{rank.sum_mb_per_s:,.0f} MB/s"])
+    return rows
 
 
 def _store(config: Config) -> Iterator[Finding]:

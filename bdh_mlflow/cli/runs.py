@@ -166,13 +166,23 @@ def doctor(ctx: click.Context, config_path: str) -> None:
     """Check that this setup works.
 
     Says where runs are logged, whether they arrive and can be viewed, and what this machine can run. Changes nothing. Exit code 1 if
-    something is wrong.
+    something is wrong. Started by torchrun, it also says what each process sees and how fast it reaches the others.
     """
-    from bdh_mlflow.cli.doctor import examine
+    from bdh_mlflow.cli.doctor import GROUP_HEADER, examine, examine_group, group_table
+    from bdh_mlflow.training import processes
 
+    ranks = []
+    if processes.launched():
+        with processes.joined() as world:
+            ranks = examine_group(world)
+            if world.rank:
+                return
     findings = examine(read_config(config_path))
     print_table(["", "found", "do"], [[f.what, f"{f.found}{'' if f.good else '  <- '}", f.do] for f in findings])
     wrong = [f.what for f in findings if not f.good]
+    if ranks:
+        print_table(GROUP_HEADER, group_table(ranks))
+        wrong += [f"rank {number}" for number, rank in enumerate(ranks) if not rank.trains_with(ranks[0])]
     if wrong:
         click.echo(f"Problems: {', '.join(wrong)}")
         ctx.exit(1)

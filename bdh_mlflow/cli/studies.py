@@ -17,6 +17,7 @@ from bdh_mlflow.cli.common import (
     dotted_options,
     exit_stopped_early,
     print_table,
+    processes_option,
     read_config,
     set_option,
 )
@@ -84,8 +85,9 @@ def _split(runs: Sequence[str], filters: re.Pattern[str]) -> list[str]:
 @set_option
 @click.option("--space", "space_path", default="configs/sweep.yaml", show_default=True, help="YAML file of what is searched.")
 @click.option("--trials", default=20, show_default=True, type=click.IntRange(1), help="Trials in all, those of earlier calls included.")
+@processes_option
 @click.pass_context
-def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], space_path: str, trials: int) -> None:
+def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], space_path: str, trials: int, processes: int) -> None:
     """Search for good settings.
 
     Trains once per trial and judges trials by val/loss; hopeless ones are pruned. All are children of one parent run. Called again,
@@ -104,7 +106,7 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     config, stop = Config.from_yaml(config_path, [*given, *shared], checks=(problems,)), StopRequest()
     stop.install()
     try:
-        controls = study.Controls(stop, functools.partial(console.watching, sys.stdout), click.echo, ctx.obj or SubprocessSender)
+        controls = study.Controls(stop, functools.partial(console.watching, sys.stdout), click.echo, ctx.obj or SubprocessSender, processes)
         result = study.sweep(config, space, trials, controls)
     except KeyboardInterrupt:
         exit_stopped_early(ctx, stop)
@@ -122,17 +124,35 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
         ctx.exit(128 + signal.Signals[result.stopped])
 
 
+def _numbers(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    """Positive whole numbers between commas."""
+    if not re.fullmatch(r"\s*[1-9]\d{0,3}\s*(,\s*[1-9]\d{0,3}\s*)*", text):
+        raise click.BadParameter(f"{text!r} is not a list of numbers from 1 on, such as 4,1,2", ctx, parameter)
+    return tuple(map(int, text.split(",")))
+
+
 @click.command("verify-resume", cls=TrainingCommand, context_settings=ACCEPTS_SETTINGS)
 @config_option
 @set_option
 @click.option("--steps", default=40, show_default=True, type=click.IntRange(2), help="Optimizer updates to train, twice.")
 @click.option("--interruptions", default=5, show_default=True, type=click.IntRange(1), help="Stops and kills in the second training.")
+@click.option(
+    "--processes",
+    "sizes",
+    default="1",
+    show_default=True,
+    metavar="N,N,...",
+    callback=_numbers,
+    help="Numbers of processes that train the parts of the second training, in turn; the first training is that of one process.",
+)
 @click.pass_context
-def verify_resume(ctx: click.Context, config_path: str, overrides: tuple[str, ...], steps: int, interruptions: int) -> None:
+def verify_resume(
+    ctx: click.Context, config_path: str, overrides: tuple[str, ...], steps: int, interruptions: int, sizes: tuple[int, ...]
+) -> None:
     """Prove that a configuration resumes exactly.
 
     Trains it twice, with and without interruptions, and compares every bit of the last checkpoint and of the curves. Exit code 1 if
-    anything differs.
+    anything differs. With --processes 4,1,2 also that the number of processes does not matter.
     """
     from bdh_mlflow.studies import verify
     from bdh_mlflow.training.problems import problems
@@ -141,7 +161,8 @@ def verify_resume(ctx: click.Context, config_path: str, overrides: tuple[str, ..
     if interruptions >= steps:
         raise click.UsageError("--interruptions must be fewer than --steps", ctx)
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as folder:
-        rows = verify.verify(config, steps, interruptions, Path(folder), lambda text: click.echo(text, err=True))
+        plan = verify.Plan(steps, interruptions, sizes)
+        rows = verify.verify(config, plan, Path(folder), lambda text: click.echo(text, err=True))
     print_table([f"compared after step {steps}", ""], [[row.what, row.difference or "equal"] for row in rows])
     different = [row.what for row in rows if row.difference]
     if different:

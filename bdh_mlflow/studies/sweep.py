@@ -34,7 +34,7 @@ from bdh_mlflow.studies.space import Space
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.sender import SubprocessSender
 from bdh_mlflow.tracking.tracker import MakeSender
-from bdh_mlflow.training import start
+from bdh_mlflow.training import processes, start
 from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Progress
@@ -55,12 +55,14 @@ class Controls:
     """What connects a sweep to its caller.
 
     stop: ends it.   display: shows each training run.   note: prints a line.   make_sender: starts the sender of each trial.
+    size: processes that train a trial together.
     """
 
     stop: StopRequest
     display: Display
     note: Callable[[str], None]
     make_sender: MakeSender = SubprocessSender
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -235,9 +237,9 @@ class _Trials:
             varied = {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}
             self.controls.note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
             config = self._config(trial, varied)
-            with self.controls.display(config.training.max_iters) as progress:
+            with processes.started(self.controls.size) as world, self.controls.display(config.training.max_iters) as progress:
                 judged = _PruningProgress(progress, trial, self.controls.stop)
-                outcome = start.train(config, judged, self.controls.stop, make_sender=self.controls.make_sender)
+                outcome = start.train(config, judged, self.controls.stop, make_sender=self.controls.make_sender, world=world)
         # Settings that do not go together, data that do not fit, memory that does not suffice: the next trial may.
         except Exception as error:
             self._failed(trial, error)

@@ -6,6 +6,7 @@ last checkpoints, part by part, and the curves as MLflow has them.
 """
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -25,7 +26,7 @@ from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import BdhError
 from bdh_mlflow.tracking import tracker
 from bdh_mlflow.tracking.sender import ThreadSender
-from bdh_mlflow.training import start
+from bdh_mlflow.training import processes, start
 from bdh_mlflow.training.silent import Silent
 from bdh_mlflow.training.stop import StopRequest
 
@@ -54,20 +55,33 @@ class Row:
     difference: str
 
 
-def verify(config: Config, steps: int, interruptions: int, folder: Path, note: Callable[[str], None]) -> list[Row]:
-    """Train `steps` steps in `folder`, without and with interruptions, and compare.   Raises a BdhError if either cannot be trained."""
-    with _own_store(folder) as uri:
+@dataclass(frozen=True)
+class Plan:
+    """How a training is interrupted.   steps: of it.   interruptions: stops and kills.   sizes: numbers of processes, taken in turn by the
+    segments of the interrupted training; the uninterrupted one is that of one process.
+    """
+
+    steps: int
+    interruptions: int
+    sizes: tuple[int, ...] = (1,)
+
+
+def verify(config: Config, plan: Plan, folder: Path, note: Callable[[str], None]) -> list[Row]:
+    """Train in `folder`, without and with interruptions, and compare.   Raises a BdhError if either cannot be trained."""
+    steps, sizes = plan.steps, itertools.cycle(plan.sizes)
+    with _own_store(folder) as uri, _same_threads(max(plan.sizes)):
         uninterrupted = _config(config, steps, folder / UNINTERRUPTED, uri, UNINTERRUPTED)
         note(f"{UNINTERRUPTED}: {steps} steps")
-        start.train(uninterrupted, _Silent(), StopRequest(), make_sender=ThreadSender)
+        _train(uninterrupted, 1, _Silent(), StopRequest())
         interrupted = _config(config, steps, folder / INTERRUPTED, uri, INTERRUPTED)
-        for number, step in enumerate(interruption_steps(steps, interruptions)):
-            kill = number % 2 == 1
-            note(f"{INTERRUPTED}: {'SIGKILL' if kill else 'SIGTERM'} after step {step}")
-            (_kill_after if kill else _stop_after)(interrupted, step)
+        for number, step in enumerate(interruption_steps(steps, plan.interruptions)):
+            kill, size = number % 2 == 1, next(sizes)
+            note(f"{INTERRUPTED}: {'SIGKILL' if kill else 'SIGTERM'} after step {step}{_by(size)}")
+            (_kill_after if kill else _stop_after)(interrupted, size, step)
             interrupted = _resuming(interrupted)
-        note(f"{INTERRUPTED}: to the end, step {steps}")
-        start.train(interrupted, _Silent(), StopRequest(), make_sender=ThreadSender)
+        size = next(sizes)
+        note(f"{INTERRUPTED}: to the end, step {steps}{_by(size)}")
+        _train(interrupted, size, _Silent(), StopRequest())
         rows = list(_compare_states(*(_last_state(c, steps) for c in (uninterrupted, interrupted))))
         return [*rows, *_compare_curves(MlflowClient(uri))]
 
@@ -126,20 +140,29 @@ def _config(config: Config, steps: int, checkpoint_dir: Path, uri: str, experime
     return dataclasses.replace(config, training=training, tracking=own)
 
 
-def _stop_after(config: Config, step: int) -> None:
+def _train(config: Config, size: int, progress: Silent, stop: StopRequest) -> None:
+    with processes.started(size) as world:
+        start.train(config, progress, stop, make_sender=ThreadSender, world=world)
+
+
+def _by(size: int) -> str:
+    return f", {size} processes" if size > 1 else ""
+
+
+def _stop_after(config: Config, size: int, step: int) -> None:
     stop = StopRequest()
-    start.train(config, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop, make_sender=ThreadSender)
+    _train(config, size, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop)
 
 
-def _kill_after(config: Config, step: int) -> None:
-    child = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(config.to_dict(), step))
+def _kill_after(config: Config, size: int, step: int) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=(config.to_dict(), size, step))
     child.start()
     child.join()
     if child.exitcode != -signal.SIGKILL:
         raise BdhError(f"the child process to be killed after step {step} ended with exit code {child.exitcode}")
 
 
-def _train_until_killed(tree: dict[str, Any], step: int) -> None:
+def _train_until_killed(tree: dict[str, Any], size: int, step: int) -> None:
     config = Config.from_dict(tree)
     newest = (step - 1) // config.training.checkpoint_freq * config.training.checkpoint_freq
 
@@ -149,7 +172,7 @@ def _train_until_killed(tree: dict[str, Any], step: int) -> None:
             time.sleep(0.01)  # checkpoints are written in the background; waiting makes every proof resume from the same one
         os.kill(os.getpid(), signal.SIGKILL)
 
-    start.train(config, _Silent(step, die), StopRequest(), make_sender=ThreadSender)
+    _train(config, size, _Silent(step, die), StopRequest())
 
 
 def _is_saved(config: Config, step: int) -> bool:
@@ -194,6 +217,21 @@ def _curve_difference(uninterrupted: list[tuple[int, float]], interrupted: list[
         return f"points at steps {others}, uninterrupted at {steps}"
     step, a, b = next((s, a, b) for (s, a), (_, b) in zip(uninterrupted, interrupted, strict=True) if a != b)
     return f"step {step}: {a!r} and {b!r}"
+
+
+@contextmanager
+def _same_threads(size: int) -> Iterator[None]:
+    """As many threads for each process, however many train together: a matrix product may round otherwise with another number of them."""
+    given, before = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    threads = before if given else max(1, before // size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 @contextmanager

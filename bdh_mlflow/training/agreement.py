@@ -13,8 +13,13 @@ from bdh_mlflow.errors import ConfigError, InputError
 from bdh_mlflow.training.problems import problems
 
 
-def refuse_indivisible(config: Config, processes: int) -> None:
-    """Raises ConfigError, with ways out, where the passes of an update cannot be divided among the processes.   config: resolved."""
+def refuse_for_several(config: Config, processes: int) -> None:
+    """Raises ConfigError, with ways out, for what as many processes cannot train together.   config: resolved."""
+    if processes > 1 and config.low_precision.use_fp8:
+        raise ConfigError(
+            f"low_precision.use_fp8: true cannot be combined with {processes} processes: its scales follow the passes of one process. "
+            f"Train it with one process, or with compute_dtype: bfloat16"
+        )
     passes, batch_size = config.training.gradient_accumulation_steps, config.training.batch_size
     if passes % processes == 0:
         return
@@ -37,7 +42,7 @@ def refuse_differences(config: Config, world: World) -> None:
         return
     unable = [str(problem) for problem in problems(config)]
     own = {f"version of {name}": version for name, version in host.versions().items() if name != "mlflow"}  # rank 0 alone imports it
-    own["code of bdh_mlflow (digest)"] = _code_digest()
+    own["code of bdh_mlflow (digest)"] = code_digest()
     every = world.gather((own, unable))
     for rank, (_, reasons) in enumerate(every):
         if reasons:
@@ -58,8 +63,8 @@ def refuse_different(world: World, facts: Sequence[Mapping[str, object]]) -> Non
         raise InputError("\n  ".join(["the processes are not alike, and would not train the same", *differences]))
 
 
-def _code_digest() -> str:
-    """Of the package's own sources."""
+def code_digest() -> str:
+    """Of the package's own sources, 12 hex digits."""
     folder, digest = Path(bdh_mlflow.__file__).parent, hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())

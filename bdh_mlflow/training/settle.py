@@ -15,7 +15,7 @@ from bdh_mlflow.model import precision
 from bdh_mlflow.tracking import journal, locate
 from bdh_mlflow.tracking.mirrored import MirrorReader
 from bdh_mlflow.training import processes
-from bdh_mlflow.training.agreement import refuse_indivisible
+from bdh_mlflow.training.agreement import refuse_for_several
 from bdh_mlflow.training.origin import Origin, Settled
 from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.trainer import Progress
@@ -26,7 +26,7 @@ def settle(config: Config, progress: Progress, fork: bool, size: int) -> Settled
     machine = precision.machine(precision.pick_device())
     origin = find_origin(config, machine, progress, fork)
     resolved, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
-    refuse_indivisible(resolved, size)
+    refuse_for_several(resolved, size)
     return Settled(resolved, why, origin)
 
 

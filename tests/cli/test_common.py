@@ -39,7 +39,7 @@ def test_project_is_named_as_seen_from_the_folder_of_whoever_typed_mlflow_run(tm
         (folder / "MLproject").touch()
     for folder, project in ((project_folder, str(project_folder)), (Path.cwd(), ".")):
         seen = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
-        assert seen == f"Launch(project={project!r}, env_manager='local')\n"
+        assert seen == f"Launch(project={project!r}, env_manager='local', nodes=0, processes=0)\n"
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """`doctor`: what it finds, and what it says to do."""
 
+import dataclasses
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import RunDirectory
 from bdh_mlflow.cli import doctor
+from bdh_mlflow.cli.doctor import examine_group, group_table
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.records import Tags
 from tests.conftest import run_cli, tiny_config, train
+from tests.groups import in_group
 
 
 def found(what: str) -> doctor.Finding:
@@ -67,3 +72,15 @@ def test_artifacts_that_a_server_elsewhere_cannot_show_are_a_problem() -> None:
     experiment = Experiment("1", "bdh", "file:///tmp/here", "active")
     assert not doctor.artifact_root(experiment, "http://server:5000").good
     assert doctor.artifact_root(experiment, "sqlite:////tmp/m.db").good
+
+
+def test_each_process_of_a_group_says_what_it_sees_and_differences_are_marked() -> None:
+    (ranks, again) = in_group(2, examine_group)
+    assert ranks == again
+    assert [(rank.host, rank.device, rank.torch) for rank in ranks] == [(platform.node(), "cpu", torch.__version__)] * 2
+    assert all(rank.exchange_ms > 0 and rank.sum_mb_per_s > 0 for rank in ranks)
+    other = dataclasses.replace(ranks[1], threads=7, code="c0ffee", host="elsewhere")
+    first, second = group_table([ranks[0], other])
+    assert not any("differs" in cell for cell in first)
+    assert second[:6] == ["1", "elsewhere", "cpu", "7  <- differs", torch.__version__, "c0ffee  <- differs"]
+    assert (ranks[1].trains_with(ranks[0]), other.trains_with(ranks[0])) == (True, False)

@@ -20,10 +20,10 @@ FP8 = {"use_fp8": True, "use_4bit": False}
 NEVER_BETTER = {"type": "plateau", "patience": 100}  # with a tiny rate: every evaluation counts
 
 
-def verified(config: Config, tmp_path: Path, *, steps: int = 12, interruptions: int = 2) -> dict[str, str]:
+def verified(config: Config, tmp_path: Path, *, steps: int = 12, interruptions: int = 2, sizes: tuple[int, ...] = (1,)) -> dict[str, str]:
     folder = tmp_path / "verify"
     folder.mkdir()
-    rows = verify.verify(config, steps, interruptions, folder, lambda text: None)
+    rows = verify.verify(config, verify.Plan(steps, interruptions, sizes), folder, lambda text: None)
     assert len(rows) == len(verify.PARTS) + len(verify.CURVES) + 1
     return {row.what: row.difference for row in rows if row.difference}
 
@@ -57,6 +57,13 @@ def test_resume_with_4bit_states_is_bit_exact(text: Path, tmp_path: Path, monkey
     monkeypatch.setattr(host, "compiler", lambda: None)  # compiling takes half a minute a process
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the same for the child that is killed
     assert verified(tiny_config(low_precision={"optimizer_bits": 4}), tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change_at_each_interruption(text: Path, tmp_path: Path) -> None:
+    """Stopped with four processes, killed with one, and to the end with two."""
+    training = {"gradient_accumulation_steps": 4, "test_iters": 3}
+    assert verified(tiny_config(training=training), tmp_path, sizes=(4, 1, 2)) == {}
 
 
 @pytest.mark.slow
