@@ -13,6 +13,7 @@ import dataclasses
 import os
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
 
 from bdh_mlflow.errors import BdhError
 from bdh_mlflow.files import first_line
@@ -132,11 +134,13 @@ class Group(World):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self._patience_s, self._waits_s = patience_s, START_PATIENCE_S
+        # Of its own, so that a rank that fails is never taken for one that adds up gradients; on the CPU, whatever the devices are.
+        self._exchanges = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_PATIENCE_S))
         self._ending = ending
         self._told = False  # a failure is known to all, or nobody can be reached any more
         hosts: list[Any] = [None] * self.size
         with self._reached():
-            dist.all_gather_object(hosts, platform.node())
+            dist.all_gather_object(hosts, platform.node(), group=self._exchanges)
         self.hosts = tuple(hosts)
 
     def exchange(self, report: Report) -> list[Report]:  # noqa: D102 - as World, here and below
@@ -153,7 +157,7 @@ class Group(World):
                 made = [make()]
         self.exchange(Report())
         with self._reached():
-            dist.broadcast_object_list(made, src=0)
+            dist.broadcast_object_list(made, src=0, group=self._exchanges)
         value: T = made[0]
         return value
 
@@ -161,7 +165,7 @@ class Group(World):
         self.exchange(Report())
         values: list[Any] = [None] * self.size
         with self._reached():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._exchanges)
         return values
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], losses: Tensor) -> Summed:
@@ -185,7 +189,7 @@ class Group(World):
 
     def sum_exact(self, values: Tensor) -> Tensor:  # noqa: D102
         with self._reached():
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._exchanges)
         return values
 
     @contextlib.contextmanager
@@ -196,20 +200,24 @@ class Group(World):
             raise
         except BaseException as error:
             if not self._told:
-                with contextlib.suppress(PeerError):
+                try:
                     reports = self._exchanged(Report(failed=1.0))
                     self._failure(next(rank for rank, each in enumerate(reports) if each.failed), error)
+                except PeerError as gone:
+                    if isinstance(error, RuntimeError):  # of a collective of torch's own, as FSDP2's: the rank that is gone is the reason
+                        raise gone from error
             raise
 
     def expect_updates(self) -> None:  # noqa: D102
         self._waits_s = self._patience_s
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self._patience_s))
+        for group in (self._exchanges, dist.group.WORLD):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self._patience_s), group)
 
     def _exchanged(self, report: Report) -> list[Report]:
         own = torch.tensor(dataclasses.astuple(report), dtype=torch.float64)
         every = [torch.empty_like(own) for _ in range(self.size)]
         with self._reached():
-            dist.all_gather(every, own)
+            dist.all_gather(every, own, group=self._exchanges)
         return [Report(*each.tolist()) for each in every]
 
     def _failure(self, rank: int, own: BaseException | None = None) -> PeerError:
@@ -218,7 +226,7 @@ class Group(World):
         if own is not None:
             told = [(str(own) if isinstance(own, BdhError) else _described(own), getattr(own, "exit_code", 1))]
         with self._reached():
-            dist.broadcast_object_list(told, src=rank)
+            dist.broadcast_object_list(told, src=rank, group=self._exchanges)
         self._told = True
         message, exit_code = told[0]
         return PeerError(f"{self.name(rank)}: {message}", exit_code, speaks=self.rank == 0)
@@ -232,13 +240,23 @@ class Group(World):
         except RuntimeError as error:
             self._told = True
             waited_s = time.monotonic() - started
-            missing = self._missing()
+            traceback.clear_frames(error.__traceback__)  # torch's frames hold the group that is to be closed
+            missing = self._missing(self._hang_up())
             speaks = all(rank in missing for rank in range(self.rank))
             raise PeerError(self._lost(missing, waited_s, error), speaks=speaks) from error
 
-    def _missing(self) -> list[int]:
-        """Ranks that do not say that they are alive. Asks the store of the group, which needs no other rank."""
-        store = dist.distributed_c10d._get_default_store()
+    def _hang_up(self) -> Store:
+        """Close all connections, so that those who wait for this rank notice as well.   Returns the group's store, which needs none."""
+        store: Store = dist.distributed_c10d._get_default_store()
+        del self._exchanges
+        if torch.cuda.is_available():  # with NCCL a group may wait for what is lost while it is destroyed
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        return store
+
+    def _missing(self, store: Store) -> list[int]:
+        """Ranks that do not say that they are alive."""
         missing = [rank for rank in range(self.size) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # a store that was with a rank that is gone
             store.set(f"alive/{self.rank}", "")

@@ -25,7 +25,7 @@ from scripts.servers import free_port, serving, wait_until_healthy
 from tests.conftest import TINY, documents, thread_sender, write_shards
 
 PROJECT = Path(__file__).parent.parent
-ORDER = ("README", "docs/resume", "docs/inference", "docs/studies", "docs/low-precision", "docs/settings", "docs/tracking")
+ORDER = ("README", "docs/resume", "docs/inference", "docs/studies", "docs/low-precision", "docs/settings", "docs/cluster", "docs/tracking")
 """Pages with shell blocks. tracking comes last: from there on, runs go to another server."""
 SET_UP = re.compile(r"python3 -m venv .* && ")  # `.ci/run` does that
 NOT_HERE = {
@@ -39,6 +39,7 @@ TIMEOUT_S = 300
 SERVERS = ("mlflow ui", "mlflow models serve")
 SMALLER = {
     "training.max_iters=6000": "training.max_iters=9",
+    "training.max_iters=5000": "training.max_iters=9",
     "-P trials=12": "-P trials=2",
     "--steps 40 --interruptions 5": "--steps 6 --interruptions 1",
     "` < 2'": "` < 9'",
@@ -101,7 +102,7 @@ def test_commands_of_the_pages_run_in_their_order(
     assert {p.name for p in tmp_path.glob("compare*")} >= {"compare.html", "compare_val_loss.png"}
     runs = store.search_runs([store.get_experiment_by_name("bdh").experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert [run.data.tags["bdh.segment"] for run in runs if "bdh.resumed_from" in run.data.tags] == ["2"]
+    assert [run.data.tags["bdh.segment"] for run in runs if "bdh.resumed_from" in run.data.tags] == ["2", "2"]
     assert any(key.startswith("eval/other_") for run in runs for key in run.data.metrics)
     assert store.get_model_version_by_alias("bdh", "champion").version == 1
 

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -242,6 +243,15 @@ class _Pieces:
         self._file.flush()
 
 
+def _canonical(tree: Any) -> Any:
+    """The same values, so that equal states are equal files: pickle refers back to a text only where it is the same object."""
+    if isinstance(tree, Mapping):
+        return {_canonical(key): _canonical(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(_canonical, tree))
+    return sys.intern(tree) if type(tree) is str else tree
+
+
 @dataclass(frozen=True)
 class SaveInfo:
     """What a manifest says besides the state.   saved_at: later than that of every checkpoint before."""
@@ -260,7 +270,7 @@ def write(run_dir: Path, state: State, about: SaveInfo, throttle: Throttle) -> C
     try:
         with partial.open("wb") as file:
             pieces = _Pieces(file, throttle)
-            torch.save(state, cast("IO[bytes]", pieces))
+            torch.save(_canonical(state), cast("IO[bytes]", pieces))
             file.flush()
             os.fsync(file.fileno())
         manifest = Manifest(

@@ -68,10 +68,27 @@ INCOMPATIBLE = tuple(
         ("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
         ("training.recompute", False, "training.layer_form", ("blocked",), "this form always recomputes; set one of them to auto"),
         ("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
+        ("training.strategy", "fsdp", "low_precision.use_4bit", (True,), "quantised copies do not know shares; set it to false"),
+        (
+            "training.strategy",
+            "fsdp",
+            "low_precision.optimizer_bits",
+            (8, 4),
+            "their libraries do not know shares; set it to 32",
+        ),
+        ("training.strategy", "fsdp", "low_precision.use_4bit_optimizer", (True,), "its states do not know shares; set it to false"),
+        (
+            "training.strategy",
+            "fsdp",
+            "low_precision.compute_dtype",
+            ("float16",),
+            "loss scaling needs whole gradients; set it to bfloat16",
+        ),
+        ("training.strategy", "fsdp", "low_precision.use_fp8", (True,), "its scales follow the passes of one process; set it to false"),
         ("low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"),
     )
 )
-"""Every other combination of number formats, layer form and compilation works."""
+"""Every other combination of number formats, layer form, compilation and strategy works."""
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number in each compute_dtype."""

@@ -60,6 +60,7 @@ def resolve(config: Config, machine: Machine | None = None, continued: Config | 
     settle("training.layer_form", _layer_form(config, machine, continued))
     settle("training.compile", _compile(config, machine, continued))
     settle("training.recompute", _recompute(config, machine))
+    settle("training.strategy", _Choice("ddp", "auto") if config.training.strategy == "auto" else None)
     return Resolved(config, why)
 
 

@@ -172,6 +172,8 @@ class TrainingConfig:
     """How layers are computed; blocked needs least memory, reference is as published; auto is blocked on a CPU, reference on CUDA."""
     recompute: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"
     """Recompute activations in the backward pass instead of keeping them; auto: if over half of free memory; blocked always does."""
+    strategy: Annotated[Literal["auto", "ddp", "fsdp"], Role.FREE] = "auto"
+    """Of several processes: ddp, each holds everything, and numbers are those of one; fsdp shares weights and states out; auto is ddp."""
     debug: Annotated[bool, Role.FREE] = False
     """Anomaly detection, the first batch decoded, nothing compiled; slow."""
 

@@ -18,7 +18,7 @@ from bdh_mlflow.data.folder import REFUSED, held, kind_of, nearest_folder
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
-from bdh_mlflow.distributed import Report, World
+from bdh_mlflow.distributed import ALONE, Report, World
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
 from bdh_mlflow.model import bdh, precision
@@ -26,7 +26,7 @@ from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import Sample, decode, printable
-from bdh_mlflow.training import optim
+from bdh_mlflow.training import optim, strategy
 from bdh_mlflow.training.agreement import refuse_differences
 from bdh_mlflow.training.origin import Origin, Settled, load_warm, position_of
 from bdh_mlflow.training.stop import StopRequest
@@ -35,6 +35,9 @@ from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
 PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
 SAMPLE_BYTES = 128  # written for each
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
+
+
+Begin = Callable[[BDH], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +72,13 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
     batches = build_batches(config, text, position_of(origin, config, text, progress), device, world)
     training = config.training
     validation = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
+
+    def begin(network: BDH) -> None:
+        if origin.kind == "warm":
+            load_warm(network, origin)
+
     torch.manual_seed(training.seed)
-    network, optimizer, facts = build_network(config, settled.why, runs, device)
-    if origin.kind == "warm":
-        load_warm(network, origin)
+    network, optimizer, facts = build_network(config, settled.why, runs, device, world, begin)
     return Built(
         config=config,
         origin=origin,
@@ -92,9 +98,11 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
 def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progress, stop: StopRequest) -> Trainer:
     """The loop over the parts, at the state of the checkpoint where there is one."""
     config, world = built.config, built.world
+    held = (strategy.Sharded if is_sharded(config, world) else strategy.Replicated)(built.network, built.optimizer, world)
     parts = Parts(
         model=built.network,
         optimizer=built.optimizer,
+        strategy=held,
         schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
         scaler=built.runs.scaler(),
         autocast=built.runs.autocast,
@@ -186,17 +194,23 @@ def build_batches(
 
 
 def build_network(
-    config: Config, why: Mapping[str, str], runs: Precision, device: torch.device
+    config: Config, why: Mapping[str, str], runs: Precision, device: torch.device, world: World = ALONE, begin: Begin = lambda network: None
 ) -> tuple[BDH, torch.optim.Optimizer, dict[str, str]]:
-    """The network on its device, its optimizer, and how both are computed, as tags.   config, why: resolved."""
+    """The network on its device, its optimizer, and how both are computed, as tags.
+
+    config, why: resolved.   begin: given the network with random weights, before it is divided among processes.
+    """
     training, bits = config.training, config.low_precision.optimizer_bits
     assert bits is not None, "the configuration is resolved before it gets here"
     assert training.layer_form != "auto"
     assert isinstance(training.compile, bool)
     assert isinstance(training.recompute, bool)
     network = BDH(config.to_bdh_config()).to(device)
+    begin(network)
     network.recompute = training.recompute
     network.use(training.layer_form, training.compile)
+    if sharded := is_sharded(config, world):
+        strategy.shard(network, world, device)
     optimizer = optim.build_optimizer(network.parameters(), training, bits)
     form_why, compile_why = (why.get(f"training.{key}", "as configured") for key in ("layer_form", "compile"))
     facts = {
@@ -204,9 +218,15 @@ def build_network(
         "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
         "bdh.optimizer": optim.described(list(network.parameters()), bits),
         "bdh.layer_form": f"{training.layer_form} ({form_why}; {_activations(config, why)})",
+        "bdh.strategy": f"FSDP2, {world.size} shares" if sharded else "every process holds everything",
         "bdh.compiled": f"{'yes' if training.compile else 'no'} ({compile_why})",
     }
     return network, optimizer, facts
+
+
+def is_sharded(config: Config, world: World) -> bool:
+    """Whether each process holds a share of the weights only; one process has nobody to share with."""
+    return config.training.strategy == "fsdp" and world.size > 1
 
 
 def _activations(config: Config, why: Mapping[str, str]) -> str:

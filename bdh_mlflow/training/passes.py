@@ -86,9 +86,11 @@ def _added(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     return left
 
 
-def reduction(passes: int, processes: int) -> str:
+def reduction(passes: int, processes: int, sharded: bool) -> str:
     """In which order the gradients of an update are summed, in words. A power of two of passes a process keeps the order of one process."""
     own = passes // processes
+    if sharded:
+        return f"in turn over the passes of each of {processes} processes, then by torch's reduce-scatter (FSDP2)"
     if processes == 1 or own & (own - 1) == 0:
         return "tree over the passes"
     return f"tree over the passes of each of {processes} processes, then over the processes"
@@ -102,6 +104,24 @@ class Computed(NamedTuple):
     reports: list[Report]
 
 
+class Sums(Protocol):
+    """How gradients are added up over passes and processes.   loss_factor: of a pass's loss, besides 1 / passes."""
+
+    loss_factor: float
+
+    def begin(self) -> None:
+        """The data of this process's passes have been read."""
+
+    def before_backward(self, last: bool) -> None:
+        """Before a pass.   last: of this process in this update."""
+
+    def after_backward(self) -> None:
+        """A pass's gradients are computed."""
+
+    def reduce(self, losses: Tensor) -> Summed:
+        """Right after an exchange: leave the gradients of all passes.   losses: (own passes,) fp32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Passes:
     """Computes the gradients of updates.   count: passes of an update, of all processes.   seed: of the training."""
@@ -112,36 +132,35 @@ class Passes:
     device: torch.device
     batches: Iterator[Item]
     world: World
+    sums: Sums
     count: int
     seed: int
 
     def compute(self, step: int) -> Computed:
         """Forward and backward, then the sum over all processes.   step: updates before this one."""
-        batch, losses, report = self._own(step)
-        reports = self.world.exchange(report)
-        return Computed(batch, self.world.sum_gradients(list(self.model.parameters()), torch.stack(losses)), reports)
-
-    def _own(self, step: int) -> tuple[Item, list[Tensor], Report]:
-        """This process's passes: their last batch and the loss of each, still on the device."""
-        started, data_s = time.perf_counter(), 0.0
+        started = time.perf_counter()
+        own = self.world.passes(self.count)
+        batches = [next(self.batches) for _ in own]
+        data_s = time.perf_counter() - started
         self.model.train()
-        losses, gradients = [], TreeSum(self.model.parameters())
-        for number in self.world.passes(self.count):
-            asked = time.perf_counter()
-            batch = next(self.batches)
-            data_s += time.perf_counter() - asked
-            seed_pass(self.seed, step, number)
-            windows = batch.tokens.to(self.device, non_blocking=True).long()
-            with self.autocast():
-                _, loss = self.model(windows[:, :-1], windows[:, 1:])
-            self.scaler.scale(loss / self.count).backward()
-            gradients.add()
-            losses.append(loss.detach())
-        gradients.finish()
+        self.sums.begin()
+        losses = [self._pass(step, number, batch, last=number == own[-1]) for number, batch in zip(own, batches, strict=True)]
         if self.world.size > 1 and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the seconds below would be those of launching
         compute_s = time.perf_counter() - started - data_s
-        return batch, losses, Report(compute_s=compute_s, data_s=data_s, peak_gib=peak_gib(self.device))
+        reports = self.world.exchange(Report(compute_s=compute_s, data_s=data_s, peak_gib=peak_gib(self.device)))
+        return Computed(batches[-1], self.sums.reduce(torch.stack(losses)), reports)
+
+    def _pass(self, step: int, number: int, batch: Item, *, last: bool) -> Tensor:
+        """Its loss, still on the device."""
+        self.sums.before_backward(last)
+        seed_pass(self.seed, step, number)
+        windows = batch.tokens.to(self.device, non_blocking=True).long()
+        with self.autocast():
+            _, loss = self.model(windows[:, :-1], windows[:, 1:])
+        self.scaler.scale(self.sums.loss_factor * loss / self.count).backward()
+        self.sums.after_backward()
+        return torch.detach(loss)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -7,19 +7,18 @@ MASTER_ADDR and MASTER_PORT, has started.
 
 import contextlib
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
@@ -31,11 +30,22 @@ from bdh_mlflow.files import first_line
 
 FOLLOWER = "bdh_mlflow.training.follower"
 MEETING_S = 600.0  # for processes that are started at different times on different machines
+POLL_S = 0.02
 ENDING_S = 1.0  # between a lost connection and the end of the process behind it
 LEAVING_S = 10.0  # for a process that has nothing left to do
 LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_groups: list[Group] = []  # that this process has been in
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+class Job(NamedTuple):
+    """What a launcher starts again when a process has died.   id: the same for every start.   restarted: whether this is not the first."""
+
+    id: str
+    restarted: bool
+
+
+_groups: list[Group] = []  # that this process has been in
+_jobs: list[Job] = []
 
 
 def launched() -> bool:
@@ -43,20 +53,9 @@ def launched() -> bool:
     return all(os.environ.get(name) for name in LAUNCHED_BY)
 
 
-class Job(NamedTuple):
-    """What a launcher that restarts processes calls its job.   restarted: whether it has started this job's processes before."""
-
-    id: str
-    restarted: bool
-
-
 def job() -> Job | None:
-    """The job of torchrun that this process belongs to; None without one."""
-    if (given := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
-        return None
-    parent = psutil.Process(os.getppid())  # a job without a name of its own is that of its launcher
-    own = given if given not in ("", "none") else f"{platform.node()}:{parent.pid}:{parent.create_time():.0f}"
-    return Job(own, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+    """The launcher's job that this process belongs to, on rank 0; None without one."""
+    return _jobs[-1] if _jobs else None
 
 
 def speaks() -> bool:
@@ -67,20 +66,25 @@ def speaks() -> bool:
 @contextlib.contextmanager
 def joined(patience_s: float = PATIENCE_S) -> Iterator[World]:
     """The world that the launcher's variables describe.   Raises BdhError where the others cannot be met."""
-    own, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _take_device(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if size == "1":
-        yield ALONE
-        return
-    _take_device(int(os.environ.get("LOCAL_RANK", own)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     try:
-        dist.init_process_group(backend(), store=_launchers_store(int(own), int(size)), rank=int(own), world_size=int(size))
+        store = _launchers_store(rank, size)
+        if rank == 0:
+            _jobs.append(_job_of(store))
+        if size == 1:
+            yield ALONE
+            return
+        own = PrefixStore(_gathered(store, rank, size), store)
+        dist.init_process_group(backend(), store=own, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
+        group = Group(patience_s)
     except (RuntimeError, ValueError) as error:
         raise BdhError(
-            f"rank {own} of {size} cannot meet the others at {place}: {first_line(error)}. Another job may be using the port, or the "
+            f"rank {rank} of {size} cannot meet the others at {place}: {first_line(error)}. Another job may be using the port, or the "
             f"machines may not reach each other (GLOO_SOCKET_IFNAME names the network interface)"
         ) from None
-    yield _joined(Group(patience_s))
+    yield _joined(group)
 
 
 @contextlib.contextmanager
@@ -120,16 +124,55 @@ def meet(folder: Path, rank: int, size: int, patience_s: float, followers: Mappi
     return _joined(Group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None))
 
 
-def _launchers_store(rank: int, size: int) -> PrefixStore:
-    """The store at MASTER_ADDR:MASTER_PORT: of the launcher's agent, or of rank 0.
-
-    torchrun keeps its store when it restarts the processes; under the same names the new ones would find the addresses of the old (tried
-    with torch 2.13.0, whose env:// does).
-    """
+def _launchers_store(rank: int, size: int) -> TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT: of the launcher's agent, which keeps it when it starts the processes again, or of rank 0."""
     address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=MEETING_S)
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(address, port, size, is_master=rank == 0 and not of_agent, timeout=timeout, multi_tenant=True)
-    return PrefixStore(f"bdh/{size}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return TCPStore(address, port, size, is_master=rank == 0 and not of_agent, timeout=timeout, multi_tenant=True)
+
+
+def _job_of(store: TCPStore) -> Job:
+    """By a name that the first start leaves in the store. The launcher's own says little: users give many jobs the same."""
+    new = uuid.uuid4().hex
+    name = store.compare_set("bdh/job", "", new).decode()
+    return Job(name, name != new)
+
+
+def _gathered(store: TCPStore, rank: int, size: int) -> str:
+    """A name for this start of the processes, the same on each rank, when all are there.   Raises BdhError naming those that are not.
+
+    Under the same names in the store gloo finds the addresses of processes that are dead (torch 2.13.0 keeps its store over restarts), and
+    TORCHELASTIC_RESTART_COUNT counts on each node for itself (pytorch/pytorch#108158). So each rank says hello with a number of its own,
+    and rank 0, whose name it is, welcomes that number.
+    """
+    until = time.monotonic() + MEETING_S
+    if rank:
+        own = uuid.uuid4().hex
+        store.set(f"bdh/hello/{rank}", own)
+        name = _awaited(store, f"bdh/welcome/{rank}/{own}", until)
+        store.set(f"bdh/{name}/{rank}", "")
+        _awaited(store, f"bdh/{name}/go", until)
+        return f"bdh/{name}"
+    name, welcomed = uuid.uuid4().hex, dict[int, bytes]()
+    while missing := [other for other in range(1, size) if not store.check([f"bdh/{name}/{other}"])]:
+        for other in missing:
+            if store.check([f"bdh/hello/{other}"]) and (hello := store.get(f"bdh/hello/{other}")) != welcomed.get(other):
+                welcomed[other] = hello
+                store.set(f"bdh/welcome/{other}/{hello.decode()}", name)
+        if time.monotonic() > until:
+            raise BdhError(f"rank {', '.join(map(str, missing))} of {size} did not come within {MEETING_S:.0f} s")
+        time.sleep(POLL_S)
+    store.set(f"bdh/{name}/go", "")
+    return f"bdh/{name}"
+
+
+def _awaited(store: TCPStore, key: str, until: float) -> str:
+    """A value that another rank sets. Asked for in turns, so that signals are heard."""
+    while not store.check([key]):
+        if time.monotonic() > until:
+            raise BdhError(f"rank 0 did not answer within {MEETING_S:.0f} s")
+        time.sleep(POLL_S)
+    return store.get(key).decode()
 
 
 def _joined(group: Group) -> Group:

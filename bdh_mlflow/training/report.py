@@ -23,7 +23,7 @@ from bdh_mlflow.tracking.records import RunIdentity, Segment
 from bdh_mlflow.tracking.run import segment_number
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
 from bdh_mlflow.training import processes
-from bdh_mlflow.training.build import Built
+from bdh_mlflow.training.build import Built, is_sharded
 from bdh_mlflow.training.passes import reduction
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Ending
@@ -64,7 +64,7 @@ def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) 
         processes=built.world.size,
         hosts=list(dict.fromkeys(built.world.hosts)),
         threads=torch.get_num_threads(),
-        reduction=reduction(config.training.gradient_accumulation_steps, built.world.size),
+        reduction=reduction(config.training.gradient_accumulation_steps, built.world.size, is_sharded(config, built.world)),
         job=job.id if (job := processes.job()) else None,
     )
 

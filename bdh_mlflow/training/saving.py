@@ -22,6 +22,8 @@ def save_into(
     the manifest names while the store has not answered.   note: called with a line when old checkpoints cannot be removed.
     """
 
+    settings = config.replaced({"training.resume_from_checkpoint": None}).to_dict()  # from where is no part of what was reached
+
     def save(contents: dict[str, Any], evaluation: Evaluation | None, throttle: Throttle) -> None:
         started = time.perf_counter()
         run_dir.make()
@@ -30,7 +32,7 @@ def save_into(
         except OSError as error:
             raise SaveError(f"{run_dir.path}: the journal cannot be written: {error}") from error
         run_id = tracker.identity.run_id if tracker.identity else likely_run
-        state = {**contents, "config": config.to_dict()}
+        state = {**contents, "config": settings}
         saved = run_dir.save(state, dataclasses.replace(provenance, mlflow_run_id=run_id), evaluation, throttle)
         tracker.metrics({"ckpt/save_s": time.perf_counter() - started}, saved.manifest.step)
         tracker.checkpoint(saved.path, evaluation)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.distributed import ALONE, Report, World
@@ -25,9 +26,9 @@ from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
-from bdh_mlflow.training.optim import load_named_state, named_state
 from bdh_mlflow.training.passes import Item, Passes
 from bdh_mlflow.training.stop import StopRequest
+from bdh_mlflow.training.strategy import Strategy
 
 State = dict[str, Any]
 REMEDY = "Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
@@ -119,6 +120,8 @@ class Parts:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    strategy: Strategy
+    """What each process holds of the two, and how gradients are added up."""
     schedule: Schedule
     scaler: torch.amp.GradScaler
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -205,11 +208,12 @@ class Trainer:
     def state_dict(self) -> State:
         """Everything that the next update depends on."""
         parts = self._parts
+        model_state, optimizer_state = parts.strategy.state()
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "model_state_dict": parts.model.state_dict(),
-            "optimizer_state_dict": named_state(parts.optimizer, parts.model),
+            "model_state_dict": model_state,
+            "optimizer_state_dict": optimizer_state,
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
             "precision_state_dict": parts.formats.state_dict(),
@@ -222,8 +226,7 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """Continue from `state`; the batches handed in must start at its `data_position`."""
         parts = self._parts
-        parts.model.load_state_dict(state["model_state_dict"])
-        load_named_state(parts.optimizer, parts.model, state["optimizer_state_dict"])
+        parts.strategy.load(state["model_state_dict"], state["optimizer_state_dict"])
         parts.schedule.load_state_dict(state["scheduler_state_dict"])
         if state["scaler_state_dict"]:  # empty where the loss was not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])
@@ -255,7 +258,7 @@ class Trainer:
         started = time.perf_counter()
         done = self._passes.compute(self.step)
         parts.scaler.unscale_(parts.optimizer)
-        norm = nn.utils.clip_grad_norm_(parts.model.parameters(), self._config.grad_clip or float("inf"))
+        norm = parts.strategy.clip(self._config.grad_clip or float("inf"))
         *numbers, grad_norm = torch.cat([*done.summed, norm.unsqueeze(0)]).tolist()  # the loop waits for the device here, once an update
         passes, loss = self._config.gradient_accumulation_steps, 0.0
         for value in numbers[:passes]:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
@@ -315,7 +318,7 @@ class Trainer:
         parts, step = self._parts, self.step
         if not parts.validation:
             return
-        with parts.observed() as observed:
+        with parts.strategy.whole(), parts.observed() as observed:
             val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped, parts.world)
         if val_loss is None:
             return
@@ -329,7 +332,8 @@ class Trainer:
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
         parts.progress.point(values, step)
-        samples = parts.samples(self._stopped)
+        with parts.strategy.whole():
+            samples = parts.samples(self._stopped)
         if samples:
             self._samples = samples
             parts.tracker.samples(samples, step)
@@ -348,7 +352,8 @@ class Trainer:
 
     def _save_despite(self, error: BaseException) -> None:
         """Save what is good, once; if that fails as well, it is told with the error that ended the loop."""
-        self._consistent = self._consistent and (not isinstance(error, NonFiniteError) or _are_finite(self._parts.model))
+        is_good = not isinstance(error, NonFiniteError) or _are_finite(self._parts.model)
+        self._consistent = self._consistent and self._parts.strategy.saves_despite and is_good
         try:
             self._save_once()
         except Exception as failed:  # of the disk, or of a device that is gone: what came first is what is told
@@ -368,14 +373,16 @@ def _passes(parts: Parts, config: TrainingConfig) -> Passes:
         device=parts.device,
         batches=parts.batches,
         world=parts.world,
+        sums=parts.strategy,
         count=config.gradient_accumulation_steps,
         seed=config.seed,
     )
 
 
 def _are_finite(model: nn.Module) -> bool:
-    """Whether every weight is a finite number."""
-    return all(bool(torch.isfinite(weights).all()) for weights in model.parameters())
+    """Whether every weight that this process holds is a finite number."""
+    own = (weights.to_local() if isinstance(weights, DTensor) else weights for weights in model.parameters())
+    return all(bool(torch.isfinite(weights).all()) for weights in own)
 
 
 def _not_applied(step: int, loss: float, grad_norm: float, model: nn.Module, origin: list[str]) -> NonFiniteError:

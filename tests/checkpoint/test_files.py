@@ -177,6 +177,17 @@ def test_checkpoint_opens_with_weights_only_and_holds_what_was_given(tmp_path: P
     assert loaded == {"format": 2, "step": 7, "tokens_seen": 70, "loss": 2.5}
 
 
+def test_equal_states_are_equal_files_whether_they_were_loaded_or_not(tmp_path: Path) -> None:
+    name = "".join(["st", "ep"])  # equal to the literal, and another object
+    one = {**state(1), "groups": [{"step": 1, "betas": (0.9, 0.999)}, {"step": 2}]}
+    other = {**state(1), "groups": [{name: 1, "betas": (0.9, 0.999)}, {"step": 2}]}
+    first = new(tmp_path).save(one, PROVENANCE, None)
+    loaded = {key: value for key, value in checkpoint.load(first.path).items() if key != "format"}
+    digests = {first.manifest.files[0].sha256}
+    digests |= {new(tmp_path / str(i)).save(each, PROVENANCE, None).manifest.files[0].sha256 for i, each in enumerate((other, loaded))}
+    assert len(digests) == 1
+
+
 def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": checkpoint.FORMAT + 1, "step": 7}, tmp_path / "checkpoint_7.pt")
     with pytest.raises(

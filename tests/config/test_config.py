@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "compile": "auto",
         "layer_form": "auto",
         "recompute": "auto",
+        "strategy": "auto",
         "debug": False,
     },
     "scheduler": {

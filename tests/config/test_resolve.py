@@ -63,6 +63,7 @@ def test_every_decision_has_its_reason_and_nothing_else_has() -> None:
         "training.layer_form": "auto on cuda, where blocked was never measured",
         "training.compile": "auto on cuda",
         "training.recompute": "auto, 12.0 GiB if kept, 80.0 GiB free",
+        "training.strategy": "auto",
     }
     settled = resolve(config(), CUDA).config
     assert resolve(settled, CPU).why == {}

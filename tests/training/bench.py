@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bdh_mlflow.config import TrainingConfig
+from bdh_mlflow.distributed import ALONE
 from bdh_mlflow.errors import SaveError
 from bdh_mlflow.text import Evaluation, Sample
 from bdh_mlflow.training.stop import StopRequest
+from bdh_mlflow.training.strategy import Replicated
 from bdh_mlflow.training.trainer import Parts, Trainer
 
 CPU = torch.device("cpu")
@@ -171,4 +173,6 @@ def bench(
         "progress": log,
         "stop": stop,
     }
-    return Bench(Trainer(Parts(**{**defaults, **(parts or {})}), config), model, log, disk, stop, rate)
+    given = {**defaults, **(parts or {})}
+    given.setdefault("strategy", Replicated(model, given["optimizer"], given.get("world", ALONE)))
+    return Bench(Trainer(Parts(**given), config), model, log, disk, stop, rate)

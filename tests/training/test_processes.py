@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from click.testing import Result
 from mlflow import MlflowClient
@@ -23,6 +25,7 @@ from bdh_mlflow.training import passes, processes
 from tests.conftest import TINY, history, only_run, run_cli
 
 PASSES = 4
+Left = tuple[dict[str, str], dict[str, list[tuple[int, float]]]]  # sha256 of checkpoints, and curves
 CURVES = ("train/loss", "val/loss", "optim/grad_norm", "progress/tokens_seen", "progress/epoch", "bdh/active_x_l0", "bdh/dead_xy_l1")
 pytestmark = [
     pytest.mark.slow,  # each process that is started imports torch, three seconds of a core
@@ -55,7 +58,7 @@ def curves(store: MlflowClient) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture
-def alone(store: MlflowClient, four: Path) -> tuple[dict[str, str], dict[str, list[tuple[int, float]]]]:
+def alone(store: MlflowClient, four: Path) -> Left:
     """What one process leaves; its run is put away."""
     result = train(four, 1)
     assert result.exit_code == 0, result.output
@@ -70,7 +73,7 @@ def put_away(store: MlflowClient) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_leaves_the_same_files_and_curves(store: MlflowClient, four: Path, alone: object, count: int) -> None:
+def test_any_number_of_processes_leaves_the_same_files_and_curves(store: MlflowClient, four: Path, alone: Left, count: int) -> None:
     result = train(four, count)
     assert result.exit_code == 0, result.output
     assert (digests(), curves(store)) == alone
@@ -83,18 +86,15 @@ def test_any_number_of_processes_leaves_the_same_files_and_curves(store: MlflowC
     assert not psutil.Process().children(), "none is left"
 
 
-def test_another_number_of_processes_resumes_exactly(store: MlflowClient, four: Path, alone: object) -> None:
+def test_another_number_of_processes_resumes_exactly(store: MlflowClient, four: Path, alone: Left) -> None:
     for count, last in ((4, 2), (1, 4), (2, 6)):
-        result = train(four, count, "--set", f"training.max_iters={last}", *(("--resume", "latest") if count < 4 else ()))
+        words = "--set", f"training.max_iters={last}", "--set", "scheduler.decay_steps=6"
+        result = train(four, count, *words, *(("--resume", "latest") if count < 4 else ()))
         assert result.exit_code == 0, result.output
-    found = digests()
-    assert {name: found[name] for name in ("checkpoint_3.pt", "checkpoint_6.pt")} != {}
-    assert curves(store)["train/loss"] == alone[1]["train/loss"]  # type: ignore[index]
+    files, own = alone
+    assert digests()["checkpoint_6.pt"] == files["checkpoint_6.pt"]
+    assert curves(store)["train/loss"] == own["train/loss"]
     assert max(value for _, value in history(store, only_run(store).info.run_id, "resume/replay_max_abs_diff") or [(0, 0.0)]) == 0
-    last_state = checkpoint.load(next(Path("checkpoints").glob("run_*/checkpoint_6.pt")))
-    (before,) = Path().glob("checkpoints-*/run_*/checkpoint_6.pt")
-    straight = checkpoint.load(before)
-    assert all(last_state["model_state_dict"][name].equal(straight["model_state_dict"][name]) for name in straight["model_state_dict"])
 
 
 def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_signal_to_another_rank_ends_all_with_a_checkpoint(store: MlflowClient
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_step(
-    store: MlflowClient, four: Path, alone: object, monkeypatch: pytest.MonkeyPatch
+    store: MlflowClient, four: Path, alone: Left, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_step(1, end(signal.SIGKILL), monkeypatch)
     result = train(four, 2)
@@ -147,7 +147,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_step(
     assert only_run(store).info.status == "FAILED"
     assert list(digests()) == ["checkpoint_1.pt"], "the state after the last update is good"
     assert train(four, 1, "--resume", "latest").exit_code == 0
-    assert curves(store) == alone[1]  # type: ignore[index]
+    assert curves(store) == alone[1]
     assert only_run(store).info.status == "FINISHED"
 
 
@@ -204,6 +204,72 @@ def test_the_way_out_keeps_the_tokens_of_an_update(four: Path) -> None:
     assert train(four, 2, *words).exit_code == 0
 
 
+# ---- FSDP2
+
+FSDP = ("--set", "training.strategy=fsdp")
+
+
+def state_of(step: int) -> dict[str, Any]:
+    return checkpoint.load(next(Path("checkpoints").glob(f"run_*/checkpoint_{step}.pt")))
+
+
+def relative_difference(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> float:
+    assert [step for step, _ in one] == [step for step, _ in other]
+    return max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+def test_fsdp_follows_ddp_within_rounding(store: MlflowClient, four: Path) -> None:
+    words = [f"--training.{key}={value}" for key, value in (("max_iters", 100), ("test_freq", 50), ("checkpoint_freq", 100))]
+    found = []
+    for size, strategy in ((1, ()), (2, FSDP), (4, FSDP)):
+        result = train(four, size, *words, *strategy)
+        assert result.exit_code == 0, result.output
+        found.append((curves(store), state_of(100), only_run(store).data.tags["bdh.strategy"]))
+        put_away(store)
+    (straight, whole, _), *others = found
+    for size, (own, state, tag) in zip((2, 4), others, strict=True):
+        assert tag == f"FSDP2, {size} shares"
+        for key in ("train/loss", "val/loss"):
+            assert relative_difference(straight[key], own[key]) <= 1e-6, key
+        assert [value for _, value in own["bdh/active_x_l0"]] == pytest.approx(
+            [value for _, value in straight["bdh/active_x_l0"]], abs=0.02
+        )
+        assert state.keys() == whole.keys()
+        assert state["model_state_dict"].keys() == whole["model_state_dict"].keys()
+        for name, weights in state["model_state_dict"].items():
+            assert weights.shape == whole["model_state_dict"][name].shape
+            assert type(weights) is torch.Tensor
+        kept = state["optimizer_state_dict"]["state"]
+        assert kept.keys() == whole["model_state_dict"].keys()
+        assert all(sorted(each) == ["exp_avg", "exp_avg_sq", "step"] for each in kept.values())
+
+
+def test_checkpoints_of_fsdp_and_ddp_interchange(store: MlflowClient, four: Path, alone: Left) -> None:
+    for number, (size, last, strategy) in enumerate(((2, 2, FSDP), (1, 3, ()), (4, 5, FSDP), (2, 6, ()))):
+        words = "--set", f"training.max_iters={last}", *strategy
+        result = train(four, size, *words, *(("--resume", "latest") if number else ()))
+        assert result.exit_code == 0, result.output
+        if number:
+            assert "gradients are summed in another order than in the segment before" in result.output
+    losses = curves(store)["train/loss"]
+    assert relative_difference(losses, alone[1]["train/loss"]) <= 1e-6
+
+
+def test_fsdp_stops_at_a_signal_with_a_checkpoint(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(1, end(signal.SIGTERM), monkeypatch)
+    result = train(four, 2, *FSDP)
+    assert result.exit_code == 143, result.output
+    assert len(digests()) == 1
+
+
+def test_fsdp_ends_when_a_rank_is_killed(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(4, end(signal.SIGKILL), monkeypatch)
+    result = train(four, 2, *FSDP)
+    assert result.exit_code == 1
+    assert re.search(r"Error: rank 1 \(.+\) was killed by SIGKILL\n", result.output), result.output
+    assert list(digests()) == ["checkpoint_3.pt"], "a state that is spread over the processes is lost with one of them"
+
+
 # ---- started by a launcher
 
 
@@ -239,7 +305,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def test_processes_of_a_launcher_train_as_one_and_rank_0_alone_speaks(store: MlflowClient, four: Path, alone: object) -> None:
+def test_processes_of_a_launcher_train_as_one_and_rank_0_alone_speaks(store: MlflowClient, four: Path, alone: Left) -> None:
     (code, output), (other_code, other_output) = Launched(four, [[], []], free_port()).ended()
     assert (code, other_code, other_output) == (0, 0, ""), output + other_output
     assert "Finished at step 6" in output
@@ -278,7 +344,7 @@ def test_processes_cannot_be_started_twice(four: Path, monkeypatch: pytest.Monke
     assert "a launcher (torchrun) has started this one" in result.output
 
 
-def test_torchrun_restarts_as_the_next_segment_of_the_same_run(store: MlflowClient, four: Path, alone: object) -> None:
+def test_torchrun_restarts_as_the_next_segment_of_the_same_run(store: MlflowClient, four: Path, alone: Left) -> None:
     """Killed before the first checkpoint (rank 0), and after it (rank 1)."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
     settings = [f"--training.{key}={value}" for key, value in (("checkpoint_freq", 150), ("max_iters", 300), ("test_freq", 150))]
@@ -302,7 +368,11 @@ def test_torchrun_restarts_as_the_next_segment_of_the_same_run(store: MlflowClie
     losses = history(store, run.info.run_id, "train/loss")
     assert [step for step, _ in losses] == list(range(1, 301))
     assert max(value for _, value in history(store, run.info.run_id, "resume/replay_max_abs_diff")) == 0
-    assert losses[:6] == alone[1]["train/loss"]  # type: ignore[index]
+    assert losses[:6] == alone[1]["train/loss"]
+    files = digests()
+    put_away(store)
+    assert train(four, 1, *settings).exit_code == 0
+    assert digests()["checkpoint_300.pt"] == files["checkpoint_300.pt"]
 
 
 def kill_at(agent: psutil.Process, rank: int, step: int, out: Path) -> None:
