@@ -116,6 +116,17 @@ class World:
     def expect_updates(self) -> None:
         """From now on ranks are waited for PATIENCE_S and no longer: none has anything to do but updates."""
 
+    def post(self, text: str) -> None:
+        """Leave a text that rank 0 may read, in place of the one before. Waits for nobody."""
+
+    def posts(self) -> dict[int, str]:
+        """What each other rank has posted last."""
+        return {}
+
+    def leads_node(self) -> bool:
+        """Whether this is the first rank on its machine."""
+        return self.hosts.index(self.hosts[self.rank]) == self.rank
+
     def name(self, rank: int) -> str:
         """A rank, for a message."""
         return f"rank {rank} ({self.hosts[rank]})"
@@ -138,6 +149,7 @@ class Group(World):
         self._exchanges = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_PATIENCE_S))
         self._ending = ending
         self._told = False  # a failure is known to all, or nobody can be reached any more
+        self._store: Store = dist.distributed_c10d._get_default_store()
         hosts: list[Any] = [None] * self.size
         with self._reached():
             dist.all_gather_object(hosts, platform.node(), group=self._exchanges)
@@ -192,6 +204,18 @@ class Group(World):
             dist.all_reduce(values, group=self._exchanges)
         return values
 
+    def post(self, text: str) -> None:  # noqa: D102
+        with contextlib.suppress(RuntimeError):  # nobody waits for it
+            self._store.set(f"post/{self.rank}", text)
+
+    def posts(self) -> dict[int, str]:  # noqa: D102
+        found = {}
+        with contextlib.suppress(RuntimeError):
+            for rank in range(self.size):
+                if rank != self.rank and self._store.check([f"post/{rank}"]):
+                    found[rank] = self._store.get(f"post/{rank}").decode()
+        return found
+
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:  # noqa: D102
         try:
@@ -241,28 +265,27 @@ class Group(World):
             self._told = True
             waited_s = time.monotonic() - started
             traceback.clear_frames(error.__traceback__)  # torch's frames hold the group that is to be closed
-            missing = self._missing(self._hang_up())
+            self._hang_up()
+            missing = self._missing()
             speaks = all(rank in missing for rank in range(self.rank))
             raise PeerError(self._lost(missing, waited_s, error), speaks=speaks) from error
 
-    def _hang_up(self) -> Store:
-        """Close all connections, so that those who wait for this rank notice as well.   Returns the group's store, which needs none."""
-        store: Store = dist.distributed_c10d._get_default_store()
+    def _hang_up(self) -> None:
+        """Close all connections, so that those who wait for this rank notice as well. The store needs none."""
         del self._exchanges
         if torch.cuda.is_available():  # with NCCL a group may wait for what is lost while it is destroyed
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
-        return store
 
-    def _missing(self, store: Store) -> list[int]:
+    def _missing(self) -> list[int]:
         """Ranks that do not say that they are alive."""
         missing = [rank for rank in range(self.size) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # a store that was with a rank that is gone
-            store.set(f"alive/{self.rank}", "")
+            self._store.set(f"alive/{self.rank}", "")
             until = time.monotonic() + ROLL_CALL_S
             while missing and time.monotonic() < until:
-                missing = [rank for rank in missing if not store.check([f"alive/{rank}"])]
+                missing = [rank for rank in missing if not self._store.check([f"alive/{rank}"])]
                 time.sleep(0.05)
         return missing
 

@@ -110,7 +110,8 @@ def _together(processes: int, patience_s: float, read: Callable[[], Config]) -> 
     with group.joined(patience_s) as world:
         with world.failing():
             config = read()
-        refuse_different(world, world.gather(config.flat()))
+        own = {f"{section}.{key}": value for section, values in config.portable().items() for key, value in values.items()}
+        refuse_different(world, world.gather(own))
         yield world, config
 
 
@@ -119,7 +120,7 @@ def _train(ctx: click.Context, config: Config, fork: bool, world: "World", stop:
     if world.rank:
         from bdh_mlflow.training.follower import follow
 
-        return follow(world, stop), None
+        return follow(world, stop, config.dataset.parquet_dir), None
     from bdh_mlflow.cli import console
     from bdh_mlflow.tracking.sender import SubprocessSender
     from bdh_mlflow.training import start

@@ -207,13 +207,16 @@ class Config:
         """YAML that `from_yaml` reads back to an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
-    def digest(self) -> str:
-        """First 16 hex digits of the sha256 of all settings but places, so that it is the same wherever the files lie."""
-        settings = {
+    def portable(self) -> dict[str, dict[str, Any]]:
+        """Nested plain values of all settings but places: the same wherever the files lie."""
+        return {
             section: {key: value for key, value in values.items() if place_of(section, key) is None}
             for section, values in self.to_dict().items()
         }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def digest(self) -> str:
+        """First 16 hex digits of the sha256 of `portable`."""
+        return hashlib.sha256(json.dumps(self.portable(), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, later: "Config") -> list[Difference]:
         """Settings whose value in `later` is another one, in the order of the sections."""

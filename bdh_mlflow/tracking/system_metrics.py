@@ -15,10 +15,20 @@ class SystemMetrics:
 
     MLflow's own thread makes requests and ends with the first that fails; here samples go to `log`, which is the journal.
     started_at: Unix time that `step`, the number of the sample, is counted from, so that a later process goes on counting.
+    group: what the metrics are called, `system/...` or `system/<node>/...`.   others: gives the last sample of other nodes.
     """
 
-    def __init__(self, log: Callable[[dict[str, float], int], object], started_at: float, interval_s: float = SAMPLE_INTERVAL_S) -> None:
+    def __init__(
+        self,
+        log: Callable[[dict[str, float], int], object],
+        started_at: float,
+        *,
+        interval_s: float = SAMPLE_INTERVAL_S,
+        group: str = "system",
+        others: Callable[[], dict[str, float]] = dict,
+    ) -> None:
         self._log, self._started_at, self._interval_s = log, started_at, interval_s
+        self._group, self._others = group, others
         self._closing = threading.Event()
         self._monitors = _monitors()
         self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
@@ -36,11 +46,11 @@ class SystemMetrics:
             for monitor in list(self._monitors):
                 try:
                     monitor.collect_metrics()
-                    values |= {f"system/{key}": float(value) for key, value in monitor.aggregate_metrics().items()}
+                    values |= {f"{self._group}/{key}": float(value) for key, value in monitor.aggregate_metrics().items()}
                     monitor.clear_metrics()
                 except Exception:  # a driver or sensor that has gone: its curves end, training does not
                     self._monitors.remove(monitor)
-            if values:
+            if values := {**values, **self._others()}:
                 self._log(values, int((time.time() - self._started_at) / self._interval_s))
             if last:
                 return

@@ -9,9 +9,11 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
@@ -31,6 +34,7 @@ from bdh_mlflow.files import first_line
 FOLLOWER = "bdh_mlflow.training.follower"
 MEETING_S = 600.0  # for processes that are started at different times on different machines
 POLL_S = 0.02
+ELSEWHERE = "192.0.2.1"  # an address that no machine has (RFC 5737): what leads to it leads to other machines
 ENDING_S = 1.0  # between a lost connection and the end of the process behind it
 LEAVING_S = 10.0  # for a process that has nothing left to do
 LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -69,6 +73,8 @@ def joined(patience_s: float = PATIENCE_S) -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _take_device(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if interface := _interface(size):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         store = _launchers_store(rank, size)
         if rank == 0:
@@ -103,7 +109,7 @@ def started(processes: int, patience_s: float = PATIENCE_S) -> Iterator[World]:
         for rank in range(1, processes):
             words = host.python_module(FOLLOWER, str(folder), str(rank), str(processes), str(patience_s))
             env = {**os.environ, "OMP_NUM_THREADS": str(threads), "LOCAL_RANK": str(rank)}
-            followers[rank] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env)
+            followers[rank] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
         _wait_for(folder, followers)
         yield meet(folder, 0, processes, patience_s, followers)
     finally:
@@ -122,6 +128,23 @@ def meet(folder: Path, rank: int, size: int, patience_s: float, followers: Mappi
     store = FileStore(str(folder / "store"), size)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
     return _joined(Group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None))
+
+
+def _interface(size: int) -> str | None:
+    """The network interface by which this machine reaches the others; None where that cannot be told.
+
+    Gloo takes the address that the host's own name has, which on many machines (Debian's 127.0.1.1) is one that others cannot reach.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        return _LOOPBACK
+    for target in (os.environ["MASTER_ADDR"], ELSEWHERE):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # chooses a route, and sends nothing
+            own = probe.getsockname()[0]
+            for name, addresses in psutil.net_if_addrs().items():
+                if not own.startswith("127.") and any(each.address == own for each in addresses):
+                    return str(name)
+    return None
 
 
 def _launchers_store(rank: int, size: int) -> TCPStore:
@@ -185,6 +208,16 @@ def have_met() -> bool:
     return bool(_groups)
 
 
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, however that ended, whatever this one is waiting for."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()  # a pipe that only the parent can write to, and closes when it ends
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def leave(exit_code: int) -> NoReturn:
     """End this process now. Threads of gloo abort about every tenth interpreter that ends with a group of four (torch 2.13.0)."""
     sys.stdout.flush()
@@ -232,3 +265,5 @@ def _end(followers: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
         if process.poll() is None:
             process.kill()  # a stopped process obeys nothing else
             process.wait()
+        if process.stdin is not None:
+            process.stdin.close()

@@ -22,7 +22,7 @@ from bdh_mlflow.tracking.mirrored import JOB
 from bdh_mlflow.tracking.records import RunIdentity, Segment
 from bdh_mlflow.tracking.run import segment_number
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
-from bdh_mlflow.training import processes
+from bdh_mlflow.training import nodes, processes
 from bdh_mlflow.training.build import Built, is_sharded
 from bdh_mlflow.training.passes import reduction
 from bdh_mlflow.training.stop import StopRequest
@@ -159,7 +159,7 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
 def system_metrics(
     built: Built, tracker: Tracker, first: Segment, status: store.StoreStatus, note: Callable[[str], None]
 ) -> Iterator[None]:
-    """Sample the machine while the body runs, if configured; samples are numbered from the beginning of the first segment."""
+    """Sample the machines while the body runs, if configured; samples are numbered from the beginning of the first segment."""
     if not built.config.tracking.log_system_metrics:
         yield
         return
@@ -170,7 +170,7 @@ def system_metrics(
     began_ms = first.started_at_ms
     if status.run is not None:
         began_ms = min(began_ms, status.run.info.start_time)
-    samples = system.SystemMetrics(tracker.metrics, began_ms / 1000)
+    samples = nodes.sampled(built.world, tracker.metrics, began_ms / 1000)
     try:
         yield
     finally:

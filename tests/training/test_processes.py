@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +22,12 @@ from click.testing import Result
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint
+from bdh_mlflow.checkpoint import RunDirectory
 from bdh_mlflow.training import passes, processes
-from tests.conftest import TINY, history, only_run, run_cli
+from tests.conftest import TINY, documents, history, only_run, run_cli, write_shards
 
 PASSES = 4
+FSDP = ("--set", "training.strategy=fsdp")
 Left = tuple[dict[str, str], dict[str, list[tuple[int, float]]]]  # sha256 of checkpoints, and curves
 CURVES = ("train/loss", "val/loss", "optim/grad_norm", "progress/tokens_seen", "progress/epoch", "bdh/active_x_l0", "bdh/dead_xy_l1")
 pytestmark = [
@@ -110,8 +113,14 @@ def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(passes, "seed_pass", seed)
 
 
-def followers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if processes.FOLLOWER in p.cmdline()]
+def followers(pid: int | None = None) -> list[psutil.Process]:
+    """Processes that rank 0, this process or another one, has started and that live."""
+    found = []
+    for process in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):  # ended meanwhile
+            if processes.FOLLOWER in process.cmdline():
+                found.append(process)
+    return found
 
 
 def end(*numbers: int) -> Callable[[], None]:
@@ -186,6 +195,8 @@ def test_bad_data_of_one_rank_is_one_message(store: MlflowClient, text: Path, fo
         (("--processes", "2", "--set", "low_precision.use_fp8=true", "--set", "fp8.emulate=true"), "cannot be combined with 2 processes"),
         (("--processes", "2", "--resume", "nowhere"), "nowhere"),
         (("--processes", "2", "--set", "dataset.parquet_dir=missing"), "missing"),
+        (("--processes", "2", "--set", "training.checkpoint_dir=four.yaml/x"), "four.yaml is not a folder"),
+        (("--processes", "2", *FSDP, "--set", "low_precision.use_4bit=true"), "cannot be combined with training.strategy"),
     ],
 )
 def test_what_several_processes_cannot_do_is_one_error_and_leaves_nothing(four: Path, words: tuple[str, ...], message: str) -> None:
@@ -204,9 +215,39 @@ def test_the_way_out_keeps_the_tokens_of_an_update(four: Path) -> None:
     assert train(four, 2, *words).exit_code == 0
 
 
-# ---- FSDP2
+def test_no_process_outlives_a_killed_rank_0(store: MlflowClient, four: Path, tmp_path: Path) -> None:
+    """Killed while the others start, and in the loop: nothing is left that would wait for it."""
+    for begun in (False, True):
+        out = tmp_path / f"{begun}.txt"
+        with out.open("w") as file:
+            words = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(four), "--processes", "2", "--training.max_iters", "9999"]
+            job = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        until = time.monotonic() + 60
+        others: list[psutil.Process] = []
+        while not others or (begun and "step 1/" not in out.read_text()):
+            assert time.monotonic() < until, out.read_text()
+            others = followers(job.pid)
+            time.sleep(0.02)
+        job.kill()
+        job.wait()
+        _, alive = psutil.wait_procs(others, timeout=15)
+        assert not alive
 
-FSDP = ("--set", "training.strategy=fsdp")
+
+def test_a_run_that_another_job_trains_is_refused(store: MlflowClient, four: Path) -> None:
+    assert train(four, 1, "--training.max_iters", "3").exit_code == 0
+    (folder,) = checkpoint.list_all(Path("checkpoints"))
+    held = RunDirectory(folder, (folder / "config.yaml").read_text())
+    try:
+        result = train(four, 2, "--resume", "latest")
+    finally:
+        held.close()
+    assert result.exit_code == 2
+    assert result.output.count("another process is training this run; stop it first") == 1
+    assert not followers()
+
+
+# ---- FSDP2
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -318,6 +359,22 @@ def test_a_rank_with_other_settings_is_refused_with_both_values(store: MlflowCli
     assert re.search(r"training.learning_rate: 0.001 for rank 0 \(.+\), 0.5 for rank 1 \(", found[0][1]), found[0][1]
     assert found[1][1] == ""
     assert not Path("checkpoints").exists()
+
+
+def test_each_machine_has_its_text_and_checkpoints_where_it_likes(store: MlflowClient, text: Path, four: Path, alone: Left) -> None:
+    shutil.copytree(text, "elsewhere/text")
+    elsewhere = ["--set", "dataset.parquet_dir=elsewhere/text", "--set", "training.checkpoint_dir=elsewhere/checkpoints"]
+    (code, output), (other_code, _) = Launched(four, [[], elsewhere], free_port()).ended()
+    assert (code, other_code) == (0, 0), output
+    assert (digests(), curves(store)) == alone
+    assert not Path("elsewhere/checkpoints").exists(), "rank 0 alone saves"
+
+
+def test_other_text_of_a_rank_is_refused(store: MlflowClient, text: Path, four: Path) -> None:
+    write_shards(Path("elsewhere/text"), documents(90, seed=3))
+    found = Launched(four, [[], ["--set", "dataset.parquet_dir=elsewhere/text"]], free_port()).ended()
+    assert [code for code, _ in found] == [2, 2]
+    assert re.search(r"holds other text for rank 1 \(.+\) \(digest \w{12}\) than for rank 0 \(", found[0][1]), found[0][1]
 
 
 def test_a_rank_without_the_configuration_is_named(store: MlflowClient, four: Path) -> None:
