@@ -273,10 +273,11 @@ class Group(World):
     def _hang_up(self) -> None:
         """Close all connections, so that those who wait for this rank notice as well. The store needs none."""
         del self._exchanges
-        if torch.cuda.is_available():  # with NCCL a group may wait for what is lost while it is destroyed
-            dist.distributed_c10d._abort_process_group()
-        else:
-            dist.destroy_process_group()
+        with contextlib.suppress(Exception):  # what ended the group may hinder this as well; then this process's end closes them
+            if torch.cuda.is_available():  # with NCCL a group may wait for what is lost while it is destroyed
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()
 
     def _missing(self) -> list[int]:
         """Ranks that do not say that they are alive."""

@@ -1,16 +1,11 @@
 """Several processes that train one run through the command line: what they leave is what one process leaves."""
 
-import contextlib
-import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +13,23 @@ import psutil
 import pytest
 import torch
 import yaml
-from click.testing import Result
 from mlflow import MlflowClient
 
-from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import RunDirectory
-from bdh_mlflow.training import passes, processes
-from tests.conftest import TINY, documents, history, only_run, run_cli, write_shards
+from bdh_mlflow import checkpoint, host
+from bdh_mlflow.checkpoint import BackgroundWriter, RunDirectory
+from bdh_mlflow.distributed import Group
+from bdh_mlflow.errors import ConfigError, InputError
+from bdh_mlflow.tracking.tracker import Tracker
+from bdh_mlflow.training import build, processes, trainer
+from bdh_mlflow.training.agreement import refuse_differences
+from tests.conftest import history, only_run, run_cli, tiny_config
+from tests.groups import in_group
+from tests.training.together import FSDP, Left, at_step, curves, digests, end, followers, train
 
-PASSES = 4
-FSDP = ("--set", "training.strategy=fsdp")
-Left = tuple[dict[str, str], dict[str, list[tuple[int, float]]]]  # sha256 of checkpoints, and curves
-CURVES = ("train/loss", "val/loss", "optim/grad_norm", "progress/tokens_seen", "progress/epoch", "bdh/active_x_l0", "bdh/dead_xy_l1")
 pytestmark = [
     pytest.mark.slow,  # each process that is started imports torch, three seconds of a core
     pytest.mark.usefixtures("text"),
 ]
-
-
-@pytest.fixture
-def four(tmp_path: Path) -> Path:
-    """The tiny configuration with four passes an update, and an odd number of validation batches."""
-    path = tmp_path / "four.yaml"
-    training = {**TINY["training"], "gradient_accumulation_steps": PASSES, "test_iters": 3}
-    path.write_text(yaml.safe_dump({**TINY, "training": training}))
-    return path
-
-
-def train(config: Path, count: int, *words: str) -> Result:
-    return run_cli("train", "--config", str(config), "--processes", str(count), *words)
-
-
-def digests() -> dict[str, str]:
-    """sha256 of the checkpoints of the one run here."""
-    (folder,) = checkpoint.list_all(Path("checkpoints"))
-    return {c.path.name: c.manifest.files[0].sha256 for c in checkpoint.list_run(folder).checkpoints}
-
-
-def curves(store: MlflowClient) -> dict[str, list[tuple[int, float]]]:
-    run = only_run(store)
-    return {key: history(store, run.info.run_id, key) for key in CURVES}
-
-
-@pytest.fixture
-def alone(store: MlflowClient, four: Path) -> Left:
-    """What one process leaves; its run is put away."""
-    result = train(four, 1)
-    assert result.exit_code == 0, result.output
-    found = digests(), curves(store)
-    put_away(store)
-    return found
-
-
-def put_away(store: MlflowClient) -> None:
-    Path("checkpoints").rename(f"checkpoints-{time.monotonic_ns()}")
-    store.delete_run(only_run(store).info.run_id)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -100,40 +57,6 @@ def test_another_number_of_processes_resumes_exactly(store: MlflowClient, four: 
     assert max(value for _, value in history(store, only_run(store).info.run_id, "resume/replay_max_abs_diff") or [(0, 0.0)]) == 0
 
 
-def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something in rank 0, which is this process, in the update after `step`, once."""
-    real, done = passes.seed_pass, threading.Event()
-
-    def seed(seed: int, now: int, number: int) -> None:
-        if now == step and not done.is_set():
-            done.set()
-            act()
-        real(seed, now, number)
-
-    monkeypatch.setattr(passes, "seed_pass", seed)
-
-
-def followers(pid: int | None = None) -> list[psutil.Process]:
-    """Processes that rank 0, this process or another one, has started and that live."""
-    found = []
-    for process in psutil.Process(pid).children():
-        with contextlib.suppress(psutil.Error):  # ended meanwhile
-            if processes.FOLLOWER in process.cmdline():
-                found.append(process)
-    return found
-
-
-def end(*numbers: int) -> Callable[[], None]:
-    """Send signals to the second process."""
-
-    def act() -> None:
-        (follower,) = followers()
-        for number in numbers:
-            follower.send_signal(number)
-
-    return act
-
-
 def test_a_signal_to_another_rank_ends_all_with_a_checkpoint(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_step(1, end(signal.SIGTERM), monkeypatch)
     result = train(four, 2)
@@ -158,6 +81,77 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_step(
     assert train(four, 1, "--resume", "latest").exit_code == 0
     assert curves(store) == alone[1]
     assert only_run(store).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "left"),
+    [
+        (build, "open_together", []),
+        (trainer, "evaluate", ["checkpoint_3.pt"]),
+        (BackgroundWriter, "save", ["checkpoint_3.pt"]),
+    ],
+    ids=["load", "evaluation", "save"],
+)
+def test_a_rank_that_dies_in_any_phase_ends_all(
+    store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, left: list[str]
+) -> None:
+    real, done = getattr(owner, name), threading.Event()
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        if not done.is_set():
+            done.set()
+            end(signal.SIGKILL)()
+        return real(*given, **named)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    result = train(four, 2)
+    assert result.exit_code == 1
+    assert re.search(r"Error: rank 1 \(.+\) was killed by SIGKILL\n", result.output), result.output
+    assert result.output.count("Error") == 1
+    assert left == (list(digests()) if left else [p.name for p in Path("checkpoints").glob("*")])
+    if left:
+        assert only_run(store).info.status == "FAILED"
+
+
+def test_a_rank_that_dies_at_the_end_costs_nothing(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Tracker.close
+
+    def close(*given: Any, **named: Any) -> Any:
+        for follower in followers():
+            follower.kill()
+        return real(*given, **named)
+
+    monkeypatch.setattr(Tracker, "close", close)
+    assert train(four, 2).exit_code == 0
+    assert only_run(store).info.status == "FINISHED"
+
+
+def test_more_processes_than_gpus_are_refused(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as on a machine with one GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 processes need 2 GPUs; this machine has 1: start 1 processes on it"), processes.started(2):
+        pass
+
+
+@pytest.mark.parametrize(("what", "value"), [("torch", "2.12.0"), ("bdh-mlflow", "0.1.0")])
+def test_ranks_with_other_libraries_are_refused_with_both_values(what: str, value: str) -> None:
+    def body(world: Group) -> None:
+        own = host.versions()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host, "versions", lambda: {**own, what: value} if world.rank == 1 else own)
+            refuse_differences(tiny_config(), world)
+
+    for error in in_group(2, body):
+        assert isinstance(error, InputError)
+        assert re.search(rf"version of {what}: {re.escape(host.versions()[what])} for rank 0 \(.+\), {value} for rank 1 \(", str(error))
+
+
+def test_a_sweep_trains_each_trial_with_several_processes(store: MlflowClient, four: Path) -> None:
+    Path("space.yaml").write_text(yaml.safe_dump({"study": "s", "parameters": {"training.learning_rate": {"choices": [0.001, 0.01]}}}))
+    result = run_cli("sweep", "--config", str(four), "--space", "space.yaml", "--trials", "2", "--processes", "2")
+    assert result.exit_code == 0, result.output
+    runs = store.search_runs([store.get_experiment_by_name("bdh").experiment_id], "tags.`bdh.processes` = '2'")
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED"]
 
 
 def test_a_stopped_rank_is_named_within_the_patience(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,199 +239,3 @@ def test_a_run_that_another_job_trains_is_refused(store: MlflowClient, four: Pat
     assert result.exit_code == 2
     assert result.output.count("another process is training this run; stop it first") == 1
     assert not followers()
-
-
-# ---- FSDP2
-
-
-def state_of(step: int) -> dict[str, Any]:
-    return checkpoint.load(next(Path("checkpoints").glob(f"run_*/checkpoint_{step}.pt")))
-
-
-def relative_difference(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> float:
-    assert [step for step, _ in one] == [step for step, _ in other]
-    return max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(one, other, strict=True))
-
-
-def test_fsdp_follows_ddp_within_rounding(store: MlflowClient, four: Path) -> None:
-    words = [f"--training.{key}={value}" for key, value in (("max_iters", 100), ("test_freq", 50), ("checkpoint_freq", 100))]
-    found = []
-    for size, strategy in ((1, ()), (2, FSDP), (4, FSDP)):
-        result = train(four, size, *words, *strategy)
-        assert result.exit_code == 0, result.output
-        found.append((curves(store), state_of(100), only_run(store).data.tags["bdh.strategy"]))
-        put_away(store)
-    (straight, whole, _), *others = found
-    for size, (own, state, tag) in zip((2, 4), others, strict=True):
-        assert tag == f"FSDP2, {size} shares"
-        for key in ("train/loss", "val/loss"):
-            assert relative_difference(straight[key], own[key]) <= 1e-6, key
-        assert [value for _, value in own["bdh/active_x_l0"]] == pytest.approx(
-            [value for _, value in straight["bdh/active_x_l0"]], abs=0.02
-        )
-        assert state.keys() == whole.keys()
-        assert state["model_state_dict"].keys() == whole["model_state_dict"].keys()
-        for name, weights in state["model_state_dict"].items():
-            assert weights.shape == whole["model_state_dict"][name].shape
-            assert type(weights) is torch.Tensor
-        kept = state["optimizer_state_dict"]["state"]
-        assert kept.keys() == whole["model_state_dict"].keys()
-        assert all(sorted(each) == ["exp_avg", "exp_avg_sq", "step"] for each in kept.values())
-
-
-def test_checkpoints_of_fsdp_and_ddp_interchange(store: MlflowClient, four: Path, alone: Left) -> None:
-    for number, (size, last, strategy) in enumerate(((2, 2, FSDP), (1, 3, ()), (4, 5, FSDP), (2, 6, ()))):
-        words = "--set", f"training.max_iters={last}", *strategy
-        result = train(four, size, *words, *(("--resume", "latest") if number else ()))
-        assert result.exit_code == 0, result.output
-        if number:
-            assert "gradients are summed in another order than in the segment before" in result.output
-    losses = curves(store)["train/loss"]
-    assert relative_difference(losses, alone[1]["train/loss"]) <= 1e-6
-
-
-def test_fsdp_stops_at_a_signal_with_a_checkpoint(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(1, end(signal.SIGTERM), monkeypatch)
-    result = train(four, 2, *FSDP)
-    assert result.exit_code == 143, result.output
-    assert len(digests()) == 1
-
-
-def test_fsdp_ends_when_a_rank_is_killed(store: MlflowClient, four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(4, end(signal.SIGKILL), monkeypatch)
-    result = train(four, 2, *FSDP)
-    assert result.exit_code == 1
-    assert re.search(r"Error: rank 1 \(.+\) was killed by SIGKILL\n", result.output), result.output
-    assert list(digests()) == ["checkpoint_3.pt"], "a state that is spread over the processes is lost with one of them"
-
-
-# ---- started by a launcher
-
-
-class Launched:
-    """Processes as a launcher starts them, each with its own arguments.   port: where they meet."""
-
-    def __init__(self, config: Path, words: list[list[str]], port: int) -> None:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(words)), "GLOO_SOCKET_IFNAME": "lo"}
-        self._jobs = [
-            subprocess.Popen(
-                [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(config), *own],
-                env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank, own in enumerate(words)
-        ]
-
-    def ended(self, count: int = 2) -> list[tuple[int, str]]:
-        """Exit code and output of each, or of the first `count`."""
-        try:
-            outputs = [job.communicate(timeout=60)[0] for job in self._jobs[:count]]
-        finally:
-            for job in self._jobs:
-                job.kill()
-                job.communicate()
-        return [(job.returncode, output) for job, output in zip(self._jobs, outputs, strict=False)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def test_processes_of_a_launcher_train_as_one_and_rank_0_alone_speaks(store: MlflowClient, four: Path, alone: Left) -> None:
-    (code, output), (other_code, other_output) = Launched(four, [[], []], free_port()).ended()
-    assert (code, other_code, other_output) == (0, 0, ""), output + other_output
-    assert "Finished at step 6" in output
-    assert (digests(), curves(store)) == alone
-
-
-def test_a_rank_with_other_settings_is_refused_with_both_values(store: MlflowClient, four: Path) -> None:
-    found = Launched(four, [[], ["--set", "training.learning_rate=0.5"]], free_port()).ended()
-    assert [code for code, _ in found] == [2, 2]
-    assert re.search(r"training.learning_rate: 0.001 for rank 0 \(.+\), 0.5 for rank 1 \(", found[0][1]), found[0][1]
-    assert found[1][1] == ""
-    assert not Path("checkpoints").exists()
-
-
-def test_each_machine_has_its_text_and_checkpoints_where_it_likes(store: MlflowClient, text: Path, four: Path, alone: Left) -> None:
-    shutil.copytree(text, "elsewhere/text")
-    elsewhere = ["--set", "dataset.parquet_dir=elsewhere/text", "--set", "training.checkpoint_dir=elsewhere/checkpoints"]
-    (code, output), (other_code, _) = Launched(four, [[], elsewhere], free_port()).ended()
-    assert (code, other_code) == (0, 0), output
-    assert (digests(), curves(store)) == alone
-    assert not Path("elsewhere/checkpoints").exists(), "rank 0 alone saves"
-
-
-def test_other_text_of_a_rank_is_refused(store: MlflowClient, text: Path, four: Path) -> None:
-    write_shards(Path("elsewhere/text"), documents(90, seed=3))
-    found = Launched(four, [[], ["--set", "dataset.parquet_dir=elsewhere/text"]], free_port()).ended()
-    assert [code for code, _ in found] == [2, 2]
-    assert re.search(r"holds other text for rank 1 \(.+\) \(digest \w{12}\) than for rank 0 \(", found[0][1]), found[0][1]
-
-
-def test_a_rank_without_the_configuration_is_named(store: MlflowClient, four: Path) -> None:
-    found = Launched(four, [[], ["--config", "elsewhere.yaml"]], free_port()).ended()
-    assert [code for code, _ in found] == [2, 2]
-    assert re.search(r"Error: rank 1 \(.+\): elsewhere.yaml", found[0][1]), found[0][1]
-    assert found[1][1] == ""
-
-
-def test_a_port_in_use_is_named(four: Path) -> None:
-    with socket.create_server(("", 0)) as server:
-        port = int(server.getsockname()[1])
-        ((code, output),) = Launched(four, [[], []], port).ended(1)
-    assert code == 1
-    assert f"rank 0 of 2 cannot meet the others at 127.0.0.1:{port}: " in output
-    assert "Another job may be using the port" in output
-
-
-def test_processes_cannot_be_started_twice(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in processes.LAUNCHED_BY:
-        monkeypatch.setenv(name, "1")
-    result = train(four, 2)
-    assert result.exit_code == 2
-    assert "a launcher (torchrun) has started this one" in result.output
-
-
-def test_torchrun_restarts_as_the_next_segment_of_the_same_run(store: MlflowClient, four: Path, alone: Left) -> None:
-    """Killed before the first checkpoint (rank 0), and after it (rank 1)."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
-    settings = [f"--training.{key}={value}" for key, value in (("checkpoint_freq", 150), ("max_iters", 300), ("test_freq", 150))]
-    out = Path("out.txt")
-    with out.open("w") as file:
-        job = subprocess.Popen(
-            [*words, "-m", "bdh_mlflow", "train", "--config", str(four), *settings],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            for rank, step in ((0, 20), (1, 170)):
-                kill_at(psutil.Process(job.pid), rank, step, out)
-            assert job.wait(120) == 0, out.read_text()
-        finally:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-    run = only_run(store)
-    assert (run.info.status, run.data.tags["bdh.segment"]) == ("FINISHED", "3"), out.read_text()
-    losses = history(store, run.info.run_id, "train/loss")
-    assert [step for step, _ in losses] == list(range(1, 301))
-    assert max(value for _, value in history(store, run.info.run_id, "resume/replay_max_abs_diff")) == 0
-    assert losses[:6] == alone[1]["train/loss"]
-    files = digests()
-    put_away(store)
-    assert train(four, 1, *settings).exit_code == 0
-    assert digests()["checkpoint_300.pt"] == files["checkpoint_300.pt"]
-
-
-def kill_at(agent: psutil.Process, rank: int, step: int, out: Path) -> None:
-    until = time.monotonic() + 60
-    while f"step {step}/" not in out.read_text():
-        assert time.monotonic() < until, out.read_text()
-        time.sleep(0.02)
-    for process in agent.children():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("RANK") == str(rank):
-                process.kill()
