@@ -33,6 +33,7 @@ def exported(saved: Path, kind: str) -> Path:
     return Path(f"out.{kind}.safetensors")
 
 
+@pytest.mark.slow  # trains in emulated FP8
 def test_file_of_a_run_with_emulated_fp8_runs_without(store: MlflowClient, text: Path, tiny: Path) -> None:
     settings = "low_precision.use_4bit=false", "low_precision.use_fp8=true", "fp8.emulate=true"
     assert train(tiny, *settings, "training.max_iters=1").exit_code == 0

@@ -398,6 +398,7 @@ def test_evaluation_missed_by_an_interruption_is_made_up_for(
     assert [step for step, _ in history(store, run.info.run_id, "val/loss")] == [3, 6]
 
 
+@pytest.mark.slow  # trains in emulated FP8
 def test_fork_into_fp8_begins_with_fresh_scales_and_one_out_of_it_forgets_them(store: MlflowClient, tiny: Path, half: Any) -> None:
     fp8 = ("low_precision.use_fp8=true", "fp8.emulate=true", "fp8.amax_history_len=4", "training.layer_form=reference")
     result = train(tiny, *fp8, "tracking.experiment=forks", resume="latest", fork=True)
