@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     restarted: bool
 
 
-_groups: list[Group] = []  # that this process has been in
+_met = threading.Event()  # this process has been one of several; the group itself must go when it is destroyed
 _jobs: list[Job] = []
 
 
@@ -79,18 +79,17 @@ def joined(patience_s: float = PATIENCE_S) -> Iterator[World]:
         store = _launchers_store(rank, size)
         if rank == 0:
             _jobs.append(_job_of(store))
-        if size == 1:
-            yield ALONE
-            return
-        own = PrefixStore(_gathered(store, rank, size), store)
-        dist.init_process_group(backend(), store=own, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
-        group = Group(patience_s)
+        world: World = ALONE
+        if size > 1:
+            own = PrefixStore(_gathered(store, rank, size), store)
+            dist.init_process_group(backend(), store=own, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
+            world = _group(patience_s)
     except (RuntimeError, ValueError) as error:
         raise BdhError(
             f"rank {rank} of {size} cannot meet the others at {place}: {first_line(error)}. Another job may be using the port, or the "
             f"machines may not reach each other (GLOO_SOCKET_IFNAME names the network interface)"
         ) from None
-    yield _joined(group)
+    yield world
 
 
 @contextlib.contextmanager
@@ -127,7 +126,7 @@ def meet(folder: Path, rank: int, size: int, patience_s: float, followers: Mappi
         (folder / f"started-{rank}").touch()
     store = FileStore(str(folder / "store"), size)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
-    return _joined(Group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None))
+    return _group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None)
 
 
 def _interface(size: int) -> str | None:
@@ -198,14 +197,14 @@ def _awaited(store: TCPStore, key: str, until: float) -> str:
     return store.get(key).decode()
 
 
-def _joined(group: Group) -> Group:
-    _groups.append(group)
-    return group
+def _group(patience_s: float, ending: Callable[[int], str | None] = lambda rank: None) -> Group:
+    _met.set()
+    return Group(patience_s, ending)
 
 
 def have_met() -> bool:
     """Whether this process has been one of several."""
-    return bool(_groups)
+    return _met.is_set()
 
 
 def end_with_parent() -> None:

@@ -170,3 +170,11 @@ def kill_at(agent: psutil.Process, rank: int, step: int, out: Path) -> None:
         with contextlib.suppress(psutil.Error):
             if process.environ().get("RANK") == str(rank):
                 process.kill()
+
+
+def test_what_fails_in_the_only_process_of_a_launcher_is_not_taken_for_a_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="the device is gone"), processes.joined():
+        raise RuntimeError("the device is gone")
