@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from bdh_mlflow import checkpoint
+from bdh_mlflow import checkpoint, host
 from bdh_mlflow.config import Config
 from bdh_mlflow.distributed import Report
 from bdh_mlflow.tracking import tracker
@@ -231,7 +231,7 @@ def cost(runs: Runs, size: int) -> None:
             for rank in range(1, size):
                 if not (child := os.fork()):
                     measure(Path(folder), rank, size, config)
-                    processes.leave(0)
+                    host.leave(0)
                 children.append(child)
             exchange_ms, tree_ms, sent = measure(Path(folder), 0, size, config)
             for child in children:

@@ -49,7 +49,7 @@ from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory, Th
 from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import sync
 from bdh_mlflow.tracking.records import Segment
-from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.sender_process import SubprocessSender
 from bdh_mlflow.tracking.tracker import REPLAYED, NullTracker, Tracker
 from scripts.servers import Server
 

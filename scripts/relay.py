@@ -34,13 +34,14 @@ class Answer:
 class Relay:
     """Listens on `self.port`.   delay_s: before each request is forwarded.   trouble: from a request line to what happens instead, or None.
 
-    requests: the first line of every request so far.
+    requests: the first line of every request so far.   asked_at: when each came, Unix time in s.
     """
 
     target: int
     delay_s: float = 0.0
     trouble: Trouble = lambda line: None
     requests: list[str] = field(default_factory=list)
+    asked_at: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -74,6 +75,7 @@ class Relay:
                 head += block
             line = head.split(b"\r\n", 1)[0].decode("latin-1")
             self.requests.append(line)
+            self.asked_at.append(time.time())
             time.sleep(self.delay_s)
             answer = self.trouble(line)
             if answer is not None and answer.status:

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from bdh_mlflow import host
 from bdh_mlflow.distributed import Group
 from bdh_mlflow.training import processes
 
@@ -54,4 +55,4 @@ def _run(folder: Path, rank: int, size: int, patience_s: float, body: Callable[[
         error.add_note(traceback.format_exc())
         found = error
     sender.send_bytes(pickle.dumps(found))  # plain pickle: multiprocessing's would hand over tensors by files that end with the process
-    processes.leave(0)
+    host.leave(0)

@@ -4,6 +4,7 @@ Only this package prints and exits. Modules that import torch, mlflow or pyarrow
 `--help` and `config show` answer at once.
 """
 
+import atexit
 import errno
 import io
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 
 import click
 
-from bdh_mlflow import __version__
+from bdh_mlflow import __version__, host
 from bdh_mlflow.cli import checkpoints, config, data, runs, studies, training
 from bdh_mlflow.errors import BdhError, InputError
 
@@ -55,12 +56,8 @@ def main() -> None:
     try:
         cli(prog_name="bdh-mlflow")
     except SystemExit as ending:
-        if "bdh_mlflow.training.processes" in sys.modules:  # else torch is not imported, and need not be
-            from bdh_mlflow.training import processes
-
-            if processes.have_met():
-                processes.leave(ending.code if isinstance(ending.code, int) else bool(ending.code))
-        raise
+        atexit._run_exitfuncs()  # among them the end of worker processes
+        host.leave(ending.code if isinstance(ending.code, int) else int(bool(ending.code)))
 
 
 def _quiet_libraries() -> None:

@@ -96,7 +96,7 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     from bdh_mlflow.cli import console
     from bdh_mlflow.studies import sweep as study
     from bdh_mlflow.studies.space import Space
-    from bdh_mlflow.tracking.sender import SubprocessSender
+    from bdh_mlflow.tracking.sender_process import SubprocessSender
     from bdh_mlflow.training.problems import problems
     from bdh_mlflow.training.stop import StopRequest
 

@@ -122,11 +122,13 @@ def _train(ctx: click.Context, config: Config, fork: bool, world: "World", stop:
 
         return follow(world, stop, config.dataset.parquet_dir), None
     from bdh_mlflow.cli import console
-    from bdh_mlflow.tracking.sender import SubprocessSender
-    from bdh_mlflow.training import start
+    from bdh_mlflow.tracking.sender_process import prepared
 
-    with console.watching(sys.stdout, config.training.max_iters) as progress:
-        outcome = start.train(config, progress, stop, fork=fork, make_sender=ctx.obj or SubprocessSender, world=world)
+    with contextlib.nullcontext(ctx.obj) if ctx.obj else prepared() as make_sender:
+        from bdh_mlflow.training import start  # while the sender gets ready
+
+        with console.watching(sys.stdout, config.training.max_iters) as progress:
+            outcome = start.train(config, progress, stop, fork=fork, make_sender=make_sender, world=world)
         return outcome.ending, outcome
 
 

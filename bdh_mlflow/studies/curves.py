@@ -23,9 +23,9 @@ from pydantic import ValidationError
 from bdh_mlflow.config import SECTIONS, Problem
 from bdh_mlflow.config.reading import value_of, with_overrides
 from bdh_mlflow.text import Sample
-from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.mlflow_internals import MetricPoint
-from bdh_mlflow.tracking.run import SAMPLES
+from bdh_mlflow.tracking.samples import SAMPLES
 from bdh_mlflow.tracking.segments import FILE_NAME as SEGMENTS
 
 LARGEST = sys.float_info.max  # what MLflow's databases store for infinity
@@ -159,7 +159,7 @@ def _plain(text: str) -> Any:
 
 
 def _json_artifact(client: MlflowClient, run: Run, path: str) -> Any:
-    return json.loads(store.small_artifact(client, run.info.run_id, path))
+    return json.loads(Artifacts(run.info.artifact_uri, client.tracking_uri).read(path))
 
 
 def _absent_if_malformed() -> contextlib.AbstractContextManager[None]:

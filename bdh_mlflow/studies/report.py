@@ -21,6 +21,7 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.studies.compare import Comparison, rows
 from bdh_mlflow.studies.curves import Numbers, RunCurves
 from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.artifacts import Artifacts
 
 AXES = ("step", "tokens", "active hours")
 PLOTTED_POINTS = 800  # per curve; neighbours are averaged in longer ones
@@ -44,10 +45,11 @@ def write(comparison: Comparison, path: Path) -> list[Path]:
 def log(comparison: Comparison, files: Sequence[Path], config: TrackingConfig) -> None:
     """Store files as artifacts of the first run, under `compare/`.   Raises TrackingError."""
     client = store.connect(config)
-    run_id = comparison.runs[0].run.info.run_id
-    with store.reported(f"run {run_id}: the report cannot be stored there"):
+    run = comparison.runs[0].run.info
+    with store.reported(f"run {run.run_id}: the report cannot be stored there"):
+        artifacts = Artifacts(run.artifact_uri, client.tracking_uri)
         for file in files:
-            client.log_artifact(run_id, str(file), "compare")
+            artifacts.put(file, "compare")
 
 
 class Html(str):

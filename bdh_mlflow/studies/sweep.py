@@ -32,7 +32,7 @@ from bdh_mlflow.files import first_line, reason_of, try_lock
 from bdh_mlflow.redact import masked
 from bdh_mlflow.studies.space import Space
 from bdh_mlflow.tracking import store
-from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.sender_process import SubprocessSender
 from bdh_mlflow.tracking.tracker import MakeSender
 from bdh_mlflow.training import processes, start
 from bdh_mlflow.training.problems import problems

@@ -9,6 +9,7 @@ training or afterwards, is the business of `sender` and `sync`.
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bdh_mlflow.tracking.journal import JournalReader
@@ -59,7 +60,7 @@ class Delivery:
                 broken=self._broken,
                 say=self._say,
             )
-            shared.run = RemoteRun(self._uri, self._say, self._closing.wait)
+            shared.run = RemoteRun(self._uri, self._say, self._closing.wait, first=reader.is_first_delivery())
             points = PointsLane(shared)
             lanes = self._lanes = points, FilesLane(shared, points)
             points.files = lanes[1]
@@ -97,7 +98,8 @@ class Delivery:
         closed_at = time.monotonic()
         patience_s = self._patience.server_exit_s if self._uri.startswith(("http://", "https://")) else self._patience.database_exit_s
         over = threading.Event()
-        threading.Thread(target=self._probe, args=(over, lanes, run), name="probe", daemon=True).start()
+        for lane, ask in zip(lanes, (run.probe, run.probe_artifacts), strict=True):
+            threading.Thread(target=self._probe, args=(over, lane, ask), name=f"probe of {lane.name}", daemon=True).start()
         last_sent_at = closed_at
         while not all(lane.given_up.is_set() or lane.drained.is_set() for lane in lanes):
             if time.monotonic() - last_sent_at > ALIVE_INTERVAL_S:
@@ -109,14 +111,14 @@ class Delivery:
                 lane.drained.wait(0.02)
         over.set()
 
-    def _probe(self, over: threading.Event, lanes: tuple[Lane, ...], run: RemoteRun) -> None:
+    def _probe(self, over: threading.Event, lane: Lane, ask: Callable[[], None]) -> None:
         """At the end, while a request is under way: a store that answers another one is worth waiting for."""
         while not over.wait(self._patience.probe_s):
             with contextlib.suppress(Exception):  # no answer is the answer
-                run.probe()
-                for lane in lanes:
-                    if lane.busy and not lane.failing:
-                        lane.progress_at = time.monotonic()
+                if lane.busy and not lane.failing:
+                    ask()
+                if lane.busy and not lane.failing:
+                    lane.progress_at = time.monotonic()
 
     def _say(self, message: Message) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody listens any more

@@ -40,6 +40,8 @@ from bdh_mlflow.tracking.records import (
 
 FILE_NAME = "journal.jsonl"
 STATE_NAME = "journal.json"
+UNTOUCHED = "{}"
+"""What a new journal's state file holds until a delivery begins; it goes before the first request."""
 BLOCK_BYTES = 1 << 20
 
 _as_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each record
@@ -63,6 +65,8 @@ class Journal:
         self._file = os.open(folder / FILE_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         self._size = os.fstat(self._file).st_size
         self._unwritten = b""
+        if not self._size and not (state := folder / STATE_NAME).exists():
+            state.write_text(UNTOUCHED)
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._unwritten = b"\n"  # a kill cut the last line short: it is no record
         self.records = 0
@@ -356,6 +360,18 @@ class JournalReader:
                 return _DELIVERED.validate_python(known)
         except (OSError, ValueError, TypeError, RecursionError):
             return Delivered()
+
+    def is_first_delivery(self) -> bool:
+        """Whether nothing of this journal can have been sent yet. Says so once: whoever asks is about to send."""
+        try:
+            with os.fdopen(os.open(STATE_NAME, os.O_RDONLY, dir_fd=self._folder), "rb") as file:
+                untouched = file.read(len(UNTOUCHED) + 1) == UNTOUCHED.encode()
+            if untouched:  # removed, not rewritten: that succeeds on a full disk too
+                os.unlink(STATE_NAME, dir_fd=self._folder)
+                os.fsync(self._folder)
+        except OSError:
+            return False
+        return untouched
 
     def acknowledge(self, state: Delivered) -> None:
         """Keep `state`, atomically.   Raises OSError."""

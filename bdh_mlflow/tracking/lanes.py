@@ -5,10 +5,11 @@ that trained was killed, the points lane delivers what it left and marks the run
 is in `run`.
 """
 
+import functools
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
@@ -36,6 +37,8 @@ from bdh_mlflow.tracking.records import (
 )
 
 RECORDS_AT_ONCE = 500
+FILES_AT_ONCE = 16
+SHARED_REQUESTS = (Params, Tags, Points, End), (Input,)
 NAMED_FILES = 3  # of those that were refused
 REFUSED_UPLOADS = {400, 403, 404, 405, 411, 413, 415}
 """HTTP statuses after which the same upload would be refused again."""
@@ -81,34 +84,36 @@ class PointsLane(Lane):
         self._mark_killed()
 
     def _batches(self, stop: int) -> Iterator[list[Entry]]:
-        """Neighbouring params, tags and metrics share a request; nothing is sent out of order."""
-        together, batch = (Params, Tags, Points), list[Entry]()
+        """Neighbouring params, tags and metrics share a request, and so do datasets; nothing is sent out of order."""
+        batch, last = list[Entry](), None
         for entry in self._shared.reader.read(self._offset, stop):
             if entry.record.kind not in POINTS_LANE:
                 continue
-            alone = not (batch and isinstance(entry.record, together) and isinstance(batch[-1].record, together))
-            if batch and (alone or len(batch) >= RECORDS_AT_ONCE):
+            sort = next((number for number, kinds in enumerate(SHARED_REQUESTS) if isinstance(entry.record, kinds)), None)
+            ended = batch and isinstance(batch[-1].record, End)
+            if batch and (sort is None or sort != last or ended or len(batch) >= RECORDS_AT_ONCE):
                 yield batch
                 batch = []
             batch.append(entry)
+            last = sort
         if batch:
             yield batch
 
     def _send(self, batch: list[Entry]) -> None:
-        shared, run, entry = self._shared, self._shared.run, batch[0]
-        match entry.record:
+        shared, run, last = self._shared, self._shared.run, batch[-1]
+        match last.record:
             case Segment() as segment:
                 run.attach(segment, shared.state.run_id, self._own_number())
                 self._attached(segment)
+            case Input():
+                run.inputs([entry.record for entry in batch if isinstance(entry.record, Input)])
             case Params() | Tags() | Points():
                 run.log(batch)
-            case Input() as data:
-                run.input(data)
             case End() as end:
-                if self._is_last(entry):
+                run.log(batch)
+                if self._is_last(last):
                     self._await_files()
-                run.log([entry])
-                if self._is_last(entry):  # still: the wait may have been long
+                if self._is_last(last):  # still: the wait may have been long
                     run.end(end.status)
                 shared.state.ended = shared.state.segment
 
@@ -187,25 +192,36 @@ class FilesLane(Lane):
             self._shared.say(Note(text=f"tracking: {len(left)} files were refused and stay here: {names}"))
 
     def _batches(self, stop: int) -> Iterator[list[Entry]]:
+        """What goes side by side: texts, and one checkpoint. A segment says how its own checkpoints are kept, so it begins a batch."""
+        batch, checkpoints = list[Entry](), 0
         for entry in self._shared.reader.read_files(self._offset, stop):
-            if entry.record.kind in FILES_LANE:
-                yield [entry]
+            if entry.record.kind not in FILES_LANE:
+                continue
+            saved = isinstance(entry.record, CheckpointSaved)
+            if batch and (isinstance(entry.record, Segment) or (saved and checkpoints) or len(batch) >= FILES_AT_ONCE):
+                yield batch
+                batch, checkpoints = [], 0
+            batch.append(entry)
+            checkpoints += saved
+        if batch:
+            yield batch
 
     def _send(self, batch: list[Entry]) -> None:
-        (entry,), shared = batch, self._shared
+        shared = self._shared
         while not shared.run.attached.wait(0.05):  # files go to a run
             self._check()
-        match entry.record:
-            case Segment() as segment:
-                shared.segment = segment
-                self._write_segments()
-            case Text() as text:
-                shared.run.text(text)
-            case CheckpointSaved() as saved:
-                self._await_points(entry, saved)
-                self._mirror(entry, saved)
-            case End():
-                self._write_segments()
+        acts, texts = list[Callable[[], object]](), list[Text]()
+        for entry in batch:
+            match entry.record:
+                case Segment() as segment:
+                    shared.segment = segment
+                case Text() as text:
+                    texts.append(text)
+                case CheckpointSaved() as saved:
+                    acts.append(functools.partial(self._mirror, entry, saved))
+        if any(isinstance(entry.record, Segment | End) for entry in batch):
+            acts.append(self._write_segments)
+        shared.run.together(*acts, *shared.run.texts(texts))
 
     def _refused(self, entry: Entry, refusal: str) -> None:
         """Set aside; a reason that holds for many files is told once."""
@@ -248,7 +264,8 @@ class FilesLane(Lane):
             isinstance(later.record, CheckpointSaved) for later in shared.reader.read_files(entry.end, max(entry.end, self._offset))
         )
         try:
-            shared.run.checkpoint(saved, record.evaluation, mirrored, keep, newest=newest)
+            wait = functools.partial(self._await_points, entry)
+            shared.run.checkpoint(saved, record.evaluation, mirrored, keep, newest=newest, points_sent=wait)
         except FileNotFoundError:
             if path.is_file():
                 raise  # else retention came in between
@@ -274,10 +291,8 @@ class FilesLane(Lane):
         if not self._points.failing:
             self.progress_at = self._points.progress_at
 
-    def _await_points(self, entry: Entry, record: CheckpointSaved) -> None:
+    def _await_points(self, entry: Entry) -> None:
         """An evaluation is linked as the store has it, perhaps from before an interruption: points before a checkpoint go first."""
-        if record.evaluation is None:
-            return
         before, points = self._shared.reader.index.points_end_before(entry.end), self._points
         while self._shared.state.points < before and not (points.awaiting_files.is_set() or points.drained.is_set()):
             self._check()

@@ -108,7 +108,7 @@ class Locator:
         return None, self._at_path(path)
 
     def _at_step_of_run(self, run_id: str, step: int) -> tuple[str, Checkpoint | Path]:
-        run_id, run_dir = self.mirror.training(run_id)
+        run_id, run_dir, _ = self.mirror.training(run_id)
         there = dict(self.mirror.checkpoints(run_id))
         if step in there:
             return run_id, self._at_run_path(run_id, there[step])
@@ -141,7 +141,7 @@ class Locator:
         return found
 
     def _of_run(self, run_id: str) -> Checkpoint:
-        run_id, run_dir = self.mirror.training(run_id)
+        run_id, run_dir, _ = self.mirror.training(run_id)
         local, skipped = checkpoint.newest(self._checkpoint_dir / run_dir) if run_dir else (None, [])
         self._notes += skipped
         if local is not None and run_of(local) != run_id:

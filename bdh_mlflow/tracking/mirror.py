@@ -13,21 +13,18 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, Run, RunTag
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repo import ArtifactRepository
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.checkpoint.files import PIECE_BYTES
 from bdh_mlflow.files import first_line
-from bdh_mlflow.tracking import mlflow_internals, store
-from bdh_mlflow.tracking.records import RunIdentity
-from bdh_mlflow.tracking.store import local_path, on_this_machine
+from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.run_store import RunStore
 
 LARGE_BYTES = 50_000_000  # from here on a failed upload is worth a word about limits
 SAME_HOST_UPLOAD_BYTES_PER_S = 32e6  # to a server on this machine, which receives and writes with the cores that train
@@ -35,65 +32,145 @@ MODEL_TYPE = "bdh-checkpoint"
 VAL_LOSS = "val/loss"
 
 
+@dataclass
+class _Model:
+    """A checkpoint in the run's list of models.   linked: the run names it as its output.   evaluated: it has a validation loss."""
+
+    model_id: str
+    sha256: str | None
+    ready: bool = False
+    linked: bool = False
+    evaluated: bool = False
+
+
+@dataclass
+class _Known:
+    """What the store has of this run's checkpoints: of a run that this delivery has made, what was sent; of another one, what it says.
+
+    sizes: files of a folder, once it was listed.   models: by step.   uploads: steps with a point `ckpt/upload_s`.   best: artifact path
+    and validation loss of the best checkpoint.   validation: name and digest of the validation text.
+    """
+
+    sizes: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    models: dict[int, _Model] = field(default_factory=dict)
+    uploads: set[int] = field(default_factory=set)
+    best: tuple[str | None, float] = (None, math.inf)
+    validation: tuple[str, str] | None = None
+
+
 class Mirror:
     """The mirror of one run's checkpoints.
 
     note: called with a line for the user.   throttle: called between pieces of an upload with the seconds to wait; returns sooner when
-    there is no training run beside it any more.
+    there is no training run beside it any more.   made_here: this delivery has made the run, so that nothing is there that it has not sent.
     """
 
-    def __init__(self, client: MlflowClient, run: RunIdentity, note: Callable[[str], None], throttle: Callable[[float], object]) -> None:
-        self._client, self._run, self._note, self._throttle = client, run, note, throttle
-        self._folder = local_path(run.artifact_uri)
+    def __init__(self, run: RunStore, note: Callable[[str], None], throttle: Callable[[float], object], *, made_here: bool) -> None:
+        self._run, self._note, self._throttle = run, note, throttle
+        self._client, self._artifacts = run.client, run.artifacts
+        self._known = _Known() if made_here else None
+        self._configs: set[str] = set()
         self._warned: set[str] = set()
         self._begun: set[str] = set()
+        self.validation: tuple[str, str] | None = None
+        """Name and digest of the validation text, where this delivery has sent them."""
 
-    @functools.cached_property
-    def _repository(self) -> ArtifactRepository:
-        return get_artifact_repository(self._run.artifact_uri, tracking_uri=self._client.tracking_uri)
-
-    def store(self, saved: Checkpoint, keep: int | None, evaluation: list[Metric], *, newest: bool = True) -> None:
+    def store(self, saved: Checkpoint, keep: int | None, evaluation: Callable[[], list[Metric]], *, newest: bool = True) -> None:
         """Mirror a checkpoint, check what arrived, tag it, then prune.   Raises whatever the store does; may be called again.
 
-        keep: newest checkpoints that retention keeps.   evaluation: points of the run's validation curves at its step.   newest: whether
-        it is to be tagged as the latest.
+        keep: newest checkpoints that retention keeps.   evaluation: gives the points of the run's validation curves at its step; asked when
+        the files are there.   newest: whether it is to be tagged as the latest.
         """
-        started, manifest, run_id = time.perf_counter(), saved.manifest, self._run.run_id
+        started, manifest = time.perf_counter(), saved.manifest
         remote = f"checkpoints/{saved.path.parent.name}"
         manifest_file = saved.manifest_path.read_bytes()  # now: retention or a rewind may come while the file is under way
-        if not self._is_there(saved, manifest_file, remote):
-            self._client.log_artifact(run_id, str(saved.path.parent / checkpoint.CONFIG_NAME), remote)
-            for file, said in saved.files:
-                self._upload(file, said.bytes, remote)
-            self._client.log_text(run_id, manifest_file.decode(), f"{remote}/{saved.manifest_path.name}")
-        self._verify(saved, manifest_file, remote)
-        run = self._client.get_run(run_id)
-        self._describe(saved, evaluation, run)
-        tags = self._pointers(saved, newest, run.data.tags)
-        known = {m.step for m in self._client.get_metric_history(run_id, "ckpt/upload_s")}
-        took = Metric("ckpt/upload_s", time.perf_counter() - started, int(time.time() * 1000), manifest.step)
-        points = [] if manifest.step in known else [took]
-        self._client.log_batch(run_id, metrics=points, tags=[RunTag(k, v) for k, v in tags.items()], synchronous=True)
+        known, self._known = self._known or self._asked(remote), None  # until all of it has gone well
+        if not self._is_there(saved, manifest_file, remote, known):
+            self._run.together(
+                lambda: self._put_config(saved, remote),
+                *(functools.partial(self._upload, f, said.bytes, remote) for f, said in saved.files),
+            )
+            arrive = functools.partial(self._complete, saved, manifest_file, remote, known)
+        else:
+            arrive = functools.partial(self._verify, saved, len(manifest_file), remote, known)
+        model: list[_Model] = []
+        self._run.together(arrive, lambda: model.append(self._listed(saved, known)))
+        points = self._linked(evaluation(), model[0], known)
+        if manifest.step not in known.uploads:
+            points.append(Metric("ckpt/upload_s", time.perf_counter() - started, int(time.time() * 1000), manifest.step))
+        tags = [RunTag(k, v) for k, v in self._pointers(saved, newest, known).items()]
+        log = functools.partial(self._client.log_batch, self._run.run_id, points, tags=tags, synchronous=True)
+        self._run.together(log, *[functools.partial(self._finalize, model[0])] * (not model[0].ready))
+        known.uploads.add(manifest.step)
+        model[0].evaluated = model[0].evaluated or any(m.model_id for m in points)
         if keep is not None:
-            self._prune(remote, keep, tags.get("bdh.best_checkpoint"), manifest.step)
+            self._prune(remote, keep, manifest.step, known)
+        self._known = known
 
-    def _is_there(self, saved: Checkpoint, manifest_file: bytes, remote: str) -> bool:
+    def _asked(self, remote: str) -> _Known:
+        """What the store says."""
+        client, run_id, known = self._client, self._run.run_id, _Known()
+
+        def of_the_run() -> None:
+            run = client.get_run(run_id)
+            inputs = run.inputs.dataset_inputs if run.inputs else []
+            texts = [i.dataset for i in inputs if any(t.value == "validation" for t in i.tags)]
+            known.validation = (texts[0].name, texts[0].digest) if texts else None
+            known.best = run.data.tags.get("bdh.best_checkpoint"), _number(run.data.tags.get("bdh.best_val_loss"))
+            linked.update(output.model_id for output in (run.outputs.model_outputs if run.outputs else []))
+
+        linked: set[str] = set()
+        models: list[LoggedModel] = []
+        self._run.together(
+            of_the_run,
+            lambda: self._list(remote, known),
+            lambda: models.extend(store.models_of(client, self._run.identity.experiment_id, MODEL_TYPE, run_id)),
+            lambda: known.uploads.update(m.step for m in client.get_metric_history(run_id, "ckpt/upload_s")),
+        )
+        for model in models:
+            evaluated = any(m.key == VAL_LOSS for m in model.metrics or [])
+            found = _Model(model.model_id, model.tags.get("bdh.sha256"), str(model.status) == "READY", model.model_id in linked, evaluated)
+            known.models[store.whole_number((model.params or {}).get("step"))] = found
+        return known
+
+    def _list(self, remote: str, known: _Known) -> dict[str, int | None]:
+        known.sizes[remote] = self._artifacts.sizes(remote)
+        return known.sizes[remote]
+
+    def _is_there(self, saved: Checkpoint, manifest_file: bytes, remote: str, known: _Known) -> bool:
         """Whether an earlier attempt has stored this very checkpoint. The manifest of another one goes before its file is replaced."""
-        sizes, name = self._sizes(remote), saved.manifest_path.name
+        sizes, name = known.sizes.get(remote, {}), saved.manifest_path.name
         if name not in sizes:
             return False
-        if store.small_artifact(self._client, self._run.run_id, f"{remote}/{name}") == manifest_file:
+        if self._artifacts.read(f"{remote}/{name}") == manifest_file:
             return all(sizes.get(file.name) == said.bytes for file, said in saved.files)
         with contextlib.suppress(Exception):  # not every store lets files be deleted; it is replaced in a moment anyway
-            self._repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
+            self._artifacts.delete(f"{remote}/{name}")
         return False
 
+    def _put_config(self, saved: Checkpoint, remote: str) -> None:
+        """The configuration beside the checkpoints, once."""
+        if remote not in self._configs:
+            self._artifacts.put(saved.path.parent / checkpoint.CONFIG_NAME, remote)
+            self._configs.add(remote)
+
+    def _complete(self, saved: Checkpoint, manifest_file: bytes, remote: str, known: _Known) -> None:
+        """The manifest, behind its files."""
+        self._artifacts.put_text(manifest_file.decode(), f"{remote}/{saved.manifest_path.name}")
+        self._verify(saved, len(manifest_file), remote, known)
+
     def _upload(self, file: Path, size: int, remote: str) -> None:
-        if self._folder is not None:
-            link_or_copy(file, self._folder / remote / file.name)
+        if self._artifacts.folder is not None:
+            link_or_copy(file, self._artifacts.folder / remote / file.name)
             return
+        throttled = file.name not in self._begun  # only the first time: there are servers that give a request no more than some seconds
+        self._begun.add(file.name)
         try:
-            self._put(file, remote)
+            if throttled and self._artifacts.shares_this_machine(file):
+                with ThrottledFile(file, SAME_HOST_UPLOAD_BYTES_PER_S, self._throttle) as content:
+                    self._artifacts.put_content(content, f"{remote}/{file.name}")
+            else:
+                self._artifacts.put(file, remote)
         except FileNotFoundError:
             raise
         except Exception as error:  # each artifact store raises its own kinds
@@ -102,85 +179,71 @@ class Mirror:
                 self._note(_about_limits(file, size, error))
             raise
 
-    def _put(self, path: Path, remote: str) -> None:
-        """MLflow's own upload; through a server on this machine the same request, throttled.
-
-        Throttled only the first time: there are servers that give a request no more than some seconds.
-        """
-        repository, again = self._repository, path.name in self._begun
-        self._begun.add(path.name)
-        throttled = not again and mlflow_internals.is_single_request(repository, path) and on_this_machine(repository.artifact_uri)
-        if not throttled:
-            self._client.log_artifact(self._run.run_id, str(path), remote)
-            return
-        with ThrottledFile(path, SAME_HOST_UPLOAD_BYTES_PER_S, self._throttle) as file:
-            mlflow_internals.put(repository, f"/{remote}/{path.name}", file)
-
-    def _verify(self, saved: Checkpoint, manifest_file: bytes, remote: str) -> None:
+    def _verify(self, saved: Checkpoint, manifest_bytes: int, remote: str, known: _Known) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
-        for file, said in saved.files if self._folder is not None else ():
-            assert self._folder is not None
-            copy = self._folder / remote / file.name
+        for file, said in saved.files if self._artifacts.folder is not None else ():
+            assert self._artifacts.folder is not None
+            copy = self._artifacts.folder / remote / file.name
             if not copy.samefile(file) and checkpoint.file_digest(copy) != said.sha256:
                 copy.unlink()
                 raise OSError(f"{remote}/{file.name} arrived damaged")
-        sizes = self._sizes(remote)
-        for name, size in (*((file.name, said.bytes) for file, said in saved.files), (saved.manifest_path.name, len(manifest_file))):
+        sizes = self._list(remote, known)
+        for name, size in (*((file.name, said.bytes) for file, said in saved.files), (saved.manifest_path.name, manifest_bytes)):
             if name not in sizes:
                 raise OSError(f"{remote}/{name} did not arrive")
             if sizes[name] not in (size, None):
                 raise OSError(f"{remote}/{name} arrived with {sizes[name]} of {size} bytes")
 
-    def _sizes(self, remote: str) -> dict[str, int | None]:
-        return {PurePosixPath(f.path).name: f.file_size for f in self._client.list_artifacts(self._run.run_id, remote)}
-
-    def _pointers(self, saved: Checkpoint, newest: bool, have: dict[str, str]) -> dict[str, str]:
-        manifest = saved.manifest
+    def _pointers(self, saved: Checkpoint, newest: bool, known: _Known) -> dict[str, str]:
+        manifest, (_, lowest) = saved.manifest, known.best
         tags = {"bdh.run_dir": manifest.run_dir} | ({"bdh.latest_checkpoint": manifest.artifact_path} if newest else {})
-        if manifest.val_loss is not None and manifest.val_loss < _number(have.get("bdh.best_val_loss")):
-            return {**tags, "bdh.best_checkpoint": manifest.artifact_path, "bdh.best_val_loss": repr(manifest.val_loss)}
-        return tags | {key: have[key] for key in ("bdh.best_checkpoint",) if key in have}
+        if manifest.val_loss is not None and manifest.val_loss < lowest:
+            known.best = manifest.artifact_path, manifest.val_loss
+            tags |= {"bdh.best_checkpoint": manifest.artifact_path, "bdh.best_val_loss": repr(manifest.val_loss)}
+        return tags
 
-    def _describe(self, saved: Checkpoint, evaluation: list[Metric], run: Run) -> None:
+    def _listed(self, saved: Checkpoint, known: _Known) -> _Model:
         """A LoggedModel that points to the checkpoint, so that one search finds the best of all runs. Metadata, not a second copy."""
         client, manifest, run_id = self._client, saved.manifest, self._run.run_id
-        model = self._model(manifest.step)
         digest = manifest.files[0].sha256
         tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.sha256": digest}
+        model = known.models.get(manifest.step)
         if model is None:
             params = {"step": str(manifest.step), "tokens_seen": str(manifest.tokens_seen)}
             name = f"bdh-step-{manifest.step}"  # not `checkpoint...`: runs:/ID/NAME would then mean the model
-            model = client.create_logged_model(self._run.experiment_id, name, run_id, tags, params, MODEL_TYPE)
-        elif model.tags.get("bdh.sha256") != digest:
+            made = client.create_logged_model(self._run.identity.experiment_id, name, run_id, tags, params, MODEL_TYPE)
+            model = known.models[manifest.step] = _Model(made.model_id, digest)
+        elif model.sha256 != digest:
             client.set_logged_model_tags(model.model_id, tags)
-        if str(model.status) != "READY":
-            linked_to = {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}
-            if model.model_id not in linked_to:  # a second link of the two is refused, for ever
-                client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.step)])
-            client.finalize_logged_model(model.model_id, "READY")
-        if evaluation and not any(m.key == VAL_LOSS for m in model.metrics or []):
-            inputs = run.inputs.dataset_inputs if run.inputs else []
-            datasets = [i.dataset for i in inputs if any(t.value == "validation" for t in i.tags)]
-            data = datasets[0] if datasets else None
-            # The points are those of the run, time stamp and all, so the run's curve does not get them twice.
-            source = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
-            linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id, **source) for m in evaluation]
-            client.log_batch(run_id, metrics=linked, synchronous=True)
+            model.sha256 = digest
+        if not (model.ready or model.linked):  # a second link of the two is refused, for ever
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, manifest.step)])
+            model.linked = True
+        return model
 
-    def _model(self, step: int) -> LoggedModel | None:
-        wanted = f"name = 'bdh-step-{step}' AND source_run_id = '{self._run.run_id}'"
-        return next(iter(self._client.search_logged_models([self._run.experiment_id], wanted, max_results=1)), None)
+    def _finalize(self, model: _Model) -> None:
+        self._client.finalize_logged_model(model.model_id, "READY")
+        model.ready = True
 
-    def _prune(self, remote: str, keep: int, best: str | None, up_to: int) -> None:
+    def _linked(self, evaluation: list[Metric], model: _Model, known: _Known) -> list[Metric]:
+        """The points of the run, time stamp and all, so that its curve does not get them twice, as values of the model."""
+        if model.evaluated:
+            return []
+        data = self.validation or known.validation
+        source = {"dataset_name": data[0], "dataset_digest": data[1]} if data else {}
+        return [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id, **source) for m in evaluation]
+
+    def _prune(self, remote: str, keep: int, up_to: int, known: _Known) -> None:
         """The mirror keeps what retention keeps: the newest `keep` up to this step, and the best."""
-        steps = sorted(s for name in self._sizes(remote) if (s := checkpoint.step_of(Path(name))) is not None and s <= up_to)
+        steps = sorted(s for name in known.sizes[remote] if (s := checkpoint.step_of(Path(name))) is not None and s <= up_to)
         for step in steps[:-keep]:
             file = checkpoint.file_name(step)
-            if best == f"{remote}/{file}":
+            if known.best[0] == f"{remote}/{file}":
                 continue
             try:
-                if model := self._model(step):  # the file last: as long as it is there, what was interrupted here is done again
+                if model := known.models.get(step):  # the file last: as long as it is there, what was interrupted here is done again
                     self._client.delete_logged_model(model.model_id)
+                    del known.models[step]
             except MlflowException as error:
                 if not store.is_refusal(error):
                     raise
@@ -188,7 +251,8 @@ class Mirror:
                 continue
             try:
                 for name in (Path(file).with_suffix(".json").name, file):
-                    self._repository.delete_artifacts(f"{remote}/{name}")  # type: ignore[no-untyped-call]
+                    self._artifacts.delete(f"{remote}/{name}")
+                    known.sizes[remote].pop(name, None)
             except FileNotFoundError:
                 pass
             except Exception as error:  # each store refuses in its own way

@@ -2,9 +2,10 @@
 
 import functools
 import math
+import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from mlflow import MlflowClient
@@ -19,12 +20,14 @@ from bdh_mlflow.errors import InputError, ResumeError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import store
+from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_LOSS
 
 GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
 """What names a checkpoint, in words (see `locate`)."""
 
 
+_RUN_FILE = re.compile(r"runs:/([0-9a-f]{32})/(.+\.(?:pt|json))")
 JOB = "bdh.job"
 """Tag of a run: the launcher's job that worked on it last."""
 
@@ -34,6 +37,7 @@ class Training(NamedTuple):
 
     run_id: str
     run_dir: str | None
+    artifact_uri: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class MirrorReader:
             if run is None:
                 raise ResumeError(f"run {run_id}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
             run_dir = run.data.tags.get("bdh.run_dir", "")
-            found = Training(run.info.run_id, run_dir if checkpoint.RUN_DIRECTORY.fullmatch(run_dir) else None)
+            run_dir = run_dir if checkpoint.RUN_DIRECTORY.fullmatch(run_dir) else ""
+            found = Training(run.info.run_id, run_dir or None, run.info.artifact_uri)
             self._trainings |= {run_id: found, found.run_id: found}
         return self._trainings[run_id]
 
@@ -94,15 +99,19 @@ class MirrorReader:
     def checkpoints(self, run_id: str) -> list[tuple[int, str]]:
         """Steps and artifact paths of a run's mirrored checkpoints, furthest first.   Raises ResumeError."""
         if run_id not in self._checkpoints:
-            client = self.client
+            artifacts = self.artifacts(run_id)
             try:
-                folders = [f.path for f in client.list_artifacts(run_id, "checkpoints") if f.is_dir]
-                files = [PurePosixPath(f.path) for folder in folders for f in client.list_artifacts(run_id, folder)]
+                folders = [f"checkpoints/{name}" for name, size in artifacts.sizes("checkpoints").items() if size is None]
+                files = [f"{folder}/{name}" for folder in folders for name in artifacts.sizes(folder)]
             except Exception as error:  # each artifact store raises its own kinds
                 raise ResumeError(f"run {run_id}: artifacts cannot be listed: {first_line(error)}") from None
-            steps = [(checkpoint.step_of(Path(file.name)), str(file)) for file in files]
+            steps = [(checkpoint.step_of(Path(file)), file) for file in files]
             self._checkpoints[run_id] = sorted(((step, path) for step, path in steps if step is not None), reverse=True)
         return self._checkpoints[run_id]
+
+    def artifacts(self, run_id: str) -> Artifacts:
+        """The files of a run.   Raises ResumeError if there is none."""
+        return Artifacts(self.training(run_id).artifact_uri, self.client.tracking_uri)
 
     def fetch(self, run_id: str, path: str, folder: Path) -> Checkpoint:
         """Download a mirrored checkpoint with its manifest into `folder` and verify it.   Raises ResumeError or CheckpointError."""
@@ -116,8 +125,12 @@ class MirrorReader:
         """What an artifact URI names, in `folder`.   Raises ResumeError."""
         client = self.client
         try:
+            if (of_run := _RUN_FILE.fullmatch(uri)) is not None:
+                return self.artifacts(of_run[1]).fetch(of_run[2], folder)
             place = _place(client, uri) if uri.startswith("models:/") else uri
             return Path(download_artifacts(artifact_uri=place, dst_path=str(folder), tracking_uri=client.tracking_uri))
+        except ResumeError:
+            raise
         except Exception as error:  # each artifact store raises its own kinds
             raise ResumeError(f"{masked(uri)}: cannot be downloaded: {first_line(error)}") from None
 
@@ -135,14 +148,8 @@ class MirrorReader:
                 if experiment is None:
                     raise InputError(f"experiment {config.experiment}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
                 experiment_id = experiment.experiment_id
-            wanted = f"model_type = '{MODEL_TYPE}'" + (f" AND source_run_id = '{run_id}'" if run_id else "")
-            order = [{"field_name": f"metrics.{VAL_LOSS}", "ascending": True}] if best or run_id is None else None
-            found: list[LoggedModel] = []
-            page = client.search_logged_models([experiment_id], wanted, order_by=order)
-            found += page
-            while page.token:
-                page = client.search_logged_models([experiment_id], wanted, order_by=order, page_token=page.token)
-                found += page
+            order = {"order_by": [{"field_name": f"metrics.{VAL_LOSS}", "ascending": True}]} if best or run_id is None else {}
+            found = [m for m in store.models_of(client, experiment_id, MODEL_TYPE, run_id, **order) if str(m.status) == "READY"]
             names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}
         rows = [_row(m, names.get(m.source_run_id or "", "")) for m in found]
         if run_id and not best:

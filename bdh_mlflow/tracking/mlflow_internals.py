@@ -6,40 +6,144 @@ Each function has a test that fails when MLflow changes what it relies on (tests
 import contextlib
 import functools
 import os
+import socket
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
+import requests
 from mlflow import MlflowClient
-from mlflow.environment_variables import MLFLOW_TRACKING_URI
-from mlflow.exceptions import MlflowException
+from mlflow.entities import RunStatus
+from mlflow.entities.multipart_upload import MultipartUploadPart
+from mlflow.environment_variables import MLFLOW_S3_IGNORE_TLS, MLFLOW_TRACKING_URI
+from mlflow.exceptions import MlflowException, _UnsupportedMultipartUploadException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
-from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.file_utils import read_chunk, remove_on_error
 from mlflow.utils.request_utils import augmented_raise_for_status
 from mlflow.utils.rest_utils import http_request
+from mlflow.utils.server_info import SERVER_INFO_ENDPOINT
 from mlflow.utils.validation import _validate_model_alias_name, _validate_model_alias_name_reserved, _validate_model_name
 
 from bdh_mlflow.files import first_line
 
 REQUESTS = 8  # at a time; most of each is waiting for the server
+SIGNED_TIMEOUT_S = 3.0, 60.0  # to connect to the store behind a server, and for its next bytes
 
 
-def is_single_request(repository: ArtifactRepository, path: Path) -> bool:
-    """Whether MLflow would upload this file through its server in one request, as `put` does."""
-    return isinstance(repository, HttpArtifactRepository) and not repository._should_multipart_upload(path)  # type: ignore[no-untyped-call]
+def set_run(client: MlflowClient, run_id: str, status: str | None, *, end_ms: int | None = None, name: str | None = None) -> None:
+    """Set status, end and name of a run in one request; None leaves a value as it is.
 
-
-def put(repository: ArtifactRepository, path: str, file: IO[bytes]) -> None:
-    """Upload a file through the server in one request, as `HttpArtifactRepository.log_artifact` does.
-
-    path: of the artifact, from the run's root, with a leading slash.   Raises what requests does, with the server's answer.
+    `MlflowClient.update_run` and `set_terminated` ask for the run before, the one to keep what they do not set, the other for a line that
+    it prints.
     """
-    assert isinstance(repository, HttpArtifactRepository)
-    kind = {"Content-Type": "application/octet-stream"}
-    answer = http_request(repository._host_creds, path, "PUT", data=file, extra_headers=kind)  # type: ignore[no-untyped-call]
-    augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+    code = RunStatus.from_string(status) if status is not None else None
+    client._tracking_client.store.update_run_info(run_id, code, end_ms, name)
+
+
+def fetch_file(repository: ArtifactRepository, path: str, target: Path) -> None:
+    """Download one file in one request; `download_artifacts` would ask first whether it is a folder.   path: of the artifact."""
+    repository._download_file(path, str(target))  # type: ignore[no-untyped-call]
+
+
+class ServerRepository(MlflowArtifactsRepository):
+    """Artifacts behind an MLflow server, with each way to move a file by itself: through the server, or by addresses that it signs.
+
+    Of MLflow's class (3.15 to 3.18) this uses the addresses, the credentials and the upload in parts, and decides nothing: who derives
+    from it overrides `log_artifact` and `_download_file`, through which all of MLflow's own code goes.
+    """
+
+    @property
+    def server(self) -> str:
+        """Address of the server."""
+        return str(self.artifact_uri).partition("/api/2.0/mlflow-artifacts/artifacts")[0]
+
+    def put(self, path: str, file: IO[bytes]) -> None:
+        """Upload through the server in one request.   path: of the artifact.   Raises what requests does, with the server's answer."""
+        kind = {"Content-Type": "application/octet-stream"}
+        answer = http_request(self._host_creds, f"/{path}", "PUT", data=file, extra_headers=kind)  # type: ignore[no-untyped-call]
+        augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+
+    def get(self, path: str, target: Path) -> None:
+        """Download through the server in one request.   Raises what requests does, with the server's answer."""
+        answer = http_request(self._host_creds, f"/{path}", "GET", stream=True)  # type: ignore[no-untyped-call]
+        augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+        _write(answer, target)
+
+    def put_signed(self, file: Path, folder: str | None) -> None:
+        """Upload in parts to addresses that the server signs.   Raises NotImplementedError where its store has none."""
+        try:
+            self._try_multipart_upload(str(file), folder)  # type: ignore[no-untyped-call]
+        except _UnsupportedMultipartUploadException as error:
+            raise NotImplementedError(str(error)) from None
+
+    def get_signed(self, path: str, target: Path) -> None:
+        """Download from an address that the server signs."""
+        signed = self._get_presigned_download_url(path)  # type: ignore[no-untyped-call]
+        _check_reachable(signed.url)
+        answer = requests.get(signed.url, headers=signed.headers, stream=True, timeout=SIGNED_TIMEOUT_S, verify=_verifies_tls())
+        augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+        _write(answer, target)
+
+    def info(self) -> dict[str, Any]:
+        """What the server says it can do; nothing for one that does not say it.   Raises whatever requests does."""
+        answer = http_request(get_default_host_creds(self.server), SERVER_INFO_ENDPOINT, "GET")  # type: ignore[no-untyped-call]
+        found = answer.json() if answer.status_code == HTTPStatus.OK else {}
+        return found if isinstance(found, dict) else {}
+
+    def create_multipart_upload(self, local_file: str, num_parts: int = 1, artifact_path: str | None = None) -> Any:
+        """As MLflow's, for an empty file too, and only where the store that is to get the parts can be reached from here."""
+        made = super().create_multipart_upload(local_file, max(1, num_parts), artifact_path)  # type: ignore[no-untyped-call]
+        try:
+            _check_reachable(made.credentials[0].url)
+        except OSError:
+            with contextlib.suppress(Exception):  # what was begun costs nothing
+                self.abort_multipart_upload(local_file, made.upload_id, artifact_path)  # type: ignore[no-untyped-call]
+            raise
+        return made
+
+    @staticmethod
+    def _upload_part(credential: Any, local_file: str, size: int, start_byte: int) -> MultipartUploadPart:
+        """As MLflow's, with a limit to waiting."""
+        data = read_chunk(Path(local_file), size, start_byte)
+        answer = requests.put(credential.url, data=data, headers=credential.headers, timeout=SIGNED_TIMEOUT_S, verify=_verifies_tls())
+        augmented_raise_for_status(answer)  # type: ignore[no-untyped-call]
+        return MultipartUploadPart(part_number=credential.part_number, etag=answer.headers.get("ETag", ""), url=credential.url)
+
+
+def chosen_by_user(variable: Any) -> Any:
+    """The value of one of MLflow's environment variables; None where it is not set."""
+    return variable.get() if variable.is_set() else None
+
+
+def use_for_servers(repository: type[ServerRepository]) -> None:
+    """Have all of MLflow in this process move artifacts of MLflow servers by this class."""
+    _artifact_repository_registry.register("mlflow-artifacts", repository)  # type: ignore[no-untyped-call]
+
+
+def _write(answer: requests.Response, target: Path) -> None:
+    with remove_on_error(target), target.open("wb") as file:
+        for block in answer.iter_content(chunk_size=1 << 20):
+            file.write(block)
+
+
+def _check_reachable(url: str) -> None:
+    """Raises OSError if nobody listens at the host of an address: a firewall would hold each request for minutes."""
+    if urllib.request.getproxies().get(urlsplit(url).scheme) and not urllib.request.proxy_bypass(urlsplit(url).hostname or ""):
+        return  # the proxy is what must be reached
+    parts = urlsplit(url)
+    socket.create_connection((parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443)), SIGNED_TIMEOUT_S[0]).close()
+
+
+def _verifies_tls() -> bool:
+    return not MLFLOW_S3_IGNORE_TLS.get()  # type: ignore[no-untyped-call]
 
 
 def check_model_name(name: str) -> None:

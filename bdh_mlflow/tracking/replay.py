@@ -1,11 +1,13 @@
 """Points of a resumed training that MLflow has already: compared with what is there instead of being logged twice."""
 
+import functools
 from collections.abc import Callable
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
 from bdh_mlflow.tracking.records import Points
+from bdh_mlflow.tracking.together import together
 
 AUDIT = "resume/replay_max_abs_diff"
 SHARED_STEPS = ("by_tokens/", "tracker/", "ckpt/")  # several points may share a step: they say nothing of whether one was replayed
@@ -50,7 +52,12 @@ class Replay:
             self._largest = difference
 
 
-def points_of(client: MlflowClient, run: Run) -> dict[tuple[str, int], Metric]:
-    """Points of a run by metric and step; system metrics are counted on, not replayed."""
-    keys = [key for key in run.data.metrics if not key.startswith("system/")]
-    return {(key, m.step): m for key in keys for m in client.get_metric_history(run.info.run_id, key)}
+def points_of(client: MlflowClient, run: Run, at_once: int) -> dict[tuple[str, int], Metric]:
+    """Points of a run by metric and step; system metrics are counted on, not replayed.   at_once: requests at a time."""
+    found: dict[tuple[str, int], Metric] = {}
+
+    def take(key: str) -> None:
+        found.update({(key, m.step): m for m in client.get_metric_history(run.info.run_id, key)})
+
+    together(*[functools.partial(take, key) for key in run.data.metrics if not key.startswith("system/")], at_once=at_once)
+    return found

@@ -10,16 +10,16 @@ import json
 import os
 import re
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import LoggedModel, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -31,13 +31,12 @@ from bdh_mlflow.errors import BdhError, TrackingError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 from bdh_mlflow.text import printable
-from bdh_mlflow.tracking import database
+from bdh_mlflow.tracking import database, routes
+from bdh_mlflow.tracking.sender_process import RETRIES
 
 PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
-RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-RETRIES_GIVEN = RETRIES in os.environ
 ARTIFACT_PACKAGES = {
     "s3": ("boto3", "boto3"),
     "r2": ("boto3", "boto3"),
@@ -111,6 +110,7 @@ def client_of(uri: str) -> MlflowClient:
     Raises whatever MLflow does.
     """
     os.environ.setdefault(RETRIES, HTTP_RETRIES)
+    routes.install()
     with database.only_opener(uri):
         try:
             return MlflowClient(uri)
@@ -289,10 +289,15 @@ def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
     return [run for run in runs if "bdh.latest_checkpoint" in run.data.tags]
 
 
-def small_artifact(client: MlflowClient, run_id: str, path: str) -> bytes:
-    """The bytes of a file among a run's artifacts."""
-    with tempfile.TemporaryDirectory(prefix="artifact-") as folder:
-        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+def models_of(client: MlflowClient, experiment_id: str, model_type: str, run_id: str | None, **order: Any) -> list[LoggedModel]:
+    """All LoggedModels of a type in an experiment.   run_id: only those of this run.   order: `order_by` of MLflow's search."""
+    wanted = f"model_type = '{model_type}'" + (f" AND source_run_id = '{run_id}'" if run_id else "")
+    page = client.search_logged_models([experiment_id], wanted, **order)
+    found = list(page)
+    while page.token:
+        page = client.search_logged_models([experiment_id], wanted, page_token=page.token, **order)
+        found += page
+    return found
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -11,11 +11,12 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.config.places import store_uri
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.redact import masked
-from bdh_mlflow.tracking import journal, store
+from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.journal import Delivered, JournalReader
 from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import Message, Note, Refused
+from bdh_mlflow.tracking.sender_process import RETRIES
 
 
 class SyncResult(NamedTuple):
@@ -53,7 +54,7 @@ def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: P
             case Refused(reason=reason):
                 note(f"tracking: {reason}")
 
-    os.environ.setdefault(store.RETRIES, "0")  # as beside a training run
+    os.environ.setdefault(RETRIES, "0")  # as beside a training run
     delivery = Delivery(folder, _address(segments[-1].tracking_uri, uri), show, patience)
     delivery.close()
     left = delivery.run()

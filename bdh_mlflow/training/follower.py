@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from bdh_mlflow import host
 from bdh_mlflow.config import Config
 from bdh_mlflow.distributed import World
 from bdh_mlflow.errors import BdhError
@@ -73,4 +74,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    processes.leave(main(sys.argv[1:]))
+    host.leave(main(sys.argv[1:]))

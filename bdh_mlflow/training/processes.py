@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -48,7 +48,6 @@ class Job(NamedTuple):
     restarted: bool
 
 
-_met = threading.Event()  # this process has been one of several; the group itself must go when it is destroyed
 _jobs: list[Job] = []
 
 
@@ -198,13 +197,7 @@ def _awaited(store: TCPStore, key: str, until: float) -> str:
 
 
 def _group(patience_s: float, ending: Callable[[int], str | None] = lambda rank: None) -> Group:
-    _met.set()
     return Group(patience_s, ending)
-
-
-def have_met() -> bool:
-    """Whether this process has been one of several."""
-    return _met.is_set()
 
 
 def end_with_parent() -> None:
@@ -215,13 +208,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def leave(exit_code: int) -> NoReturn:
-    """End this process now. Threads of gloo abort about every tenth interpreter that ends with a group of four (torch 2.13.0)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def _take_device(local_rank: int, local_size: int) -> None:

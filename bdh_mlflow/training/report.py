@@ -18,9 +18,9 @@ from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.files import shown
 from bdh_mlflow.tracking import store, tracker
 from bdh_mlflow.tracking import system_metrics as system
+from bdh_mlflow.tracking.attach import segment_number
 from bdh_mlflow.tracking.mirrored import JOB
 from bdh_mlflow.tracking.records import RunIdentity, Segment
-from bdh_mlflow.tracking.run import segment_number
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
 from bdh_mlflow.training import nodes, processes
 from bdh_mlflow.training.build import Built, is_sharded

@@ -18,7 +18,7 @@ from bdh_mlflow.distributed import ALONE, World
 from bdh_mlflow.errors import ConfigError, SaveError, TrackingError
 from bdh_mlflow.tracking import journal, store
 from bdh_mlflow.tracking.records import RunIdentity, Segment
-from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.sender_process import SubprocessSender
 from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training.build import Built, build, build_trainer
 from bdh_mlflow.training.origin import run_directory

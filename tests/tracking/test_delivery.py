@@ -20,6 +20,7 @@ from bdh_mlflow.tracking import (
     segments,
     sync,
 )
+from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.records import Points
 from bdh_mlflow.tracking.run import RemoteRun
 from bdh_mlflow.tracking.tracker import DatasetFacts
@@ -96,22 +97,24 @@ def test_batch_that_was_sent_but_not_acknowledged_is_there_once(store: MlflowCli
     assert history(store, kept["run_id"], "train/loss") == [(s, float(s)) for s in range(1, 20)]
 
 
-def flaky(monkeypatch: pytest.MonkeyPatch, name: str, errors: list[Exception]) -> None:
-    """The next calls of a client's method fail with these errors, one each."""
-    real, left = getattr(MlflowClient, name), iter(errors)
+def flaky(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, errors: list[Exception]) -> None:
+    """The next calls of a method fail with these errors, one each."""
+    real, left = getattr(owner, name), iter(errors)
 
-    def wrapped(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if error := next(left, None):
             raise error
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, name, wrapped)
+    monkeypatch.setattr(owner, name, wrapped)
 
 
 def test_outage_delays_points_and_loses_none(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracked = TrackedRun(tmp_path)
     run_id = tracked.run_id
-    flaky(monkeypatch, "log_batch", [MlflowException("API request failed: connection refused by http://me:secret@host/api")] * 3)
+    flaky(
+        monkeypatch, MlflowClient, "log_batch", [MlflowException("API request failed: connection refused by http://me:secret@host/api")] * 3
+    )
     tracked.losses(*range(50))
     assert tracked.close() == 0
     assert history(store, run_id, "train/loss") == [(s, float(s)) for s in range(50)]
@@ -140,14 +143,14 @@ def test_refused_upload_does_not_hold_up_others_and_is_offered_again(
     refusal = requests.HTTPError("413 Request Entity Too Large", response=answer)
     run_id = tracked.run_id
     time.sleep(0.3)  # segments.json is there
-    real, refusals = MlflowClient.log_text, iter([refusal, refusal])
+    real, refusals = Artifacts.put_text, iter([refusal, refusal])
 
-    def picky(self: MlflowClient, run_id: str, text: str, artifact: str) -> None:
-        if artifact == "large.txt" and (error := next(refusals, None)):
+    def picky(self: Artifacts, text: str, path: str) -> None:
+        if path == "large.txt" and (error := next(refusals, None)):
             raise error
-        real(self, run_id, text, artifact)
+        real(self, text, path)
 
-    monkeypatch.setattr(MlflowClient, "log_text", picky)
+    monkeypatch.setattr(Artifacts, "put_text", picky)
     tracked.tracker.text("large", "large.txt")
     time.sleep(0.3)
     tracked.tracker.text("small", "small.txt")
@@ -248,7 +251,7 @@ def test_segments_that_were_refused_first_do_not_replace_what_came_later(
 ) -> None:
     answer = requests.Response()
     answer.status_code = 403
-    flaky(monkeypatch, "log_text", [requests.HTTPError("403", response=answer)])
+    flaky(monkeypatch, Artifacts, "put_text", [requests.HTTPError("403", response=answer)] * 2)  # with its neighbours, and alone
     tracked = TrackedRun(tmp_path)
     tracked.losses(1)
     assert tracked.close() == 0

@@ -20,6 +20,7 @@ from bdh_mlflow.tracking import (
     store,
     sync,
 )
+from bdh_mlflow.tracking import store as store_module
 from bdh_mlflow.tracking.mirror import link_or_copy
 from bdh_mlflow.tracking.mirrored import MirrorReader
 from bdh_mlflow.tracking.store import local_path
@@ -156,7 +157,7 @@ def test_rewound_checkpoint_of_the_same_size_replaces_the_one_that_is_there(
     store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the client, as with any store that is not a folder here."""
-    monkeypatch.setattr(mirror, "local_path", lambda uri: None)
+    monkeypatch.setattr(store_module, "local_path", lambda uri: None)
     tracked = TrackedRun(tmp_path)
     tracked.save(1)
     tracked.save(2)

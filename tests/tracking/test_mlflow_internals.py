@@ -20,6 +20,7 @@ from mlflow.types.schema import ColSpec, DataType, Schema
 
 from bdh_mlflow.tracking import mlflow_internals
 from bdh_mlflow.tracking.mlflow_internals import check_model_alias, check_model_name, default_store
+from bdh_mlflow.tracking.routes import RoutedRepository
 from scripts.servers import serving
 
 
@@ -98,16 +99,13 @@ def test_put_stores_a_file_as_the_client_does(empty_store: Path, tmp_path: Path)
     with serving(empty_store, tmp_path / "server") as server:
         run = server.client.create_run(server.client.create_experiment("bdh"))
         repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=server.uri)
-        assert mlflow_internals.is_single_request(repository, tmp_path / "a.pt")
+        assert isinstance(repository, RoutedRepository)
+        assert repository.is_single_request(tmp_path / "a.pt")
         with (tmp_path / "a.pt").open("rb") as file:
-            mlflow_internals.put(repository, "/checkpoints/a.pt", file)
+            repository.put("checkpoints/a.pt", file)
         (stored,) = server.client.list_artifacts(run.info.run_id, "checkpoints")
         assert (stored.path, stored.file_size) == ("checkpoints/a.pt", len(content))
         assert Path(server.client.download_artifacts(run.info.run_id, stored.path, str(tmp_path))).read_bytes() == content
-
-
-def test_a_folder_takes_no_requests(tmp_path: Path) -> None:
-    assert not mlflow_internals.is_single_request(get_artifact_repository(tmp_path.as_uri()), tmp_path / "a.pt")
 
 
 class Echo(PythonModel):

@@ -89,9 +89,11 @@ def test_status_at_the_end_is_the_one_given(store: MlflowClient, tmp_path: Path,
     assert store.get_run(run_id).info.status == status
 
 
-def test_params_that_mlflow_run_has_logged_are_left_alone(store: MlflowClient, tmp_path: Path) -> None:
+def test_params_that_mlflow_run_has_logged_are_left_alone(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = store.create_run(store.create_experiment("theirs")).info.run_id
+    store.log_param(wrapper, "training.learning_rate", "3e-4")
+    monkeypatch.setenv("MLFLOW_RUN_ID", wrapper)
     tracked = TrackedRun(tmp_path)
-    store.log_param(tracked.run_id, "training.learning_rate", "3e-4")
     tracked.tracker.params({"training.learning_rate": 0.0003, "training.seed": 1})
     assert tracked.close() == 0
     assert store.get_run(tracked.run_id).data.params == {"training.learning_rate": "3e-4", "training.seed": "1"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from bdh_mlflow.tracking.sender import SubprocessSender
+from bdh_mlflow.tracking.sender_process import SubprocessSender
 from bdh_mlflow.tracking.tracker import Tracker
 from tests.conftest import history
 from tests.tracking.tracked import segment

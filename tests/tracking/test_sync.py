@@ -13,9 +13,11 @@ from mlflow import MlflowClient
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.tracking import (
     mirror,
+    run,
     segments,
     sync,
 )
+from bdh_mlflow.tracking.artifacts import Artifacts
 from tests.conftest import history
 from tests.tracking.tracked import HURRY, TrackedRun, quiet
 
@@ -51,8 +53,8 @@ def test_what_a_dead_server_did_not_take_is_counted_kept_and_delivered_by_sync(
         raise ConnectionError("refused")
 
     with monkeypatch.context() as broken:
-        for name in ("log_batch", "set_terminated", "log_text"):
-            broken.setattr(MlflowClient, name, dead)
+        broken.setattr(MlflowClient, "log_batch", dead)
+        broken.setattr(Artifacts, "put_text", dead)
         tracked.losses(1, 2)
         started = time.monotonic()
         assert tracked.close() >= 3
@@ -159,7 +161,7 @@ def test_end_that_the_store_was_not_told_is_left_to_do(store: MlflowClient, tmp_
         raise ConnectionError("refused")
 
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "set_terminated", dead)
+        broken.setattr(run, "set_run", dead)
         assert sync.sync(tracked.directory.folder, None, quiet, HURRY).left == 1
     assert tracked.directory.folder.is_dir()
     assert sync.sync(tracked.directory.folder, None, quiet, HURRY).left == 0
