@@ -52,6 +52,7 @@ CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
     "test_structure": "this file",
     "tracking/test_kills": "trainers, senders and servers as processes that are killed or stopped",
     "tracking/test_outages": "a real server that is slow, stopped or killed",
+    "tracking/test_team": "PostgreSQL, an S3 store and MLflow servers before them",
     "training/test_endings": "every way a training process ends",
     "training/test_version1": "journals and checkpoints of format 1",
     "training/test_signals": "signals in every phase",

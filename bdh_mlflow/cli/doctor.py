@@ -1,4 +1,5 @@
-"""Findings of `bdh-mlflow doctor`: tracking store, artifacts, undelivered journals, and what this machine can run. Changes nothing.
+"""Findings of `bdh-mlflow doctor`: tracking store, artifacts, undelivered journals, and what this machine can run. Leaves nothing
+behind.
 
 Imports torch and mlflow, so the command imports this module when it runs.
 """
@@ -6,6 +7,7 @@ Imports torch and mlflow, so the command imports this module when it runs.
 import importlib.util
 import os
 import statistics
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,14 +21,17 @@ from bdh_mlflow import checkpoint, host
 from bdh_mlflow.config import Config
 from bdh_mlflow.distributed import Report, World
 from bdh_mlflow.errors import TrackingError
+from bdh_mlflow.files import first_line
 from bdh_mlflow.model import precision
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import database, journal, store, sync, system_metrics
+from bdh_mlflow.tracking.artifacts import try_artifacts
 from bdh_mlflow.tracking.store import local_path
 from bdh_mlflow.training.agreement import code_digest
 from bdh_mlflow.training.problems import problems
 
 ANSWER_S = 5.0
+STORE_S = 20.0  # an artifact store behind a network answers four requests
 EXCHANGES = 20
 SUMMED_BYTES = 2**24
 GROUP_HEADER = ("rank", "host", "device", "threads", "torch", "code", "exchange", "sum of 16 MiB")
@@ -151,10 +156,12 @@ def artifact_root(experiment: Experiment, uri: str) -> Finding:
     """Where an experiment stores artifacts, and whether the UI of the store at `uri` can show them."""
     root = experiment.artifact_location
     folder = local_path(root)
-    if root.startswith("mlflow-artifacts:"):
-        return Finding("artifact root", f"{root}: stored through the server, so the UI shows them")
     if folder is None:
-        return Finding("artifact root", f"{masked(root)}: the UI shows them if its server can read there")
+        through = root.startswith("mlflow-artifacts:")
+        shown = "stored through the server, so the UI shows them" if through else "the UI shows them if its server can read there"
+        if reason := _why_unusable(root, uri):
+            return Finding("artifact root", f"{masked(root)}: {reason}", False, "make it usable; checkpoints stay here until it is")
+        return Finding("artifact root", f"{masked(root)}: a file was written, read and removed; {shown}")
     reason = checkpoint.why_unwritable(folder)
     if reason:
         return Finding("artifact root", f"{folder}: {reason}", False, "make it writable, or name another experiment")
@@ -166,6 +173,23 @@ def artifact_root(experiment: Experiment, uri: str) -> Finding:
             "start the server with --artifacts-destination and name a new experiment",
         )
     return Finding("artifact root", f"{folder}: the UI on this machine shows them; checkpoints are hard links where the file system allows")
+
+
+def _why_unusable(root: str, uri: str) -> str | None:
+    """Why files cannot be written, read and removed at an artifact root; None if they can."""
+    found: list[str | None] = []
+
+    def attempt() -> None:
+        try:
+            try_artifacts(root, uri)
+            found.append(None)
+        except Exception as error:  # each artifact store raises its own kinds
+            found.append(first_line(error))
+
+    trial = threading.Thread(target=attempt, name="artifacts", daemon=True)
+    trial.start()
+    trial.join(STORE_S)
+    return found[0] if found else f"no answer within {STORE_S:.0f} s"
 
 
 def _journals(config: Config) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """The files of one run in its artifact store, asked directly: MLflow's client would ask for the run before each file."""
 
+import os
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -73,3 +74,14 @@ class Artifacts:
     def delete(self, path: str) -> None:
         """Remove a file. Not every store lets files be removed."""
         self._repository.delete_artifacts(path)  # type: ignore[no-untyped-call]
+
+
+def try_artifacts(artifact_uri: str, tracking_uri: str) -> None:
+    """Write a small file at the top of an artifact root, read it back and remove it.   Raises whatever the store does."""
+    artifacts, name = Artifacts(artifact_uri, tracking_uri), f"bdh-doctor-{os.urandom(8).hex()}.txt"
+    artifacts.put_text(name, name)
+    try:
+        if artifacts.read(name).decode() != name:
+            raise OSError(f"{name} is not what was written")
+    finally:
+        artifacts.delete(name)

@@ -98,7 +98,7 @@ class Delivery:
         closed_at = time.monotonic()
         patience_s = self._patience.server_exit_s if self._uri.startswith(("http://", "https://")) else self._patience.database_exit_s
         over = threading.Event()
-        for lane, ask in zip(lanes, (run.probe, run.probe_artifacts), strict=True):
+        for lane, ask in zip(lanes, (run.probe, run.probe_files), strict=True):
             threading.Thread(target=self._probe, args=(over, lane, ask), name=f"probe of {lane.name}", daemon=True).start()
         last_sent_at = closed_at
         while not all(lane.given_up.is_set() or lane.drained.is_set() for lane in lanes):

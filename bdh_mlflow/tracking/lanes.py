@@ -240,8 +240,13 @@ class FilesLane(Lane):
         return refused or in_the_way or nowhere or super()._is_permanent(error)
 
     def _store_name(self, error: Exception) -> str:
-        """Errors of the tracking store are MLflow's own; those of an artifact store pass through it."""
-        return super()._store_name(error) if isinstance(error, MlflowException) else "the artifact store"
+        """The server where nobody answers at its address, or it fails by itself; else the artifact store, which raises its own kinds."""
+        said, url = str(error), str(getattr(getattr(error, "request", None), "url", ""))
+        answered = getattr(error, "response", None) is not None or "error responses" in said  # MLflow's own word after a 5xx
+        if answered and "/mlflow-artifacts/" in said + url:
+            return f"the artifact store behind {masked(self._shared.uri)}"
+        of_server = isinstance(error, MlflowException) or url.startswith(self._shared.uri.rstrip("/"))
+        return super()._store_name(error) if of_server else "the artifact store"
 
     def _write_segments(self) -> None:
         reader = self._shared.reader

@@ -83,10 +83,10 @@ class RemoteRun:
         """Any small request, to see whether the store answers."""
         self._client.search_experiments(max_results=1)
 
-    def probe_artifacts(self) -> None:
-        """Any small request, to see whether the artifact store answers."""
+    def probe_files(self) -> None:
+        """Any small requests, to see whether both stores answer: a mirrored checkpoint needs the two."""
         self.attached.wait()
-        self._store.artifacts.sizes()
+        self.together(self.probe, self._store.artifacts.sizes)
 
     def attach(self, segment: Segment, known: str | None, furthest: int, *, again: bool = False) -> None:
         """Find or make the run of a segment; see `Attaching.attach`."""

@@ -38,15 +38,23 @@ PROBE_S = 5.0  # a store that has not answered by then is unreachable: training 
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
 ARTIFACT_PACKAGES = {
-    "s3": ("boto3", "boto3"),
-    "r2": ("boto3", "boto3"),
-    "b2": ("boto3", "boto3"),
-    "gs": ("google.cloud.storage", "google-cloud-storage"),
-    "wasbs": ("azure.storage.blob", "azure-storage-blob"),
-    "abfss": ("azure.storage.filedatalake", "azure-storage-file-datalake"),
+    "s3": ("boto3", "'bdh-mlflow[s3]'"),
+    "r2": ("boto3", "'bdh-mlflow[s3]'"),
+    "b2": ("boto3", "'bdh-mlflow[s3]'"),
+    "gs": ("google.cloud.storage", "'bdh-mlflow[gcs]'"),
+    "wasbs": ("azure.storage.blob", "'bdh-mlflow[azure]'"),
+    "abfss": ("azure.storage.filedatalake", "'bdh-mlflow[azure]'"),
     "sftp": ("paramiko", "paramiko pysftp"),
 }
 """Module that MLflow needs for the artifact stores of a scheme, and what pip calls it."""
+DRIVERS = {
+    "psycopg": "pip install 'bdh-mlflow[postgres]'",
+    "psycopg2": "pip install 'bdh-mlflow[postgres]' and write postgresql+psycopg:// instead, or pip install psycopg2-binary",
+    "MySQLdb": "pip install mysqlclient, or pip install pymysql and write mysql+pymysql:// instead",
+    "pymysql": "pip install pymysql",
+    "pyodbc": "pip install pyodbc",
+}
+"""Modules by which SQLAlchemy speaks to databases, and what brings them."""
 _UNSTORABLE = re.compile(r"codec can't encode|surrogates not allowed|NUL \(0x00\)|null byte|\\u0000 cannot be converted", re.IGNORECASE)
 _HALF_MADE = re.compile(r"already exists|duplicate column|Online migration expected|no such (table|column)", re.IGNORECASE)
 _FOR_GOOD = re.compile(r"password|authentication|access denied|does not exist|unknown database|no module named", re.IGNORECASE)
@@ -349,7 +357,16 @@ def reported(what: str) -> Iterator[None]:
     except BdhError:
         raise
     except Exception as error:  # MLflow lets through requests', SQLAlchemy's and OS errors besides its own
-        raise TrackingError(f"{what}: {first_line(error)}") from error
+        raise TrackingError(f"{what}: {first_line(error)}{_remedy(error)}") from error
+
+
+def _remedy(error: BaseException) -> str:
+    """What helps against an error, as the end of its message; nothing if that is not known."""
+    if isinstance(error, ModuleNotFoundError) and error.name in DRIVERS:
+        return f"; {DRIVERS[error.name]}"
+    if getattr(error, "error_code", None) == "UNAUTHENTICATED" or "error code 401" in str(error):
+        return "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for this server"
+    return ""
 
 
 def local_path(artifact_uri: str) -> Path | None:

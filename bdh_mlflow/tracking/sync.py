@@ -54,12 +54,15 @@ def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: P
             case Refused(reason=reason):
                 note(f"tracking: {reason}")
 
-    os.environ.setdefault(RETRIES, "0")  # as beside a training run
-    delivery = Delivery(folder, _address(segments[-1].tracking_uri, uri), show, patience)
-    delivery.close()
-    left = delivery.run()
-    done = journal.delivered(folder) or Delivered()
-    if delivery.held and not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
+    address, done = _address(segments[-1].tracking_uri, uri), journal.delivered(folder) or Delivered()
+    left, held = before, False
+    if before or done.tracking_uri != masked(address):  # another store gets everything
+        os.environ.setdefault(RETRIES, "0")  # as beside a training run
+        delivery = Delivery(folder, address, show, patience)
+        delivery.close()
+        left, held = delivery.run(), delivery.held
+        done = journal.delivered(folder) or Delivered()
+    if held and not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
         shutil.rmtree(folder, ignore_errors=True)  # it never saved a checkpoint, and has nothing left to deliver
         with contextlib.suppress(OSError):
             folder.parent.rmdir()

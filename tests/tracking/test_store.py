@@ -216,8 +216,8 @@ def test_experiment_of_the_environment_that_is_overruled_is_named(monkeypatch: p
 @pytest.mark.parametrize(
     ("root", "words"),
     [
-        ("gs://bucket/x", "pip install google-cloud-storage"),
-        ("abfss://f@a/x", "pip install azure-storage"),
+        ("gs://bucket/x", r"pip install 'bdh-mlflow\[gcs\]'"),
+        ("abfss://f@a/x", r"pip install 'bdh-mlflow\[azure\]'"),
         ("foo://x", "knows no artifact store"),
     ],
 )

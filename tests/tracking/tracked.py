@@ -14,6 +14,7 @@ from bdh_mlflow.tracking.journal import Entry
 from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import OnMessage, Segment
 from bdh_mlflow.tracking.sender import ThreadSender
+from bdh_mlflow.tracking.sender_process import SubprocessSender
 from bdh_mlflow.tracking.tracker import REPLAYED, Tracker
 from tests.checkpoint.test_files import AT, state
 
@@ -55,13 +56,24 @@ def quiet(text: str) -> None:
 
 
 class TrackedRun:
-    """A tracker with its notes, in a run directory to be.   path: of the run directory that another one has left."""
+    """A tracker with its notes, in a run directory to be.   path: of the run directory that another one has left.   process: of its own."""
 
-    def __init__(self, folder: Path, uri: str | None = None, path: Path | None = None, patience: Patience = HURRY, **fields: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uri: str | None = None,
+        path: Path | None = None,
+        patience: Patience = HURRY,
+        *,
+        process: bool = False,
+        **fields: Any,
+    ) -> None:
         self.notes: list[str] = []
         self.directory = RunDirectory(path, "seed: 1\n") if path else RunDirectory.new(folder / "checkpoints", "seed: 1\n", AT)
 
-        def start(folder: Callable[[], Path], uri: str, on_message: OnMessage) -> ThreadSender:
+        def start(folder: Callable[[], Path], uri: str, on_message: OnMessage) -> ThreadSender | SubprocessSender:
+            if process:
+                return SubprocessSender(folder, uri, on_message)
             self.sender = ThreadSender(folder, uri, on_message, patience)
             return self.sender
 
