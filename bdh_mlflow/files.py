@@ -27,6 +27,8 @@ def reason_of(error: BaseException) -> str:
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as a message shows it: from the current folder on where it is in there, else in full."""
+    if "://" in (text := os.fspath(path)):
+        return printable(masked(text))
     full = Path(path)
     with contextlib.suppress(ValueError, OSError):
         return printable(full.relative_to(Path.cwd()) if full != Path.cwd() else full)

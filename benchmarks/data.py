@@ -4,16 +4,21 @@
    for every sample.
 2. Resident memory while an epoch over many files is read, beside the bytes of the row groups that are open.
 3. Time to the first batch at position 0 and in the middle of an epoch.
+4. The same text in an S3 store 0, 20 and 200 ms away (`scripts/team.py` says what that needs): MB of text a second, first batch at both
+   positions, and the share of its time that a training of 100,000 tokens a second waits for text.
 """
 
 import argparse
 import itertools
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import psutil
@@ -23,11 +28,14 @@ import pyarrow.parquet as pq
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data.order import Batch, Order, Position, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
+from scripts import team
+from scripts.relay import Relay
 
 BLOCK_SIZE, BATCH_SIZE, LANES, SEED = 512, 8, 5, 1
 DOCUMENT_BYTES = 3000  # about FineWeb's mean
 ROW_GROUP_ROWS = 1000  # FineWeb's
 ROUNDS = 3
+TOKENS_PER_S, WATCHED_S = 100_000, 60
 
 
 def main() -> None:
@@ -50,6 +58,10 @@ def main() -> None:
         print(f"index and digest of {given.files} files: {time.perf_counter() - started:.2f} s ({digest[:8]}...)")
         first_batch(text)
         memory(text)
+        if reason := team.missing():
+            print(f"not measured: text in a bucket ({reason})")
+            return
+        in_bucket(one, Path(folder) / "s3")
 
 
 def throughput(text: ParquetText) -> None:
@@ -117,6 +129,48 @@ def memory(text: ParquetText) -> None:
                 break
     print(f"open row groups: {LANES} of {largest / 2**20:.1f} MiB; resident memory above the start, at each tenth of the epoch, MiB:")
     print("  " + " ".join(f"{value:.0f}" for value in seen))
+
+
+def in_bucket(folder: Path, home: Path) -> None:
+    store = team.ObjectStore(home)
+    try:
+        for file in folder.glob("*.parquet"):
+            store.client().upload_file(str(file), team.BUCKET, f"text/{file.name}")
+        os.environ |= store.variables
+        local = opened(folder)
+        middle = next(b.position for b in batches(local) if b.epoch > 0.5)
+        print(f"{'ms away':>8}{'index, s':>10}{'MB/s':>8}{'first batch, s':>16}{'in the middle':>15}{'waiting at 100,000 tokens/s':>29}")
+        for delay_ms in (0, 20, 200):
+            relay = Relay(store.port, delay_s=delay_ms / 1000)
+            started = time.perf_counter()
+            endpoint = f"?endpoint_override=127.0.0.1:{relay.port}&scheme=http"
+            text = ParquetText(DatasetConfig(parquet_dir=f"s3://{team.BUCKET}/text{endpoint}", val_fraction=0.01))
+            index_s = time.perf_counter() - started
+            assert text.digest == local.digest
+            firsts = []
+            for position in (None, middle):
+                started = time.perf_counter()
+                next(batches(text, position))
+                firsts.append(time.perf_counter() - started)
+            speed = rate(lambda text=text: sum(b.tokens.numel() for b in itertools.takewhile(lambda b: b.epoch < 0.4, batches(text))))  # type: ignore[misc]
+            share = 100 * waiting(text, middle)
+            print(f"{delay_ms:8}{index_s:10.2f}{speed / 1e6:8.1f}{firsts[0]:16.2f}{firsts[1]:15.2f}{share:27.2f} %", flush=True)
+            relay.close()
+    finally:
+        store.stop()
+
+
+def waiting(text: ParquetText, position: Position) -> float:
+    """Share of its time that a training waits for batches, after the first one."""
+    loaded, waited_s = batches(text, position), 0.0
+    next(loaded)
+    began = time.perf_counter()
+    while time.perf_counter() - began < WATCHED_S:
+        time.sleep(BATCH_SIZE * BLOCK_SIZE / TOKENS_PER_S)  # the update
+        started = time.perf_counter()
+        next(loaded)
+        waited_s += time.perf_counter() - started
+    return waited_s / WATCHED_S
 
 
 def batches(text: ParquetText, position: Position | None = None) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ A request is chosen by its first line. Every connection is closed after one answ
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -85,8 +86,8 @@ class Relay:
                 client.sendall(reply)
                 return
             with socket.create_connection(("127.0.0.1", self.target)) as server:
-                head = head.replace(b"Connection: keep-alive", b"Connection: close", 1)
-                server.sendall(head)
+                kept = re.sub(rb"\r\nconnection:[^\r]*", b"", head, flags=re.IGNORECASE)  # some clients send none
+                server.sendall(kept.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
                 if answer is not None and answer.lost:
                     threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
                     while server.recv(65536):

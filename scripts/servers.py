@@ -44,11 +44,17 @@ def wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -
 
 
 class Server:
-    """`mlflow server` that keeps its database and the artifacts it proxies in `home`.   empty_store: a migrated database to copy."""
+    """`mlflow server` that keeps its database and the artifacts it proxies in `home`.
 
-    def __init__(self, empty_store: Path, home: Path) -> None:
+    empty_store: a migrated database to copy; without one the server makes its own.   python: interpreter that has MLflow, this one by
+    default.   search: folder in which it looks for modules first.
+    """
+
+    def __init__(self, empty_store: Path | None, home: Path, python: str = sys.executable, search: Path | None = None) -> None:
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copy(empty_store, home / "mlflow.db")
+        if empty_store is not None:
+            shutil.copy(empty_store, home / "mlflow.db")
+        self._python, self._search = python, search
         self.port = free_port()
         self.home, self.uri = home, f"http://127.0.0.1:{self.port}"
         self.client = MlflowClient(self.uri)
@@ -56,9 +62,11 @@ class Server:
 
     def start(self) -> None:
         """Start it, the first time or again, on the same port."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        command = [self._python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}", "--artifacts-destination", str(self.home / "artifacts")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        if self._search is not None:
+            environment["PYTHONPATH"] = str(self._search)
         with (self.home / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env=environment, cwd=self.home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

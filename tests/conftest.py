@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import OnMessage
 from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import build
+from scripts import team
+from scripts.team import Team
 
 TINY: dict[str, Any] = {
     "model": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},
@@ -89,6 +92,16 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return MlflowClient(uri)
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[Team]:
+    """PostgreSQL and an S3 store, once for each worker that needs them."""
+    with tempfile.TemporaryDirectory(prefix="team-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # PostgreSQL runs as another user
+        with team.stores(folder) as started:
+            yield started
 
 
 @pytest.fixture

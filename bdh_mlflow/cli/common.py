@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bdh_mlflow.cli.output import console_on
 from bdh_mlflow.config import Config
-from bdh_mlflow.config.places import BUILT_IN, expanded
+from bdh_mlflow.config.places import BUILT_IN, bucket_uri, expanded, is_bucket
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.files import shown
 from bdh_mlflow.text import printable
@@ -155,6 +155,8 @@ def place(text: str) -> str:
     if not text.strip():
         raise InputError("empty text names no file or folder")
     try:
+        if is_bucket(text):
+            return bucket_uri(text)
         return text if text in BUILT_IN else expanded(text, Path.cwd())
     except ValueError as error:
         raise InputError(f"{printable(text)}: {error}") from None

@@ -1,7 +1,6 @@
 """The group `bdh-mlflow data`: make parquet files of text, and look into them."""
 
 import sys
-from pathlib import Path
 
 import click
 
@@ -28,15 +27,17 @@ def data_prepare(source: str, folder: str, column: str) -> None:
     """Turn SOURCE into parquet files in FOLDER.
 
     SOURCE is python-stdlib (the sources of this Python), a txt, jsonl, json or parquet file, compressed or not, or a folder of them or of
-    source code. FOLDER is a new or an empty folder.
+    source code. FOLDER is a new or an empty folder. Both may be in a
+    bucket (s3://BUCKET/PREFIX, gs://, abfs://).
     """
     from bdh_mlflow.data.prepare import prepare
+    from bdh_mlflow.data.remote import place_of
 
     if not folder:
         raise DataError("FOLDER is empty text; name a folder, or . for the current one")
     source, folder, out = place(source), place(folder), console_on(sys.stderr)
     with out.status("reading") as status:
-        done = prepare(source, Path(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
+        done = prepare(source, place_of(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
     for name, reason in done.skipped[:SHOWN_SKIPPED]:
         click.echo(f"skipped {name}: {reason}")
     if len(done.skipped) > SHOWN_SKIPPED:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, load_model, place, print_table, read_config
+from bdh_mlflow.config.places import is_bucket
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import shown
 from bdh_mlflow.text import bits_per_byte
@@ -35,7 +36,7 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
     dataset = loaded.config.dataset
     if folder is not None:
         dataset = dataclasses.replace(dataset, parquet_dir=place(folder))
-    elif not os.path.exists(dataset.parquet_dir):  # noqa: PTH110 - it was trained on another machine
+    elif not is_bucket(dataset.parquet_dir) and not os.path.exists(dataset.parquet_dir):  # noqa: PTH110 - it was trained on another machine
         here = read_config(config_path).dataset.parquet_dir
         click.echo(
             f"{dataset.parquet_dir}, where it was trained, is not here: evaluating on {shown(here)}; --data DIR names other text", err=True

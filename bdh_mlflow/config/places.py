@@ -16,6 +16,8 @@ BUILT_IN = {"python-stdlib", "auto"}
 """Sources of text that are words."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 ACCEPTED = "http://HOST:PORT, https://..., sqlite:///FILE, postgresql://..., mysql://..., mssql://..., databricks or file:///FOLDER"
+BUCKETS = "s3://BUCKET/PREFIX, gs://..., abfs://... or another URI that pyarrow opens"
+_BUCKET = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _BRACED = re.compile(r"\$\{([^}]*)\}")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
@@ -31,11 +33,31 @@ def absolute(text: str, base: Path, kind: Place = Place.PATH, *, expand: bool = 
         return store_uri(text, base, expand=expand)
     if kind is Place.SOURCE and text in BUILT_IN:
         return text
+    if kind in (Place.DATA, Place.SOURCE) and is_bucket(text):
+        return bucket_uri(text, expand=expand)
     if _URI.match(text):
         if not text.startswith("file:///"):
             raise ValueError(f"{text.partition(':')[0]}: is not a place on this machine; accepted: a path")
         return unquote(text.removeprefix("file://"))
     return str(base / (expanded(text, base) if expand else text))
+
+
+def is_bucket(text: str) -> bool:
+    """Whether a text names a place in a bucket, or at another store that pyarrow opens by a URI."""
+    return _BUCKET.match(text) is not None and not text.lower().startswith("file:")
+
+
+def bucket_uri(text: str, *, expand: bool = True) -> str:
+    """The URI of a place in a bucket: `${NAME}` replaced, no slash at its end.   Raises ValueError for one that cannot be."""
+    scheme, _, rest = (_filled(text.strip(), _BRACED) if expand else text.strip()).partition("://")
+    rest = rest.rstrip("/")
+    if scheme.lower() in ("http", "https", "ftp"):
+        raise ValueError(f"{scheme}: no folder can be listed there; accepted: a path, or {BUCKETS}")
+    if not rest.partition("?")[0]:
+        raise ValueError(f"{scheme}:// names no bucket; accepted: a path, or {BUCKETS}")
+    if scheme.lower() not in ("abfs", "abfss", "hf") and "@" in rest.partition("/")[0]:  # there `@` is no password
+        raise ValueError(f"{scheme}://***: credentials in a URI would be logged; give them by the environment (AWS_ACCESS_KEY_ID, ...)")
+    return f"{scheme}://{rest}"
 
 
 def expanded(text: str, base: Path) -> str:

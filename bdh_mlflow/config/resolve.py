@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdh_mlflow.config.config import Config
+from bdh_mlflow.config.places import is_bucket
 from bdh_mlflow.config.settings import DatasetConfig
 
 KEPT_SHARE = 0.5
@@ -68,7 +69,10 @@ def _source(config: Config) -> _Choice | None:
     """The default text is for the default folder: any other one that is missing is a mistake, or someone's own."""
     if config.dataset.source != "auto":
         return None
-    if Path(config.dataset.parquet_dir).absolute() == Path(DatasetConfig().parquet_dir).absolute():
+    if (
+        not is_bucket(config.dataset.parquet_dir)
+        and Path(config.dataset.parquet_dir).absolute() == Path(DatasetConfig().parquet_dir).absolute()
+    ):
         return _Choice("python-stdlib", "auto for the default parquet_dir")
     return _Choice(None, "auto for a parquet_dir of one's own")
 

@@ -82,7 +82,8 @@ class Place(enum.Enum):
     """What kind of place a text names: made absolute once, when a configuration is read (see `places`)."""
 
     PATH = "a file or folder"
-    SOURCE = "a file or folder, or a word that stands for text"
+    SOURCE = "a file or folder, here or in a bucket, or a word that stands for text"
+    DATA = "a folder, here or in a bucket"
     STORE = "the URI of a tracking store"
 
 
@@ -214,8 +215,8 @@ class DataLoaderConfig:
 class DatasetConfig:
     """The text."""
 
-    parquet_dir: Annotated[Text, Role.FREE, Place.PATH] = "data/python-stdlib"
-    """Folder of parquet files, searched with its subfolders."""
+    parquet_dir: Annotated[Text, Role.FREE, Place.DATA] = "data/python-stdlib"
+    """Folder of parquet files, searched with its subfolders; s3://BUCKET/PREFIX, gs://, abfs:// or another URI that pyarrow opens."""
     source: Annotated[Text | None, Role.FREE, Place.SOURCE] = "auto"
     """What a missing or empty parquet_dir is built from: python-stdlib, a file, a folder; null: nothing; auto: stdlib for the default."""
     text_column: Annotated[Text, Role.ORDER] = "text"

@@ -11,9 +11,10 @@
 Knows text only through `ParquetText`, and the model only as a block size.
 """
 
+import functools
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bdh_mlflow.config import DataLoaderConfig
+from bdh_mlflow.data.ahead import Ahead
 from bdh_mlflow.data.parquet import Bytes, ParquetText, shuffled
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
@@ -186,6 +188,7 @@ class _Walk:
         self._guaranteed = 0  # windows that every lane has left, at least
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._epoch_order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._ahead = Ahead[Bytes]()
 
     def next_windows(self, count: int) -> Bytes:
         """The next windows of the run, lane after lane.   Returns (count, block_size + 1).
@@ -228,11 +231,20 @@ class _Walk:
         """Training text of the row group opened as number `group_index` in the run; -1 is the separator before all text."""
         if group_index < 0:
             return np.array([SEPARATOR], np.uint8)
+        if self._text.is_remote:  # also what the lanes will open next
+            self._begin([group_index, *range(self._next_group, self._next_group + 1 + len(self._lanes))])
+        return self._ahead.take(group_index, self._reader(group_index))
+
+    def _begin(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self._ahead.begin(index, self._reader(index))
+
+    def _reader(self, group_index: int) -> Callable[[], Bytes]:
         groups = self._text.row_groups
         epoch, place = divmod(group_index, len(groups))
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, shuffled(len(groups), self.seed, -1 - epoch))
-        return self._text.training_bytes(groups[self._epoch_order[1][place]])
+        return functools.partial(self._text.training_bytes, groups[self._epoch_order[1][place]])
 
     def position(self) -> Position:
         return {"next_unit": self._next_group, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
@@ -251,6 +263,8 @@ class _Walk:
                 f"{shown(self._text.root)}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}"
             )
         self._next_group, self._turn = position["next_unit"], position["turn"]
+        if self._text.is_remote:
+            self._begin(index for state in position["lanes"] for index in (state[0], *state[3::2]) if index >= 0)
         for lane, state in zip(self._lanes, position["lanes"], strict=True):
             lane.seek(state)
 

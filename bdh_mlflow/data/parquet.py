@@ -9,9 +9,11 @@ Shuffles are sorts by a hash that is written out here, because the random stream
 """
 
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,16 @@ import torch
 from torch import Tensor
 
 from bdh_mlflow.config import DatasetConfig
+from bdh_mlflow.data import remote
+from bdh_mlflow.data.ahead import Ahead
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files, nearest_folder
+from bdh_mlflow.data.remote import AnyPath, RemotePath
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import first_line, shown
 from bdh_mlflow.text import SEPARATOR, printable
 
 Bytes = npt.NDArray[np.uint8]
+FOOTERS_AT_ONCE = 16  # asked of a bucket
 NAMED_FILES = 3  # of those that are not read, in a message
 UNFINISHED = ".unfinished"
 """Folder that holds shards until they are complete, inside a target that was there before; whoever finds one must not train."""
@@ -49,26 +55,38 @@ class RowGroup(NamedTuple):
 class ParquetText:
     """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that cannot be used.
 
-    skipped: files beside them that are not named as parquet, whose text is not read.
+    skipped: files beside them that are not named as parquet, whose text is not read.   say: called with a line for the user while a bucket
+    does not answer.
     """
 
-    def __init__(self, dataset: DatasetConfig) -> None:
-        self.root = Path(dataset.parquet_dir)
+    def __init__(self, dataset: DatasetConfig, say: remote.Say = remote.to_stderr) -> None:
+        self.root = remote.place_of(dataset.parquet_dir)
+        self._say = say
         self.column = dataset.text_column
         self.val_fraction = dataset.val_fraction
-        self.files, self.skipped = _look_through(self.root)
+        self.files, self.skipped = _look_through(self.root, say)
         if not self.files:
             raise DataError(_nothing_to_read(self.root, self.skipped))
         self.row_groups: list[RowGroup] = []
         self.manifest: list[dict[str, Any]] = []
-        for number, file in enumerate(self.files):
-            self._index(number, file)
+        self._footers: dict[RemotePath, pq.FileMetaData] = {}
+        self._opened: dict[RemotePath, Any] = {}
+        self._index()
         if not self.row_groups:
             raise DataError(f"{shown(self.root)}: {len(self.files)} parquet files without a single row")
         self.rows = sum(group.rows for group in self.row_groups)
         self.bytes = sum(entry["bytes"] for entry in self.manifest)
         self._file_hashes = [text_hash(self._name(f)) for f in self.files]
         self._forced_validation = self._validation_document_by_rank()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loader's worker, which opens files and tells of outages itself."""
+        return {**vars(self), "_opened": {}, "_say": remote.to_stderr}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the files are in a bucket, so that it pays to read ahead."""
+        return isinstance(self.root, RemotePath)
 
     @property
     def digest(self) -> str:
@@ -97,10 +115,14 @@ class ParquetText:
             return []
         wanted = batches * batch_size
         text, length = [np.array([SEPARATOR], np.uint8)], 1
-        for read, group in enumerate(shuffled(len(self.row_groups), _VALIDATION_ORDER, 0)):
+        drawn_groups, ahead = shuffled(len(self.row_groups), _VALIDATION_ORDER, 0), Ahead[Bytes]()
+        for read, group in enumerate(drawn_groups):
             if read >= VALIDATION_ROW_GROUPS and length > wanted * block_size:
                 break
-            text.append(self.validation_bytes(self.row_groups[group]))
+            if self.is_remote and not read % VALIDATION_ROW_GROUPS:
+                for later in drawn_groups[read : read + VALIDATION_ROW_GROUPS]:
+                    ahead.begin(later, functools.partial(self.validation_bytes, self.row_groups[later]))
+            text.append(ahead.take(group, functools.partial(self.validation_bytes, self.row_groups[group])))
             length += len(text[-1])
         if length <= block_size:
             raise DataError(
@@ -113,7 +135,10 @@ class ParquetText:
 
     def read_documents(self, group: RowGroup) -> pa.LargeBinaryArray:
         """All documents of a row group, training and validation, as bytes; some may be null or empty.   Raises DataError."""
-        return read_row_group(self.files[group.file], group.number, self.column, group.rows)
+        file = self.files[group.file]
+        if isinstance(file, RemotePath):
+            return self._read_remote(file, group)
+        return read_row_group(file, group.number, self.column, group.rows)
 
     def note(self) -> str | None:
         """Which files of the folder are not read, in a line; None if there is none."""
@@ -121,17 +146,42 @@ class ParquetText:
             return None
         return f"{shown(self.root)}: not read, as only .parquet files are: {_named(self.root, self.skipped)}"
 
-    def _index(self, number: int, file: Path) -> None:
-        size, groups = footer(file, self.column)
-        first = 0
-        for i, (rows, _) in enumerate(groups):
-            if rows:
-                self.row_groups.append(RowGroup(number, i, first, rows))
-            first += rows
-        self.manifest.append({"file": self._name(file), "bytes": size, "row_groups": [[rows, held] for rows, held in groups]})
+    def _index(self) -> None:
+        """Footers of all files; those of a bucket side by side, and kept, as each would be asked for again with each row group."""
+        if not self.is_remote:
+            self._take(footer(file, self.column) for file in self.files if isinstance(file, Path))
+            return
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            self._take(pool.map(self._remote_footer, [file for file in self.files if isinstance(file, RemotePath)]))
 
-    def _name(self, file: Path) -> str:
-        return file.relative_to(self.root).as_posix()
+    def _take(self, found: Iterator[tuple[int, list[tuple[int, int]]]]) -> None:
+        for number, (file, (size, groups)) in enumerate(zip(self.files, found, strict=True)):
+            first = 0
+            for i, (rows, _) in enumerate(groups):
+                if rows:
+                    self.row_groups.append(RowGroup(number, i, first, rows))
+                first += rows
+            self.manifest.append({"file": self._name(file), "bytes": size, "row_groups": [[rows, held] for rows, held in groups]})
+
+    def _remote_footer(self, file: RemotePath) -> tuple[int, list[tuple[int, int]]]:
+        metadata = self._footers[file] = remote.patiently(lambda: pq.read_metadata(self._open(file)), file, self._say, remote.START_S)
+        assert file.bytes is not None, "it was listed"
+        return file.bytes, _described(file, metadata.schema.to_arrow_schema(), metadata, self.column)
+
+    def _open(self, file: RemotePath) -> Any:
+        if file not in self._opened:
+            self._opened[file] = remote.opened(file)
+        return self._opened[file]
+
+    def _read_remote(self, file: RemotePath, group: RowGroup) -> pa.LargeBinaryArray:
+        def read() -> pa.ChunkedArray:
+            with pq.ParquetFile(self._open(file), metadata=self._footers[file], pre_buffer=True) as parquet:
+                return parquet.read_row_group(group.number, columns=[self.column]).column(self.column)
+
+        return _documents(file, group.number, remote.patiently(read, file, self._say, remote.READ_S), group.rows)
+
+    def _name(self, file: AnyPath) -> str:
+        return remote.below(self.root, file).as_posix()
 
     def _tokens(self, group: RowGroup, *, validation: bool) -> Bytes:
         documents = self.read_documents(group)
@@ -176,25 +226,32 @@ class ParquetText:
         return group.file, group.first_row + int(draw.argmin())
 
 
-def parquet_files(root: Path) -> list[Path]:
+def parquet_files(root: AnyPath) -> Sequence[AnyPath]:
     """Parquet files below a folder, sorted by path, without hidden ones and those of unfinished preparations.
 
     Raises DataError for a link to nothing and for a folder that cannot be listed: what they lead to may be text that is missed.
     """
-    return _look_through(root)[0]
+    return list(_look_through(root)[0])
 
 
-def footer(file: Path, column: str) -> tuple[int, list[tuple[int, int]]]:
+def footer(file: AnyPath, column: str) -> tuple[int, list[tuple[int, int]]]:
     """Bytes of a parquet file, and rows and uncompressed bytes of each row group.
 
     Raises DataError for a file that is damaged or has no such column of text.
     """
     try:
-        size = file.stat().st_size
-        with _opened(file) as opened:
-            schema = opened.schema_arrow
-            metadata = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
-            groups = [(group.num_rows, group.total_byte_size) for group in metadata]
+        with _opened(file) as (opened, size):
+            schema, metadata = opened.schema_arrow, opened.metadata
+    except Exception as error:  # damaged bytes make pyarrow raise almost anything
+        raise DataError(f"{shown(file)}: not a readable parquet file: {first_line(error)}") from None
+    return size, _described(file, schema, metadata, column)
+
+
+def _described(file: AnyPath, schema: pa.Schema, metadata: pq.FileMetaData, column: str) -> list[tuple[int, int]]:
+    """Rows and uncompressed bytes of each row group.   Raises DataError for a file without such a column of text."""
+    try:
+        each = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        groups = [(group.num_rows, group.total_byte_size) for group in each]
     except Exception as error:  # damaged bytes make pyarrow raise almost anything
         raise DataError(f"{shown(file)}: not a readable parquet file: {first_line(error)}") from None
     names = [printable(name) for name in schema.names]
@@ -207,14 +264,22 @@ def footer(file: Path, column: str) -> tuple[int, list[tuple[int, int]]]:
         raise DataError(f"{shown(file)}: column `{column}` holds {kind}; accepted: string, binary or a dictionary of them")
     if any(rows < 0 for rows, _ in groups):
         raise DataError(f"{shown(file)}: not a readable parquet file: a row group with a negative number of rows")
-    return size, groups
+    return groups
 
 
-def read_row_group(file: Path, number: int, column: str, rows: int) -> pa.LargeBinaryArray:
+def read_row_group(file: AnyPath, number: int, column: str, rows: int) -> pa.LargeBinaryArray:
     """Documents of a row group as bytes, some null or empty.   rows: as the footer says. Raises DataError for damaged pages."""
     try:
-        with _opened(file) as opened:
+        with _opened(file) as (opened, _):
             texts = opened.read_row_group(number, columns=[column]).column(column)
+    except Exception as error:  # damaged bytes make pyarrow raise almost anything
+        raise DataError(f"{shown(file)}: row group {number} cannot be read: {first_line(error)}") from None
+    return _documents(file, number, texts, rows)
+
+
+def _documents(file: AnyPath, number: int, texts: pa.ChunkedArray, rows: int) -> pa.LargeBinaryArray:
+    """A column of text as bytes.   Raises DataError for damaged pages."""
+    try:
         if pa.types.is_dictionary(texts.type):
             texts = texts.cast(texts.type.value_type)
         texts = texts.cast(pa.large_binary())
@@ -256,10 +321,14 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[pq.ParquetFile]:
-    """Opened by Python, as pyarrow takes no file name that is not UTF-8."""
+def _opened(file: AnyPath) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """A parquet file and its size; opened by Python, as pyarrow takes no file name that is not UTF-8."""
+    if isinstance(file, RemotePath):
+        with remote.opened(file) as raw, pq.ParquetFile(raw, pre_buffer=True) as opened:
+            yield opened, raw.size()
+        return
     with file.open("rb") as raw, pq.ParquetFile(raw) as opened:
-        yield opened
+        yield opened, file.stat().st_size
 
 
 def _hidden(name: str) -> bool:
@@ -267,15 +336,17 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "_"))
 
 
-def _look_through(root: Path) -> tuple[list[Path], list[Path]]:
+def _look_through(root: AnyPath, say: remote.Say = remote.to_stderr) -> tuple[Sequence[AnyPath], Sequence[AnyPath]]:
     """Parquet files and other files below a folder, see `parquet_files`."""
+    if isinstance(root, RemotePath):
+        listed = remote.list_files(root, lambda name: _hidden(name) and name != UNFINISHED, say)
+        if any(UNFINISHED in file.below.parts for file in listed):
+            raise DataError(_being_written(root))
+        return [p for p in listed if is_parquet(p.name)], [p for p in listed if not is_parquet(p.name)]
     if kind_of(root) != "folder":
         return [], []
     if kind_of(root / UNFINISHED) == "folder":
-        raise DataError(
-            f"{shown(root)}: holds {UNFINISHED}: a preparation is writing here, or one was killed; "
-            f"wait for it, or empty the folder and prepare it again"
-        )
+        raise DataError(_being_written(root))
     found = list_files(root, _hidden)
     for path, reason in found.unreadable:
         if path.suffix and not is_parquet(path.name):
@@ -284,8 +355,15 @@ def _look_through(root: Path) -> tuple[list[Path], list[Path]]:
     return [p for p in found.files if is_parquet(p.name)], [p for p in found.files if not is_parquet(p.name)]
 
 
-def _nothing_to_read(root: Path, others: list[Path]) -> str:
-    where, found = shown(root), kind_of(root)
+def _being_written(root: AnyPath) -> str:
+    return (
+        f"{shown(root)}: holds {UNFINISHED}: a preparation is writing here, or one was killed; "
+        f"wait for it, or empty the folder and prepare it again"
+    )
+
+
+def _nothing_to_read(root: AnyPath, others: Sequence[AnyPath]) -> str:
+    where, found = shown(root), remote.kind_of(root) if isinstance(root, RemotePath) else kind_of(root)
     if found == "folder":
         if others:
             names = _named(root, others)
@@ -293,17 +371,20 @@ def _nothing_to_read(root: Path, others: list[Path]) -> str:
                 f"{where}: no parquet files in it (dataset.parquet_dir), but {names}. "
                 f"To train on their text, run: bdh-mlflow data prepare {where} FOLDER, and set dataset.parquet_dir to that FOLDER"
             )
-        hidden = [p for p in list_files(root, lambda name: False).files if is_parquet(p.name)]
+        everything = (
+            remote.list_files(root, lambda name: False) if isinstance(root, RemotePath) else list_files(root, lambda name: False).files
+        )
+        hidden = [p for p in everything if is_parquet(p.name)]
         what = "no parquet files in it"
         what += f" but some in hidden files or folders, which are not read: {_named(root, hidden)}" if hidden else ""
     else:
-        near = nearest_folder(root) if found == "nothing" else None
+        near = nearest_folder(root) if found == "nothing" and isinstance(root, Path) else None
         what = "no such folder" if found == "nothing" else "not a folder" if found == "file" else f"not a folder but {found}"
         what += f"; did you mean {shown(near)}?" if near else ""
     return f"{where}: {what} (dataset.parquet_dir). Set dataset.source to have it built, or run: bdh-mlflow data prepare SOURCE {where}"
 
 
-def _named(root: Path, files: list[Path]) -> str:
+def _named(root: AnyPath, files: Sequence[AnyPath]) -> str:
     """The first few files, and how many more there are."""
     more = f" and {len(files) - NAMED_FILES:,} more" if len(files) > NAMED_FILES else ""
-    return ", ".join(printable(file.relative_to(root)) for file in files[:NAMED_FILES]) + more
+    return ", ".join(printable(remote.below(root, file)) for file in files[:NAMED_FILES]) + more

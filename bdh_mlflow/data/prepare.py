@@ -18,9 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdh_mlflow.data import sources
+from bdh_mlflow.data import remote, sources
 from bdh_mlflow.data.folder import held, kind_of
 from bdh_mlflow.data.parquet import UNFINISHED
+from bdh_mlflow.data.remote import AnyPath, RemotePath
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
@@ -34,20 +35,22 @@ PREFIX_LETTERS = 50  # of the target's name in that of the hidden folder, which 
 class Prepared:
     """What `prepare` wrote, and which files it skipped (name, reason).   bytes: of text."""
 
-    folder: Path
+    folder: AnyPath
     documents: int
     bytes: int
     files: int
     skipped: tuple[tuple[str, str], ...]
 
 
-def prepare(source: str, folder: Path, column: str, on_progress: Callable[[int, int], None] = lambda documents, size: None) -> Prepared:
+def prepare(source: str, folder: AnyPath, column: str, on_progress: Callable[[int, int], None] = lambda documents, size: None) -> Prepared:
     """Turn text into parquet shards in `folder`, which is missing or empty; all or nothing.
 
     source: `python-stdlib`, or a file or folder, see `sources.documents`. jsonl, json and parquet are read from their field or column
     `column`. Raises DataError; then nothing is written.
     """
     _check_column(column)
+    if isinstance(folder, RemotePath):
+        return _to_bucket(source, folder, column, on_progress)
     there = _check_target(folder)
     skipped: list[tuple[str, str]] = []
     documents = sources.documents(source, column, skipped)
@@ -60,6 +63,20 @@ def prepare(source: str, folder: Path, column: str, on_progress: Callable[[int, 
         else:
             partial.chmod(0o755)
             partial.replace(folder)
+    return Prepared(folder, count, size, files, tuple(skipped))
+
+
+def _to_bucket(source: str, folder: RemotePath, column: str, on_progress: Callable[[int, int], None]) -> Prepared:
+    """The same into a bucket, by way of this disk: a bucket can rename nothing, so whole files are uploaded under a marker."""
+    if found := remote.list_files(folder, lambda name: False):
+        raise DataError(f"{shown(folder)}: not empty (it holds {printable(found[0].name)}); give another folder or remove it first")
+    skipped: list[tuple[str, str]] = []
+    documents = sources.documents(source, column, skipped)
+    with tempfile.TemporaryDirectory(prefix="prepare-") as name:
+        count, size, files = _write_shards(documents, Path(name), column, on_progress)
+        if not count:
+            raise DataError(f"{printable(source)}: no text found{sources.listed(skipped)}")
+        remote.upload(sorted(Path(name).iterdir()), folder, UNFINISHED)
     return Prepared(folder, count, size, files, tuple(skipped))
 
 

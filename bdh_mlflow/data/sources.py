@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from bdh_mlflow.data import parquet
+from bdh_mlflow.data import parquet, remote
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files
+from bdh_mlflow.data.remote import AnyPath, RemotePath, place_of
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
@@ -31,7 +32,7 @@ TEXT_DOCUMENT_BYTES = 16 * 2**10  # plain text is cut into documents of about th
 TEXT_DOCUMENTS, TEXT_DOCUMENT_LEAST_BYTES = 64, 512  # a short text into about 64, so that some can be held out for validation
 PYTHON_STDLIB = "python-stdlib"
 """Source that stands for the Python sources of the running interpreter's standard library: real text without a network."""
-ACCEPTED = f"{PYTHON_STDLIB}, a txt, jsonl, json or parquet file, or a folder"
+ACCEPTED = f"{PYTHON_STDLIB}, a txt, jsonl, json or parquet file, or a folder, here or in a bucket"
 NAMED_SKIPPED = 3  # files, in a message
 
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
@@ -93,7 +94,9 @@ def documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Itera
         return _from_files([p for p in found if p.suffix == ".py"], column, skipped)
     if not source.strip():
         raise DataError(f"{source!r}: a source without a name; accepted: {ACCEPTED}")
-    path = Path(source)
+    path = place_of(source)
+    if isinstance(path, RemotePath):
+        return _remote(path, column, skipped)
     found_there = kind_of(path)
     if found_there == "file":
         return _from_file(path, column)
@@ -103,6 +106,15 @@ def documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Itera
         return _from_files(listing.files, column, skipped)
     what = "no such file or folder" if found_there == "nothing" else found_there
     raise DataError(f"{printable(source)}: {what}; accepted: {ACCEPTED}")
+
+
+def _remote(path: RemotePath, column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
+    found = remote.kind_of(path)
+    if found == "nothing":
+        raise DataError(f"{shown(path)}: no such file or folder; accepted: {ACCEPTED}")
+    if found == "file":
+        return _from_file(path, column)
+    return _from_files(remote.list_files(path, _passed_over), column, skipped)
 
 
 def listed(skipped: Sequence[tuple[str, str]]) -> str:
@@ -117,7 +129,7 @@ def _passed_over(name: str) -> bool:
     return name.startswith(".") or name in _SKIPPED_FOLDERS or (is_parquet(name) and name.startswith("_"))
 
 
-def _from_files(files: Iterable[Path], column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
+def _from_files(files: Iterable[AnyPath], column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
     for file in files:
         try:
             yield from _read(file, column, cut=False)
@@ -125,14 +137,14 @@ def _from_files(files: Iterable[Path], column: str, skipped: list[tuple[str, str
             skipped.append((shown(file), str(reason)))
 
 
-def _from_file(file: Path, column: str) -> Iterator[str]:
+def _from_file(file: AnyPath, column: str) -> Iterator[str]:
     try:
         yield from _read(file, column, cut=True)
     except _NotText as reason:
         raise DataError(f"{shown(file)}: no text found: {reason}; accepted: {ACCEPTED}") from None
 
 
-def _read(file: Path, column: str, *, cut: bool) -> Iterator[str]:
+def _read(file: AnyPath, column: str, *, cut: bool) -> Iterator[str]:
     """Documents of a file.   cut: plain text into several. Raises _NotText before the first document, or DataError."""
     name = file.name.lower()
     inner = name.removesuffix(next((e for e in _ENDINGS if name.endswith(e)), ""))
@@ -160,7 +172,7 @@ def _read(file: Path, column: str, *, cut: bool) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _reported(file: Path) -> Iterator[None]:
+def _reported(file: AnyPath) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
@@ -221,7 +233,7 @@ def _cut(text: str) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _from_lines(file: Path, lines: Iterable[str], column: str) -> Iterator[str]:
+def _from_lines(file: AnyPath, lines: Iterable[str], column: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{shown(file)}, line {number}"
@@ -232,7 +244,7 @@ def _from_lines(file: Path, lines: Iterable[str], column: str) -> Iterator[str]:
             yield from _document(record, column, place)
 
 
-def _from_json(file: Path, text: str, column: str) -> Iterator[str]:
+def _from_json(file: AnyPath, text: str, column: str) -> Iterator[str]:
     """An array of records, one record, or a record a line.   Raises _NotText for JSON that holds anything else."""
     if not text.strip():
         return
@@ -283,7 +295,7 @@ def _document(record: Any, column: str, place: str) -> Iterator[str]:
         yield record[column].encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, UTF-8 cannot
 
 
-def _from_parquet(file: Path, column: str) -> Iterator[str]:
+def _from_parquet(file: AnyPath, column: str) -> Iterator[str]:
     for number, (rows, _) in enumerate(parquet.footer(file, column)[1]):
         for document in parquet.read_row_group(file, number, column, rows):
             if raw := document.as_py():

@@ -25,12 +25,13 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.utils import validation
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import read_chunk, remove_on_error
 from mlflow.utils.request_utils import augmented_raise_for_status
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.server_info import SERVER_INFO_ENDPOINT
-from mlflow.utils.validation import _validate_model_alias_name, _validate_model_alias_name_reserved, _validate_model_name
+from mlflow.utils.validation import _validate_model_name
 
 from bdh_mlflow.files import first_line
 
@@ -153,8 +154,8 @@ def check_model_name(name: str) -> None:
 
 def check_model_alias(alias: str) -> None:
     """Raises MlflowException for an alias that no model version can have (`latest`, `v1`, odd characters), with no request to a store."""
-    _validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
-    _validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
+    for name in ("_validate_model_alias_name", "_validate_model_alias_name_reserved"):  # 3.18 left `model` out
+        (getattr(validation, name, None) or getattr(validation, name.replace("model_", "")))(alias)
 
 
 def check_requests() -> None:

@@ -133,9 +133,7 @@ class RemoteRun:
 
     def inputs(self, records: Iterable[Input]) -> None:
         """Datasets."""
-        data = [
-            (Dataset(name=r.name, digest=r.digest, source_type="local", source=r.source, profile=r.profile), r.context) for r in records
-        ]
+        data = [(Dataset(r.name, r.digest, _source_type(r.source), r.source, profile=r.profile), r.context) for r in records]
         self._client.log_inputs(self.run_id, [DatasetInput(each, [InputTag("mlflow.data.context", context)]) for each, context in data])
         for each, context in data:
             if context == "validation":
@@ -210,3 +208,9 @@ class RemoteRun:
 
     def _note(self, text: str) -> None:
         self._say(Note(text=text))
+
+
+def _source_type(source: str) -> str:
+    """What MLflow calls the kind of place that a dataset comes from.   source: as in `Input`."""
+    scheme, found, _ = str(json.loads(source).get("uri", "")).partition("://")
+    return scheme if found else "local"

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from bdh_mlflow.config import Config, DatasetConfig
-from bdh_mlflow.data import order, prepare
+from bdh_mlflow.data import order, prepare, remote
 from bdh_mlflow.data.folder import REFUSED, held, kind_of, nearest_folder
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.data.remote import RemotePath, place_of
 from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
 from bdh_mlflow.distributed import ALONE, Report, World
 from bdh_mlflow.errors import DataError
@@ -149,7 +150,7 @@ def open_text(config: Config, progress: Progress) -> ParquetText:
     """The data, built from its source first if the folder is missing or empty.   config: resolved. Raises DataError."""
     if config.dataset.source is not None:
         _fill(config.dataset, config.dataset.source, progress)
-    text = ParquetText(config.dataset)
+    text = ParquetText(config.dataset, progress.note)
     if note := text.note():
         progress.note(note)
     return text
@@ -160,7 +161,14 @@ def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
 
     Raises DataError for a folder whose name looks misspelt: training on other text than meant is worse than a question.
     """
-    folder = Path(dataset.parquet_dir)
+    folder = place_of(dataset.parquet_dir)
+    if isinstance(folder, RemotePath):
+        if remote.list_files(folder, lambda name: False, progress.note):
+            return
+        progress.note(f"{shown(folder)} is empty: preparing it from {shown(source)} (dataset.source)")
+        done = prepare.prepare(source, folder, dataset.text_column)
+        progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text{listed(done.skipped)}")
+        return
     found, name = kind_of(folder), shown(folder)
     if found == "folder":
         if held(folder):

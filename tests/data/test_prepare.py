@@ -195,7 +195,7 @@ def test_any_new_or_empty_folder_takes_the_result_or_keeps_nothing(tmp_path: Pat
     done = prepare.prepare(str(tmp_path / "good.jsonl"), folder, "text")
     assert [p.name for p in folder.iterdir()] == ["part-00000.parquet"]
     (file,) = parquet.parquet_files(folder)
-    assert done.documents == sum(rows for rows, _ in parquet.footer(file, "text")[1]) == 50
+    assert done.documents == sum(rows for rows, _ in parquet.footer(Path(file), "text")[1]) == 50
     assert inode in (None, folder.stat().st_ino), "an existing folder stays the one it was"
 
 

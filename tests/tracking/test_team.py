@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,27 +22,14 @@ from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.mlflow_internals import ServerRepository
 from bdh_mlflow.tracking.records import Points
-from scripts import team
 from scripts.relay import Answer, Relay
 from scripts.team import ADMIN, BUCKET, NEXT_MLFLOW, Mode, ObjectStore, PostgreSQL, Team, TeamServer
 from tests.conftest import history, only_run, run_cli, train
+from tests.stores import needs_stores
 from tests.tracking.test_kills import program, wait_for
 from tests.tracking.tracked import TrackedRun, entries, quiet
 
-pytestmark = [
-    pytest.mark.slow,  # the stores and four servers start once for all of them
-    pytest.mark.skipif(team.missing() is not None, reason=f"a team's stores are not installed: {team.missing()}"),
-    pytest.mark.xdist_group("team"),
-]
-
-
-@pytest.fixture(scope="module")
-def stores() -> Iterator[Team]:
-    with tempfile.TemporaryDirectory(prefix="team-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)  # PostgreSQL runs as another user
-        with team.stores(folder) as started:
-            yield started
+pytestmark = needs_stores
 
 
 @contextlib.contextmanager
