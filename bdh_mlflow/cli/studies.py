@@ -111,7 +111,7 @@ def sweep(ctx: click.Context, config_path: str, overrides: tuple[str, ...], spac
     except KeyboardInterrupt:
         exit_stopped_early(ctx, stop)
     counts = ", ".join(f"{count} {state}" for state, count in result.counts.items())
-    click.echo(f"{counts}; parent run {result.parent_run_id}; study {result.journal}")
+    click.echo(f"{counts}; parent run {result.parent_run_id}; {result.place}")
     if result.best is not None:
         number, value, found = result.best
         named = dict(override.split("=", 1) for override in given)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bdh_mlflow.config import Problem, problem_of
 from bdh_mlflow.config.messages import refused
+from bdh_mlflow.config.places import DATABASES, scheme_of, store_uri
 from bdh_mlflow.config.reading import plain_values, read_yaml, typed
 from bdh_mlflow.config.settings import Float, Int
+from bdh_mlflow.redact import masked
 
 SET_BY_THE_SWEEP = ("training.checkpoint_dir", "training.resume_from_checkpoint", "tracking.")
 """What every trial has of its own, or all share: neither is searched."""
@@ -88,12 +90,25 @@ class Choice(BaseModel):
 
 
 class Space(BaseModel):
-    """What a sweep searches: its name, the settings to vary, and settings that all trials share."""
+    """What a sweep searches: its name, the settings to vary, and settings that all trials share.
+
+    storage: URI of the database that keeps the study, for processes on several machines; None for a journal file beside the checkpoints.
+    """
 
     model_config = _RULES
     study: str = Field(pattern=r"^[\w-][\w.-]{0,99}$")
+    storage: str | None = None
     parameters: dict[str, Choice] = Field(min_length=1)
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("storage")
+    @classmethod
+    def _database(cls, uri: str | None) -> str | None:
+        if uri is None:
+            return None
+        if scheme_of(full := store_uri(uri, Path.cwd())) not in DATABASES:
+            raise ValueError(f"{masked(uri)}: not a database; accepted: postgresql+psycopg://..., mysql+pymysql://..., or null")
+        return full
 
     @classmethod
     def from_yaml(cls, path: str) -> "Space":

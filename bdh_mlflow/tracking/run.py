@@ -21,7 +21,7 @@ from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import segments, store
 from bdh_mlflow.tracking.artifacts import Artifacts
-from bdh_mlflow.tracking.attach import Attaching, Attachment
+from bdh_mlflow.tracking.attach import Attaching, Attachment, segment_number
 from bdh_mlflow.tracking.journal import Entry, SegmentSpan
 from bdh_mlflow.tracking.mirror import Mirror
 from bdh_mlflow.tracking.mlflow_internals import set_run
@@ -49,6 +49,7 @@ class RemoteRun:
         self._replay: Replay | None = None
         self._evaluations: dict[str, dict[int, Metric]] | None = None
         self._other_segments: Any = None
+        self._furthest = 0
         self.attached = threading.Event()
         """Set when it is known which run this is."""
 
@@ -91,6 +92,7 @@ class RemoteRun:
     def attach(self, segment: Segment, known: str | None, furthest: int, *, again: bool = False) -> None:
         """Find or make the run of a segment; see `Attaching.attach`."""
         found = self._attachment = self._attaching.attach(segment, known, furthest, again)
+        self._furthest = furthest
         artifacts = Artifacts(found.identity.artifact_uri, self._uri)
         if (folder := artifacts.folder) is not None and found.continued and not folder.exists():
             self._note(f"tracking: artifacts of this run go to {folder}, which is not there any more, and is made again")
@@ -178,7 +180,9 @@ class RemoteRun:
         self._mirror.store(saved, keep, points, newest=newest and not self._attachment.superseded)
 
     def end(self, status: str) -> None:
-        """Set the run's status."""
+        """Set the run's status, which is not this process's to set if another one has gone on with the run."""
+        if status != "FINISHED" and segment_number(self._client.get_run(self.run_id)) > self._furthest:
+            return
         if not self._attachment.superseded:
             set_run(self._client, self.run_id, status, end_ms=int(time.time() * 1000))
 

@@ -55,13 +55,16 @@ def sync(folder: Path, uri: str | None, note: Callable[[str], None], patience: P
                 note(f"tracking: {reason}")
 
     address, done = _address(segments[-1].tracking_uri, uri), journal.delivered(folder) or Delivered()
-    left, held = before, False
+    left, held = before, True
     if before or done.tracking_uri != masked(address):  # another store gets everything
         os.environ.setdefault(RETRIES, "0")  # as beside a training run
         delivery = Delivery(folder, address, show, patience)
         delivery.close()
         left, held = delivery.run(), delivery.held
         done = journal.delivered(folder) or Delivered()
+    else:
+        with journal.reading(folder) as last:
+            held = last is not None and last.claim(0)  # a sender that is about to end may still have it
     if held and not left and folder.resolve().parent.name == checkpoint.PENDING and not list(folder.glob("checkpoint_*")):
         shutil.rmtree(folder, ignore_errors=True)  # it never saved a checkpoint, and has nothing left to deliver
         with contextlib.suppress(OSError):

@@ -1,6 +1,5 @@
 """A study of real, tiny trainings: children of one run, pruned, interrupted and continued."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -192,7 +191,7 @@ def test_space_files_are_read_as_configurations_are(tmp_path: Path) -> None:
         Space.from_yaml("absent.yaml")
     path = tmp_path / "space.yaml"
     path.write_text("- study\n")
-    with pytest.raises(ConfigError, match="expected study, parameters, settings, found"):
+    with pytest.raises(ConfigError, match="expected study, storage, parameters, settings, found"):
         Space.from_yaml(str(path))
     path.write_text("study: a\nstudy: b\n")
     with pytest.raises(ConfigError, match=r"space.yaml, line 2, column 1: not valid YAML: key `study` is given twice"):
@@ -240,17 +239,6 @@ def test_sweep_that_ends_by_an_error_has_failed(store: MlflowClient, text: Path,
     with pytest.raises(KeyError):
         swept(tiny, tmp_path, 1)
     assert parent(store).info.status == "FAILED"
-
-
-def test_study_that_another_process_runs_is_left_to_it(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints" / "sweeps" / "tiny"
-    folder.mkdir(parents=True)
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    result = swept(tiny, tmp_path, 1)
-    os.close(lock)
-    assert result.exit_code == 2
-    assert "another process runs this study" in result.output
 
 
 @pytest.mark.parametrize(
