@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,7 +30,6 @@ from bdh_mlflow.tracking import store
 
 JOURNAL = "study.log"
 REPLACES = "replaces"  # attribute of a trial that continues an interrupted one: the number of that one
-ROOT = "root"  # the number of the first one of such a chain
 REASON = "failed"  # attribute of a trial that has failed by itself: why
 INTERRUPTED = "interrupted"  # of one whose process was stopped or is gone
 SURPLUS = "surplus"
@@ -172,11 +171,21 @@ def opened(space: Space, folder: Path, note: Note) -> Iterator[Kept]:
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that count, by number: of an interrupted one the last that continues it."""
-    trials = [t for t in study.get_trials(deepcopy=False) if SURPLUS not in t.user_attrs]
-    last: dict[int, FrozenTrial] = {}
+    trials = study.get_trials(deepcopy=False)
+    names = places(trials)
+    last = {names[t.number]: t for t in trials if t.number in names}
+    return [last[place] for place in sorted(last)]
+
+
+def places(trials: Sequence[FrozenTrial]) -> dict[int, int]:
+    """By which number a user knows each trial that counts: its place among the new ones, which one that continues it keeps."""
+    known: dict[int, int] = {}
     for trial in trials:
-        last[trial.user_attrs.get(ROOT, trial.number)] = trial
-    return [last[root] for root in sorted(last)]
+        before = trial.user_attrs.get(REPLACES)
+        if SURPLUS in trial.user_attrs or (before is not None and before not in known):
+            continue
+        known[trial.number] = len(set(known.values())) if before is None else known[before]
+    return known
 
 
 def is_surplus(study: optuna.Study, number: int, wanted: int) -> bool:
@@ -200,12 +209,11 @@ def requeue_left(study: optuna.Study, workers: Workers, note: Note) -> None:
             continue
         attributes = {
             REPLACES: trial.number,
-            ROOT: own.get(ROOT, trial.number),
             "folder": own.get("folder"),
             "seen": {str(step): value for step, value in trial.intermediate_values.items()},
         }
         study.enqueue_trial(trial.params, user_attrs=attributes)
-        note(f"trial {trial.number} was interrupted; it continues as trial {len(study.get_trials(deepcopy=False)) - 1}")
+        note(f"trial {places(trials).get(trial.number, trial.number)} was interrupted; it is queued again")
 
 
 def interrupt(study: optuna.Study, workers: Workers, number: int) -> None:
@@ -219,13 +227,13 @@ def _id_of(storage: BaseStorage, study: str, number: int) -> int:
     return int(storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(study), number))
 
 
-def ask(study: optuna.Study, seed: int) -> optuna.Trial:
-    """The next trial, a queued one first. What is drawn for it depends on its number, not on which process draws."""
+def ask(study: optuna.Study, seed: int) -> tuple[optuna.Trial, int]:
+    """The next trial, a queued one first, and its place. What is drawn for it depends on that, not on which process draws."""
     with _quiet():  # optuna warns that heartbeats are for its own loop
         trial = study.ask()
-        root = trial.user_attrs.get(ROOT, trial.number)
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=(seed + root) % 2**32, constant_liar=True)
-    return trial
+        place = places(study.get_trials(deepcopy=False))[trial.number]
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=(seed + place) % 2**32, constant_liar=True)
+    return trial, place
 
 
 def patiently(act: Callable[[], T], note: Note, patience_s: float = PATIENCE_S) -> T:

@@ -38,7 +38,6 @@ from bdh_mlflow.studies.study import (
     INTERRUPTED,
     REASON,
     REPLACES,
-    ROOT,
     SURPLUS,
     Kept,
     ask,
@@ -47,6 +46,7 @@ from bdh_mlflow.studies.study import (
     is_outage,
     is_surplus,
     patiently,
+    places,
     requeue_left,
 )
 from bdh_mlflow.tracking import journal, store
@@ -60,7 +60,7 @@ from bdh_mlflow.training.trainer import Progress
 FOLDER = "sweeps"
 METRIC = "val/loss"
 PRUNED, TAKEN_UP = "pruned", "taken up elsewhere"
-TRIAL = "sweep.trial"  # tag of a trial's run: the number of the trial, of the first one where it was continued
+TRIAL = "sweep.trial"  # tag of a trial's run: the place of the trial, which one that continues it keeps
 REPORT_S = 5.0  # for the database to take an evaluation
 IDLE_S = 2.0  # between two looks at trials that other processes train
 PARENT_S = 60.0  # for the process that has made the study to make its parent run
@@ -124,7 +124,8 @@ def sweep(config: Config, space: Space, trials: int, controls: Controls) -> Swee
         finally:
             stopped = controls.stop.received.name if controls.stop.received else None
             _report(lambda: _end_parent(client, parent, study, "KILLED" if stopped else ended), controls.note)
-        best = (study.best_trial.number, float(study.best_value), dict(study.best_params)) if counts["complete"] else None
+        number = places(study.get_trials(deepcopy=False))[study.best_trial.number] if counts["complete"] else 0
+        best = (number, float(study.best_value), dict(study.best_params)) if counts["complete"] else None
         return SweepResult(parent, experiment, counts, best, kept.place, stopped)
 
 
@@ -200,9 +201,9 @@ class _Trials:
             patiently(lambda: requeue_left(study, self.kept.workers, note), note)
             trials = patiently(lambda: counted(study), note)
             if any(t.state is TrialState.WAITING for t in trials) or len(trials) < wanted:
-                trial = patiently(lambda: ask(study, self.base.training.seed), note)
+                trial, place = patiently(lambda: ask(study, self.base.training.seed), note)
                 if not patiently(functools.partial(is_surplus, study, trial.number, wanted), note):
-                    self._run(trial)
+                    self._run(trial, place)
                     return True
                 trial.set_user_attr(SURPLUS, True)
                 study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
@@ -215,14 +216,14 @@ class _Trials:
             time.sleep(IDLE_S)
         return False
 
-    def _run(self, trial: optuna.Trial) -> None:
+    def _run(self, trial: optuna.Trial, place: int) -> None:
         """Train a trial and give its result to the study; a trial that a signal stopped stays unfinished."""
         controls, study = self.controls, self.kept.study
         try:
             varied = patiently(lambda: {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}, controls.note)
-            controls.note(f"trial {trial.number}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
+            controls.note(f"trial {place}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
             with self.kept.workers.holding(trial.number, lambda: controls.stop.ask(TAKEN_UP)):
-                config = self._config(trial, varied)
+                config = self._config(trial, place, varied)
                 with processes.started(controls.size) as world, controls.display(config.training.max_iters) as progress:
                     judged = _PruningProgress(progress, trial, controls.stop)
                     outcome = start.train(config, judged, controls.stop, make_sender=controls.make_sender, world=world)
@@ -231,64 +232,64 @@ class _Trials:
                 if outcome.ending.reason == PRUNED:
                     controls.stop.received = None
                     self._tell(trial, TrialState.PRUNED)
-                    controls.note(f"trial {trial.number}: pruned at step {outcome.ending.step}")
+                    controls.note(f"trial {place}: pruned at step {outcome.ending.step}")
                 elif outcome.ending.reason == "finished":
                     assert outcome.ending.val_loss is not None, "the last step is evaluated"
                     self._tell(trial, TrialState.COMPLETE, outcome.ending.val_loss)
-                    controls.note(f"trial {trial.number}: {METRIC} {outcome.ending.val_loss:.4f}")
+                    controls.note(f"trial {place}: {METRIC} {outcome.ending.val_loss:.4f}")
                 elif outcome.ending.reason == TAKEN_UP:
                     controls.stop.received = None
-                    controls.note(f"trial {trial.number}: was taken up by another process, as this one gave no sign of life")
+                    controls.note(f"trial {place}: was taken up by another process, as this one gave no sign of life")
                 else:  # a signal: whoever works on the study next goes on with it
                     patiently(lambda: interrupt(study, self.kept.workers, trial.number), controls.note)
         # Settings that do not go together, data that do not fit, memory that does not suffice: the next trial may.
         except Exception as error:
-            self._failed(trial, error)
+            self._failed(trial, place, error)
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
         patiently(lambda: self.kept.study.tell(trial, value, state=state, skip_if_finished=True), self.controls.note)
 
-    def _failed(self, trial: optuna.Trial, error: Exception) -> None:
+    def _failed(self, trial: optuna.Trial, place: int, error: Exception) -> None:
         """Tell the study and the user; what is no error of this package is kept whole in a file for whoever looks for the reason."""
         said = first_line(error)
         if not isinstance(error, BdhError):
-            file = self.folder / f"trial_{trial.number}.error.txt"
+            file = self.folder / f"trial_{place}.error.txt"
             with contextlib.suppress(OSError):
                 file.write_text(masked("".join(traceback.format_exception(error))), encoding="utf-8")
             said = f"{type(error).__name__}: {said} (see {file})"
         elif isinstance(error, ConfigError):
             said = masked(str(error))  # the reasons are in its further lines
-        self.controls.note(f"trial {trial.number} failed: {said}")
+        self.controls.note(f"trial {place} failed: {said}")
         patiently(lambda: trial.set_user_attr(REASON, said[:500]), self.controls.note)
         self._tell(trial, TrialState.FAIL)
 
-    def _config(self, trial: optuna.Trial, varied: Mapping[str, Any]) -> Config:
+    def _config(self, trial: optuna.Trial, place: int, varied: Mapping[str, Any]) -> Config:
         """The configuration of a trial; one that was interrupted gets its evaluations back and resumes where its checkpoints are."""
-        root, before = trial.user_attrs.get(ROOT, trial.number), trial.user_attrs.get("folder")
+        before = trial.user_attrs.get("folder")
         folder, resumed = self.folder / f"trial_{trial.number}", None
         if before and (run_dirs := checkpoint.by_last_save(Path(before))) and not _is_training(run_dirs[0]):
             folder, resumed = Path(before), str(run_dirs[0])
         elif REPLACES in trial.user_attrs:
-            resumed = self._mirrored(root)
+            resumed = self._mirrored(place)
         patiently(lambda: trial.set_user_attr("folder", str(folder)), self.controls.note)
         for step, value in trial.user_attrs.get("seen", {}).items():
             trial.report(value, int(step))
-        tags = {**self.base.tracking.tags, TRIAL: str(root)}
+        tags = {**self.base.tracking.tags, TRIAL: str(place)}
         own: dict[str, Any] = {
             **varied,
             "training.checkpoint_dir": str(folder),
-            "tracking.run_name": f"trial {root}",
+            "tracking.run_name": f"trial {place}",
             "tracking.tags": tags,
         }
         if resumed:
             own["training.resume_from_checkpoint"] = resumed
         return _replaced(self.base, own)
 
-    def _mirrored(self, root: int) -> str | None:
+    def _mirrored(self, place: int) -> str | None:
         """Id of the run of a trial that was trained elsewhere; None if none of its checkpoints was mirrored, and the run is then ended."""
         with store.reported("the runs of the sweep cannot be searched"):
             experiment = self.client.get_run(self.parent).info.experiment_id
-            wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent}' AND tags.`{TRIAL}` = '{root}'"
+            wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent}' AND tags.`{TRIAL}` = '{place}'"
             runs = self.client.search_runs([experiment], wanted)
             for run in runs:
                 if "bdh.latest_checkpoint" in run.data.tags:
@@ -350,7 +351,7 @@ class _PruningProgress:
             self._stop.ask(TAKEN_UP)
         except Exception as error:
             if not is_outage(error):
-                self._progress.note(f"trial {self._trial.number}: cannot be reported to the study: {first_line(error)}")
+                self._progress.note(f"an evaluation cannot be reported to the study: {first_line(error)}")
 
     def note(self, text: str) -> None:
         self._progress.note(text)
@@ -359,7 +360,7 @@ class _PruningProgress:
 def _log_results(client: MlflowClient, parent: str, study: optuna.Study) -> None:
     """Log the best trial so far, the table of trials and two plots to the parent run."""
     complete = study.get_trials(states=(TrialState.COMPLETE,))
-    rows = [_row(t) for t in counted(study) if t.state.is_finished()]
+    rows = [_row(place, t) for place, t in enumerate(counted(study)) if t.state.is_finished()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
     client.log_text(parent, json.dumps(table), "sweep/trials.json")
@@ -387,9 +388,9 @@ def _figure(plot: str, study: optuna.Study) -> Figure:
     return figure
 
 
-def _row(t: FrozenTrial) -> dict[str, Any]:
+def _row(place: int, t: FrozenTrial) -> dict[str, Any]:
     value = t.value if t.state is TrialState.COMPLETE else None
-    return {"trial": t.user_attrs.get(ROOT, t.number), "state": t.state.name.lower(), METRIC: value, "steps": t.last_step, **t.params}
+    return {"trial": place, "state": t.state.name.lower(), METRIC: value, "steps": t.last_step, **t.params}
 
 
 def _replaced(config: Config, values: Mapping[str, Any]) -> Config:

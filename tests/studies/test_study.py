@@ -116,7 +116,7 @@ class TestTeam:
             server_losses = check_runs(client, TRIALS) if workers[2].process.returncode == 0 else {}
             server.stop()
         said = workers[2].said()
-        assert said.count("was interrupted; it continues") + freezing.said().count("was interrupted; it continues") >= 2, said
+        assert said.count("was interrupted; it is queued again") + freezing.said().count("was interrupted; it is queued again") >= 2, said
         assert "was taken up by another process" in freezing.said()
         assert f"{TRIALS} complete, 0 pruned, 0 fail" in said
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'alone.db'}")
@@ -174,11 +174,11 @@ def test_trial_of_a_process_that_is_gone_is_queued_once_and_counts_once(tmp_path
             for _ in range(2):
                 study_of.requeue_left(study, workers, notes.append)
         assert [trial.state for trial in counted(study)] == [TrialState.WAITING, TrialState.RUNNING]
-        assert notes == ["trial 0 was interrupted; it continues as trial 2"]
-        again = study_of.ask(study, seed=1)
-        assert (again.number, again.user_attrs["seen"]) == (2, {"300": 3.0})
+        assert notes == ["trial 0 was interrupted; it is queued again"]
+        again, place = study_of.ask(study, seed=1)
+        assert (again.number, place, again.user_attrs["seen"]) == (2, 0, {"300": 3.0})
         assert again.suggest_float("training.learning_rate", 1e-4, 1e-1, log=True) == first.params["training.learning_rate"]
-        study.enqueue_trial({}, user_attrs={study_of.REPLACES: 0, study_of.ROOT: 0})  # by a process that looked at the same moment
+        study.enqueue_trial({}, user_attrs={study_of.REPLACES: 0})  # by a process that looked at the same moment
         assert is_surplus(study, 3, 2)
         assert not is_surplus(study, 2, 2)
 

@@ -105,7 +105,7 @@ def test_killed_sweep_continues_the_interrupted_trial(store: MlflowClient, text:
     study.write_text(text_of.replace("100000", str(steps + 20)))  # the same space, with an end in sight
     result = swept(tiny, tmp_path, 2, settings={**long, "training.max_iters": steps + 20})
     assert result.exit_code == 0, result.output
-    assert "trial 0 was interrupted; it continues as trial 1" in result.output
+    assert "trial 0 was interrupted; it is queued again" in result.output
     assert "2 complete, 0 pruned, 0 fail" in result.output
     assert len(list(folder.glob("run_*"))) == 1
     assert len(children(store)) == 2, "the interrupted trial continued in its own run"
