@@ -9,7 +9,6 @@ import os
 import statistics
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from bdh_mlflow.tracking.store import local_path
 from bdh_mlflow.training.agreement import code_digest
 from bdh_mlflow.training.problems import problems
 
-ANSWER_S = 5.0
 STORE_S = 20.0  # an artifact store behind a network answers four requests
 EXCHANGES = 20
 SUMMED_BYTES = 2**24
@@ -144,10 +142,8 @@ def _version(uri: str) -> str:
     own = host.version_of("mlflow") or "of unknown version"
     if not uri.startswith(("http://", "https://")):
         return f"answers; MLflow {own} in this process"
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=ANSWER_S) as answer:
-            theirs = answer.read(100).decode().strip()
-    except Exception:  # http.client raises its own kinds besides OSError, and their texts may hold the password
+    theirs = store.server_version(uri)
+    if theirs.startswith("of"):
         return f"answers, but gives no version (ours is {own})"
     return f"answers; MLflow {theirs}" + ("" if theirs == own else f" (ours is {own}; the server's limits apply)")
 

@@ -193,9 +193,8 @@ class Lane(ABC):
                 if not self.failing:
                     self.failing = True
                     goes_on = "training goes on, " if shared.reader.is_training() else ""
-                    shared.say(
-                        Note(text=f"tracking: {self._store_name(error)} does not answer ({first_line(error)}); {goes_on}trying again")
-                    )
+                    why = store.explained(error, shared.uri)
+                    shared.say(Note(text=f"tracking: {self._store_name(error)} does not answer ({why}); {goes_on}trying again"))
                 if shared.closing.is_set():
                     self.given_up.wait(min(pause_s, patience.first_retry_s))
                 else:

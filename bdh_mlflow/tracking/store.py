@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from bdh_mlflow import checkpoint
+from bdh_mlflow import checkpoint, host
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import DATABASES, scheme_of, store_uri
 from bdh_mlflow.errors import BdhError, TrackingError
@@ -34,6 +35,7 @@ from bdh_mlflow.text import printable
 from bdh_mlflow.tracking import database, routes
 from bdh_mlflow.tracking.sender_process import RETRIES
 
+OLDEST_SERVER = "3.15"  # see benchmarks/versions.py
 PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
 DATABASE_S = 60.0  # a database opened in this process may have its tables to make first
 HTTP_RETRIES = "3"  # MLflow's own, inside one call; its default of 7 blocks for four minutes
@@ -326,6 +328,24 @@ def is_invalid(error: BaseException) -> bool:
     if isinstance(error, OSError | json.JSONDecodeError):  # requests' errors are OSErrors, and an answer that is no JSON comes from a proxy
         return False
     return isinstance(error, ValueError | TypeError | ImportError | NotImplementedError)
+
+
+def explained(error: BaseException, uri: str) -> str:
+    """What an error says, in one line; of a server that does not know a request, with both versions."""
+    said = first_line(error)
+    if not uri.startswith(("http://", "https://")) or "error code 404" not in str(error) or "RESOURCE_DOES_NOT_EXIST" in str(error):
+        return said
+    theirs, own = server_version(uri), host.version_of("mlflow")
+    return f"it runs MLflow {theirs}, which does not know what MLflow {own} asks of it here; {OLDEST_SERVER} is the oldest tried: {said}"
+
+
+def server_version(uri: str) -> str:
+    """The version of MLflow that a server runs, `of unknown version` if it does not say."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=PROBE_S) as answer:
+            return str(answer.read(100).decode().strip())
+    except Exception:  # http.client raises its own kinds besides OSError, and their texts may hold the password
+        return "of unknown version"
 
 
 @contextlib.contextmanager

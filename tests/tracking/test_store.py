@@ -1,15 +1,18 @@
 """What is known of a store before a run begins."""
 
 import fcntl
+import http.server
 import json
 import os
 import sqlite3
 import string
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import requests
 import sqlalchemy.exc
@@ -259,3 +262,23 @@ def test_artifacts_are_looked_for_where_mlflow_puts_them_whatever_the_folder_is_
 )
 def test_what_cannot_be_mended_by_waiting_is_told_from_an_outage(error: Exception, invalid: bool) -> None:
     assert stores.is_invalid(error) is invalid
+
+
+def test_server_that_does_not_know_a_request_is_named_with_both_versions() -> None:
+    class Old(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"2.22.5")
+
+        def log_message(self, *args: Any) -> None:
+            """Nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Old) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        unknown = MlflowException("API request to endpoint /api/2.0/mlflow/logged-models failed with error code 404 != 200.")
+        said = stores.explained(unknown, f"http://127.0.0.1:{server.server_port}")
+    assert f"it runs MLflow 2.22.5, which does not know what MLflow {mlflow.__version__} asks of it" in said
+    missing = MlflowException("error code 404 != 200. Response body: RESOURCE_DOES_NOT_EXIST: no such run")
+    assert stores.explained(missing, "http://127.0.0.1:1") == str(missing)
+    assert stores.explained(unknown, "sqlite:///x.db") == str(unknown)
