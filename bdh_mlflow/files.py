@@ -1,17 +1,23 @@
-"""Small things that every package needs once: a file written atomically or locked, an error in one line, the nearest known word."""
+"""Small things every package needs once: a file written whole or locked, an error in a line, patience, the nearest known word."""
 
 import contextlib
 import difflib
 import fcntl
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from bdh_mlflow.redact import masked
 from bdh_mlflow.text import printable
 
+T = TypeVar("T")
 LONGEST_LINE = 1000  # characters; MLflow names the reason at the end of long sentences
+
+
+class NoAnswerError(Exception):
+    """Patience is over."""
 
 
 def first_line(error: BaseException) -> str:
@@ -72,6 +78,39 @@ def try_lock(file: int, *, shared: bool = False, wait_s: float = 0.0) -> bool | 
             return None
         else:
             return True
+
+
+def patiently(
+    act: Callable[[], T],
+    may_pass: Callable[[Exception], bool],
+    who: str,
+    note: Callable[[str], None],
+    limit_s: float,
+    pauses_s: tuple[float, float],
+) -> T:
+    """What `act` gives, repeated while it fails in a way that may pass, which is said once.
+
+    who: does not answer then.   limit_s: for all of it.   pauses_s: the first one, which doubles up to the last. Raises NoAnswerError from
+    the last failure when that takes longer, and whatever `act` raises that will not pass.
+    """
+    end, pause_s, said = time.monotonic() + limit_s, pauses_s[0], False
+    while True:
+        try:
+            result = act()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            if time.monotonic() + pause_s > end:
+                raise NoAnswerError(first_line(error)) from error
+            if not said:
+                said = True
+                note(f"{who} does not answer ({first_line(error)}); trying again")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, pauses_s[1])
+        else:
+            if said:
+                note(f"{who} answers again")
+            return result
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

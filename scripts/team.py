@@ -115,7 +115,6 @@ class PostgreSQL(Program):
         self._data.mkdir()
         if self._user:
             shutil.chown(self._data, self._user)
-        # Two passes over the disk less than initdb does by itself: what is in it is gone with the test.
         self._run("initdb", "-D", str(self._data), "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8", "-N")
         rules = self._data / "pg_hba.conf"
         rules.write_text(rules.read_text().replace("host    all             all             127.0.0.1/32            trust", ""))

@@ -143,7 +143,7 @@ def _version(uri: str) -> str:
     if not uri.startswith(("http://", "https://")):
         return f"answers; MLflow {own} in this process"
     theirs = store.server_version(uri)
-    if theirs.startswith("of"):
+    if theirs is None:
         return f"answers, but gives no version (ours is {own})"
     return f"answers; MLflow {theirs}" + ("" if theirs == own else f" (ours is {own}; the server's limits apply)")
 

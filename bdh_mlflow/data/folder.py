@@ -11,10 +11,12 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bdh_mlflow.data import remote
+from bdh_mlflow.data.remote import AnyPath, RemotePath
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
@@ -29,15 +31,17 @@ OF_THE_FILE_SYSTEM = "lost+found"
 class Listing(NamedTuple):
     """files: regular files, sorted by path.   unreadable: everything else that is no folder, or one that cannot be listed: path, reason."""
 
-    files: list[Path]
+    files: Sequence[AnyPath]
     unreadable: list[tuple[Path, str]]
 
 
-def list_files(root: Path, skipped: Callable[[str], bool]) -> Listing:
+def list_files(root: AnyPath, skipped: Callable[[str], bool], say: remote.Say = remote.to_stderr) -> Listing:
     """All files of a folder and its subfolders.   skipped: which names, of files or of folders with all they hold, are left out.
 
-    Raises DataError if the folder itself cannot be reached.
+    say: called with a line for the user while a bucket does not answer. Raises DataError if the folder itself cannot be reached.
     """
+    if isinstance(root, RemotePath):
+        return Listing(remote.list_files(root, skipped, say), [])
     files: list[Path] = []
     unreadable: list[tuple[Path, str]] = []
     try:
@@ -67,8 +71,10 @@ def list_files(root: Path, skipped: Callable[[str], bool]) -> Listing:
     return Listing(sorted(files), sorted(unreadable))
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: AnyPath) -> str:
     """`file`, `folder`, `nothing`, or in words what else lies there; links are followed.   Raises DataError for an impossible path."""
+    if isinstance(path, RemotePath):
+        return remote.kind_of(path)
     try:
         mode = path.stat().st_mode
     except ValueError:

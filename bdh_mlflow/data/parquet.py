@@ -339,8 +339,8 @@ def _hidden(name: str) -> bool:
 def _look_through(root: AnyPath, say: remote.Say = remote.to_stderr) -> tuple[Sequence[AnyPath], Sequence[AnyPath]]:
     """Parquet files and other files below a folder, see `parquet_files`."""
     if isinstance(root, RemotePath):
-        listed = remote.list_files(root, lambda name: _hidden(name) and name != UNFINISHED, say)
-        if any(UNFINISHED in file.below.parts for file in listed):
+        listed = list_files(root, lambda name: _hidden(name) and name != UNFINISHED, say).files
+        if any(UNFINISHED in remote.below(root, file).parts for file in listed):
             raise DataError(_being_written(root))
         return [p for p in listed if is_parquet(p.name)], [p for p in listed if not is_parquet(p.name)]
     if kind_of(root) != "folder":
@@ -363,7 +363,7 @@ def _being_written(root: AnyPath) -> str:
 
 
 def _nothing_to_read(root: AnyPath, others: Sequence[AnyPath]) -> str:
-    where, found = shown(root), remote.kind_of(root) if isinstance(root, RemotePath) else kind_of(root)
+    where, found = shown(root), kind_of(root)
     if found == "folder":
         if others:
             names = _named(root, others)
@@ -371,10 +371,7 @@ def _nothing_to_read(root: AnyPath, others: Sequence[AnyPath]) -> str:
                 f"{where}: no parquet files in it (dataset.parquet_dir), but {names}. "
                 f"To train on their text, run: bdh-mlflow data prepare {where} FOLDER, and set dataset.parquet_dir to that FOLDER"
             )
-        everything = (
-            remote.list_files(root, lambda name: False) if isinstance(root, RemotePath) else list_files(root, lambda name: False).files
-        )
-        hidden = [p for p in everything if is_parquet(p.name)]
+        hidden = [p for p in list_files(root, lambda name: False).files if is_parquet(p.name)]
         what = "no parquet files in it"
         what += f" but some in hidden files or folders, which are not read: {_named(root, hidden)}" if hidden else ""
     else:

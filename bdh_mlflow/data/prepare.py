@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdh_mlflow.data import remote, sources
-from bdh_mlflow.data.folder import held, kind_of
+from bdh_mlflow.data.folder import held, kind_of, list_files
 from bdh_mlflow.data.parquet import UNFINISHED
 from bdh_mlflow.data.remote import AnyPath, RemotePath
 from bdh_mlflow.errors import DataError
@@ -68,7 +68,7 @@ def prepare(source: str, folder: AnyPath, column: str, on_progress: Callable[[in
 
 def _to_bucket(source: str, folder: RemotePath, column: str, on_progress: Callable[[int, int], None]) -> Prepared:
     """The same into a bucket, by way of this disk: a bucket can rename nothing, so whole files are uploaded under a marker."""
-    if found := remote.list_files(folder, lambda name: False):
+    if found := list_files(folder, lambda name: False).files:
         raise DataError(f"{shown(folder)}: not empty (it holds {printable(found[0].name)}); give another folder or remove it first")
     skipped: list[tuple[str, str]] = []
     documents = sources.documents(source, column, skipped)

@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from pyarrow import fs
 
+from bdh_mlflow import files
 from bdh_mlflow.config.places import is_bucket
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import first_line
@@ -56,9 +56,6 @@ class RemotePath:
 
     def __lt__(self, other: "RemotePath") -> bool:
         return (self.root, self.below) < (other.root, other.below)
-
-    def __truediv__(self, name: str) -> "RemotePath":
-        return RemotePath(self.root, self.below / name)
 
     @property
     def name(self) -> str:
@@ -137,12 +134,12 @@ def list_files(root: RemotePath, skipped: Callable[[str], bool], say: Say = to_s
         found = system.get_file_info(fs.FileSelector(name, allow_not_found=True, recursive=True))
         return [(info.path[len(name) :].lstrip("/"), info.size) for info in found if info.type == fs.FileType.File]
 
-    files = [(root.below / name, size) for name, size in patiently(ask, root, say, START_S)]
-    kept = [(below, size) for below, size in files if not any(map(skipped, below.relative_to(root.below).parts))]
+    found = [(root.below / name, size) for name, size in patiently(ask, root, say, START_S)]
+    kept = [(below, size) for below, size in found if not any(map(skipped, below.relative_to(root.below).parts))]
     return [RemotePath(root.root, below, size) for below, size in sorted(kept)]
 
 
-def upload(files: list[Path], folder: RemotePath, unfinished: str, say: Say = to_stderr) -> None:
+def upload(shards: list[Path], folder: RemotePath, unfinished: str, say: Say = to_stderr) -> None:
     """Put files into a folder, all or none; readers refuse it while the marker `unfinished` is in it.   Raises DataError."""
     system, top = _located(folder)
     marker, done = f"{top}/{unfinished}/{unfinished}", list[str]()
@@ -152,13 +149,14 @@ def upload(files: list[Path], folder: RemotePath, unfinished: str, say: Say = to
             shutil.copyfileobj(source, target, 1 << 20)
 
     def mark() -> None:
+        if "/" in top:
+            system.create_dir(top, recursive=True)  # stores without folders make nothing
         with system.open_output_stream(marker) as stream:
             stream.write(b"a preparation is writing here")
 
     try:
-        system.create_dir(top, recursive=True) if "/" in top else None  # stores without folders make nothing
         patiently(mark, folder, say, START_S)
-        for file in files:
+        for file in shards:
             done.append(f"{top}/{file.name}")
             patiently(functools.partial(put, file, done[-1]), folder, say, READ_S)
     except BaseException:
@@ -178,24 +176,16 @@ def _remove(system: fs.FileSystem, name: str) -> None:
 
 def patiently(act: Callable[[], T], path: RemotePath, say: Say, limit_s: float) -> T:
     """The result of a request, repeated while its store does not answer.   Raises DataError when that takes longer, or it refuses."""
-    began, pause_s, said = time.monotonic(), FIRST_PAUSE_S, False
-    while True:
-        try:
-            result = act()
-        except Exception as error:  # pyarrow's are OSError, ValueError, ImportError and its own
-            if not isinstance(error, OSError) or isinstance(error, FileNotFoundError) or _FOR_GOOD.search(str(error)):
-                raise DataError(f"{masked(str(path))}: {_reason(error)}") from None
-            if time.monotonic() - began + pause_s > limit_s:
-                raise DataError(f"{masked(str(path))}: no answer within {limit_s:.0f} s: {first_line(error)}") from None
-            if not said:
-                said = True
-                say(f"data: {masked(path.root)} does not answer ({first_line(error)}); trying again")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_PAUSE_S)
-        else:
-            if said:
-                say(f"data: {masked(path.root)} answers again")
-            return result
+    try:
+        return files.patiently(act, _may_pass, f"data: {masked(path.root)}", say, limit_s, (FIRST_PAUSE_S, LAST_PAUSE_S))
+    except files.NoAnswerError as error:
+        raise DataError(f"{masked(str(path))}: no answer within {limit_s:.0f} s: {error}") from None
+    except Exception as error:  # pyarrow's are OSError, ValueError, ImportError and its own
+        raise DataError(f"{masked(str(path))}: {_reason(error)}") from None
+
+
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not _FOR_GOOD.search(str(error))
 
 
 def _reason(error: Exception) -> str:

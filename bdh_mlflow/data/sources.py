@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from bdh_mlflow.data import parquet, remote
+from bdh_mlflow.data import parquet
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files
-from bdh_mlflow.data.remote import AnyPath, RemotePath, place_of
+from bdh_mlflow.data.remote import AnyPath, place_of
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import reason_of, shown
 from bdh_mlflow.text import printable
@@ -95,8 +95,6 @@ def documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Itera
     if not source.strip():
         raise DataError(f"{source!r}: a source without a name; accepted: {ACCEPTED}")
     path = place_of(source)
-    if isinstance(path, RemotePath):
-        return _remote(path, column, skipped)
     found_there = kind_of(path)
     if found_there == "file":
         return _from_file(path, column)
@@ -106,15 +104,6 @@ def documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Itera
         return _from_files(listing.files, column, skipped)
     what = "no such file or folder" if found_there == "nothing" else found_there
     raise DataError(f"{printable(source)}: {what}; accepted: {ACCEPTED}")
-
-
-def _remote(path: RemotePath, column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    found = remote.kind_of(path)
-    if found == "nothing":
-        raise DataError(f"{shown(path)}: no such file or folder; accepted: {ACCEPTED}")
-    if found == "file":
-        return _from_file(path, column)
-    return _from_files(remote.list_files(path, _passed_over), column, skipped)
 
 
 def listed(skipped: Sequence[tuple[str, str]]) -> str:

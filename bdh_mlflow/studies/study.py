@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from bdh_mlflow import files
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import first_line, reason_of, try_lock
 from bdh_mlflow.redact import masked
@@ -67,7 +68,6 @@ class FileWorkers:
 
     folder: Path
     storage: JournalStorage
-    study: str
     wordless = False  # versions up to 0.2.0 gave no reasons
 
     @contextlib.contextmanager
@@ -238,24 +238,10 @@ def ask(study: optuna.Study, seed: int) -> tuple[optuna.Trial, int]:
 
 def patiently(act: Callable[[], T], note: Note, patience_s: float = PATIENCE_S) -> T:
     """What `act` gives, repeated while the study's database does not answer, which is said once.   Raises TrackingError after that time."""
-    end, pause_s, said = time.monotonic() + patience_s, FIRST_PAUSE_S, False
-    while True:
-        try:
-            result = act()
-        except Exception as error:
-            if not is_outage(error):
-                raise
-            if time.monotonic() + pause_s > end:
-                raise TrackingError(f"the study's database does not answer: {first_line(error)}") from error
-            if not said:
-                said = True
-                note(f"the study's database does not answer ({first_line(error)}); trying again")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_PAUSE_S)
-        else:
-            if said:
-                note("the study's database answers again")
-            return result
+    try:
+        return files.patiently(act, is_outage, "the study's database", note, patience_s, (FIRST_PAUSE_S, LAST_PAUSE_S))
+    except files.NoAnswerError as error:
+        raise TrackingError(f"the study's database does not answer: {error}") from error.__cause__
 
 
 def is_outage(error: Exception) -> bool:
@@ -288,7 +274,7 @@ def _in_journal(space: Space, file: Path, folder: Path) -> Kept:
         study, created = _made(space.study, storage)
     except Exception as error:  # whatever a record that is not optuna's makes it raise
         raise InputError(f"{file}: not a journal of this study ({type(error).__name__}: {first_line(error)}); remove {folder}") from error
-    return Kept(study, FileWorkers(folder, storage, space.study), str(file), created)
+    return Kept(study, FileWorkers(folder, storage), str(file), created)
 
 
 def _in_database(space: Space, uri: str) -> Kept:

@@ -67,10 +67,6 @@ class Artifacts:
         fetch_file(self._repository, path, target)
         return target
 
-    def download(self, path: str, folder: Path) -> Path:
-        """A file, or a folder with all that is in it, under its path in `folder`."""
-        return Path(self._repository.download_artifacts(path, str(folder)))  # type: ignore[no-untyped-call]
-
     def delete(self, path: str) -> None:
         """Remove a file. Not every store lets files be removed."""
         self._repository.delete_artifacts(path)  # type: ignore[no-untyped-call]

@@ -9,7 +9,6 @@ import os
 import socket
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -34,6 +33,7 @@ from mlflow.utils.server_info import SERVER_INFO_ENDPOINT
 from mlflow.utils.validation import _validate_model_name
 
 from bdh_mlflow.files import first_line
+from bdh_mlflow.tracking.together import together
 
 REQUESTS = 8  # at a time; most of each is waiting for the server
 SIGNED_TIMEOUT_S = 3.0, 60.0  # to connect to the store behind a server, and for its next bytes
@@ -229,13 +229,14 @@ def metric_histories(client: MlflowClient, run_ids: Sequence[str], key: str) -> 
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store = client._tracking_client.store
-    if not isinstance(store, SqlAlchemyStore):
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            answers = pool.map(lambda run_id: client.get_metric_history(run_id, key), run_ids)
-            return {
-                run_id: [MetricPoint(m.step, m.timestamp, m.value) for m in points] for run_id, points in zip(run_ids, answers, strict=True)
-            }
     found: dict[str, list[MetricPoint]] = {run_id: [] for run_id in run_ids}
+    if not isinstance(store, SqlAlchemyStore):
+
+        def ask(run_id: str) -> None:
+            found[run_id] = [MetricPoint(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, key)]
+
+        together(*[functools.partial(ask, run_id) for run_id in run_ids], at_once=REQUESTS)
+        return found
     columns = SqlMetric.run_uuid, SqlMetric.step, SqlMetric.timestamp, SqlMetric.value, SqlMetric.is_nan
     with store.ManagedSessionMaker() as session:
         for run_id, step, at_ms, value, is_nan in session.query(*columns).filter(SqlMetric.key == key, SqlMetric.run_uuid.in_(run_ids)):

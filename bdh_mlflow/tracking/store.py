@@ -335,17 +335,17 @@ def explained(error: BaseException, uri: str) -> str:
     said = first_line(error)
     if not uri.startswith(("http://", "https://")) or "error code 404" not in str(error) or "RESOURCE_DOES_NOT_EXIST" in str(error):
         return said
-    theirs, own = server_version(uri), host.version_of("mlflow")
+    theirs, own = server_version(uri) or "of unknown version", host.version_of("mlflow")
     return f"it runs MLflow {theirs}, which does not know what MLflow {own} asks of it here; {OLDEST_SERVER} is the oldest tried: {said}"
 
 
-def server_version(uri: str) -> str:
-    """The version of MLflow that a server runs, `of unknown version` if it does not say."""
+def server_version(uri: str) -> str | None:
+    """The version of MLflow that a server runs; None if it does not say."""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=PROBE_S) as answer:
             return str(answer.read(100).decode().strip())
     except Exception:  # http.client raises its own kinds besides OSError, and their texts may hold the password
-        return "of unknown version"
+        return None
 
 
 @contextlib.contextmanager

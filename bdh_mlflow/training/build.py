@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from bdh_mlflow.config import Config, DatasetConfig
-from bdh_mlflow.data import order, prepare, remote
-from bdh_mlflow.data.folder import REFUSED, held, kind_of, nearest_folder
+from bdh_mlflow.data import order, prepare
+from bdh_mlflow.data.folder import REFUSED, held, kind_of, list_files, nearest_folder
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.data.remote import RemotePath, place_of
@@ -162,15 +162,12 @@ def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
     Raises DataError for a folder whose name looks misspelt: training on other text than meant is worse than a question.
     """
     folder = place_of(dataset.parquet_dir)
-    if isinstance(folder, RemotePath):
-        if remote.list_files(folder, lambda name: False, progress.note):
+    name = shown(folder)
+    if isinstance(folder, RemotePath):  # a bucket has no folders, so an empty one is none
+        if list_files(folder, lambda name: False, progress.note).files:
             return
-        progress.note(f"{shown(folder)} is empty: preparing it from {shown(source)} (dataset.source)")
-        done = prepare.prepare(source, folder, dataset.text_column)
-        progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text{listed(done.skipped)}")
-        return
-    found, name = kind_of(folder), shown(folder)
-    if found == "folder":
+        what = "is empty"
+    elif (found := kind_of(folder)) == "folder":
         if held(folder):
             return
         what = "is empty"

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from bdh_mlflow.data.folder import REFUSED, held, kind_of, list_files, nearest_folder
+from bdh_mlflow.data.remote import below
 from bdh_mlflow.errors import DataError
 from tests.conftest import write_shards
 
 
 def found(root: Path) -> list[str]:
-    return [str(p.relative_to(root)) for p in list_files(root, lambda name: name.startswith(".")).files]
+    return [str(below(root, p)) for p in list_files(root, lambda name: name.startswith(".")).files]
 
 
 def touch(*files: Path) -> None:
