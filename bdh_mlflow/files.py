@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -80,20 +81,41 @@ def try_lock(file: int, *, shared: bool = False, wait_s: float = 0.0) -> bool | 
             return True
 
 
-def patiently(
-    act: Callable[[], T],
-    may_pass: Callable[[Exception], bool],
-    who: str,
-    note: Callable[[str], None],
-    limit_s: float,
-    pauses_s: tuple[float, float],
-) -> T:
-    """What `act` gives, repeated while it fails in a way that may pass, which is said once.
+class Outage:
+    """Says once that something does not answer, and once that it does again, for any number of threads that wait for it.
 
-    who: does not answer then.   limit_s: for all of it.   pauses_s: the first one, which doubles up to the last. Raises NoAnswerError from
-    the last failure when that takes longer, and whatever `act` raises that will not pass.
+    who: that something.   note: called with a line for the user.
     """
-    end, pause_s, said = time.monotonic() + limit_s, pauses_s[0], False
+
+    def __init__(self, who: str, note: Callable[[str], None]) -> None:
+        self._who, self._note = who, note
+        self._lock = threading.Lock()
+        self._said = False
+
+    def begins(self, error: Exception) -> None:
+        """A request has failed."""
+        with self._lock:
+            said, self._said = self._said, True
+        if not said:
+            self._note(f"{self._who} does not answer ({first_line(error)}); trying again")
+
+    def ends(self) -> None:
+        """One that had failed has succeeded."""
+        with self._lock:
+            said, self._said = self._said, False
+        if said:
+            self._note(f"{self._who} answers again")
+
+
+def patiently(
+    act: Callable[[], T], may_pass: Callable[[Exception], bool], outage: Outage, limit_s: float, pauses_s: tuple[float, float]
+) -> T:
+    """What `act` gives, repeated while it fails in a way that may pass.
+
+    limit_s: for all of it.   pauses_s: the first one, which doubles up to the last. Raises NoAnswerError from the last failure when that
+    takes longer, and whatever `act` raises that will not pass.
+    """
+    end, pause_s, failed = time.monotonic() + limit_s, pauses_s[0], False
     while True:
         try:
             result = act()
@@ -102,14 +124,13 @@ def patiently(
                 raise
             if time.monotonic() + pause_s > end:
                 raise NoAnswerError(first_line(error)) from error
-            if not said:
-                said = True
-                note(f"{who} does not answer ({first_line(error)}); trying again")
+            failed = True
+            outage.begins(error)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, pauses_s[1])
         else:
-            if said:
-                note(f"{who} answers again")
+            if failed:
+                outage.ends()
             return result
 
 

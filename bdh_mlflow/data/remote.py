@@ -177,11 +177,17 @@ def _remove(system: fs.FileSystem, name: str) -> None:
 def patiently(act: Callable[[], T], path: RemotePath, say: Say, limit_s: float) -> T:
     """The result of a request, repeated while its store does not answer.   Raises DataError when that takes longer, or it refuses."""
     try:
-        return files.patiently(act, _may_pass, f"data: {masked(path.root)}", say, limit_s, (FIRST_PAUSE_S, LAST_PAUSE_S))
+        return files.patiently(act, _may_pass, _outage(path.root, say), limit_s, (FIRST_PAUSE_S, LAST_PAUSE_S))
     except files.NoAnswerError as error:
         raise DataError(f"{masked(str(path))}: no answer within {limit_s:.0f} s: {error}") from None
     except Exception as error:  # pyarrow's are OSError, ValueError, ImportError and its own
         raise DataError(f"{masked(str(path))}: {_reason(error)}") from None
+
+
+@functools.cache
+def _outage(root: str, say: Say) -> files.Outage:
+    """One for all row groups that are fetched side by side."""
+    return files.Outage(f"data: {masked(root)}", say)
 
 
 def _may_pass(error: Exception) -> bool:

@@ -239,7 +239,7 @@ def ask(study: optuna.Study, seed: int) -> tuple[optuna.Trial, int]:
 def patiently(act: Callable[[], T], note: Note, patience_s: float = PATIENCE_S) -> T:
     """What `act` gives, repeated while the study's database does not answer, which is said once.   Raises TrackingError after that time."""
     try:
-        return files.patiently(act, is_outage, "the study's database", note, patience_s, (FIRST_PAUSE_S, LAST_PAUSE_S))
+        return files.patiently(act, is_outage, files.Outage("the study's database", note), patience_s, (FIRST_PAUSE_S, LAST_PAUSE_S))
     except files.NoAnswerError as error:
         raise TrackingError(f"the study's database does not answer: {error}") from error.__cause__
 

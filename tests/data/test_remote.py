@@ -189,3 +189,22 @@ def test_configuration_keeps_the_uri_as_it_is(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TEAM", "ours")
     config: Any = Config.from_dict({"dataset": {"parquet_dir": "s3://${TEAM}/text/", "source": "auto"}})
     assert config.dataset.parquet_dir == "s3://${TEAM}/text/"
+
+
+def test_outage_that_several_readers_meet_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.05)
+    said, up, met = list[str](), threading.Event(), threading.Barrier(3)
+
+    def ask() -> str:
+        if not up.is_set():
+            met.wait(10)  # all have failed before one goes on
+            up.set()
+            raise OSError("curlCode: 7, could not connect")
+        return "text"
+
+    readers = [threading.Thread(target=remote.patiently, args=(ask, RemotePath("s3://b/y"), said.append, 60)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert [line.partition("(")[0] for line in said] == ["data: s3://b/y does not answer ", "data: s3://b/y answers again"]
