@@ -28,7 +28,7 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, 
 """What ends a training run with a checkpoint: Ctrl-C, a scheduler's end and its warnings, a closed terminal, a used-up limit of CPU time.
 They may be sent to every process of a run; only the one that trains obeys them."""
 
-SOURCES = {".py", ".yaml", ".yml", ".toml", ".sh", ".md"}
+SOURCES = {".py", ".cpp", ".yaml", ".yml", ".toml", ".sh", ".md"}
 LARGEST_SOURCE_BYTES = 200_000
 """Untracked files with these suffixes and up to this size are part of the patch."""
 PATCH_BYTES = 1_000_000

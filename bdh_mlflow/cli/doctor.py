@@ -21,7 +21,7 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.distributed import Report, World
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.files import first_line
-from bdh_mlflow.model import precision
+from bdh_mlflow.model import native, precision
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import database, journal, store, sync, system_metrics
 from bdh_mlflow.tracking.artifacts import try_artifacts
@@ -216,6 +216,9 @@ def _machine(config: Config) -> Iterator[Finding]:
         yield Finding("precision", str(problem), False, "change the setting")
     if not found:
         yield Finding("precision", f"the configured formats run here ({config.low_precision.compute_dtype})")
+    library, how = native.library()
+    without = f"install g++: without it a step on a CPU takes {native.WITHOUT} times as long"
+    yield Finding("elementwise passes", f"C++ ({how})" if library else f"PyTorch ({how})", do="" if library else without)
     if config.tracking.log_system_metrics:
         missing = system_metrics.why_unavailable()
         yield Finding("system metrics", missing or "psutil is installed", missing is None, "pip install psutil" if missing else "")

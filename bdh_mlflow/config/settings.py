@@ -168,7 +168,7 @@ class TrainingConfig:
     resume_from_checkpoint: Annotated[Text | None, Role.FREE] = None
     """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], RUN:N (its step N) or an artifact URI; null: a new run."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile: auto compiles on CUDA only."""
+    """torch.compile: auto compiles on CUDA only; blocked layers on a CPU have their passes in C++ instead."""
     layer_form: Literal["auto", "blocked", "reference"] = "auto"
     """How layers are computed; blocked needs least memory, reference is as published; auto is blocked on a CPU, reference on CUDA."""
     recompute: Annotated[Literal["auto"] | bool, Role.FREE] = "auto"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bdh_mlflow.config import BDHConfig
-from bdh_mlflow.model import blocked, blocks, layer
+from bdh_mlflow.model import blocked, blocks, kernels, layer
 from bdh_mlflow.model.sampling import Sampler
 
 __all__ = ["BDH", "BDHConfig"]
@@ -59,7 +59,7 @@ class BDH(nn.Module):
         """reference form: recompute activations in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
         self.use("reference")
         self._activity: list[layer.Activity] | None = None
-        self._tables: dict[tuple[int, torch.device], layer.RopeTable] = {}
+        self._tables: dict[tuple[int, torch.device, bool], layer.RopeTable] = {}
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits for the byte after each position and, given targets, their mean cross-entropy.
@@ -141,7 +141,7 @@ class BDH(nn.Module):
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
             x = self._embedded(torch.stack([prompts[row] for row in rows]))
-            arranged, table = blocks.arrange(weights, x.dtype, self._plan(x)), self.cached_rope(length)
+            arranged, table = blocks.arrange(weights, x.dtype, self._plan(x, x.dtype)), self.cached_rope(length)
             for state in states:
                 x, state[rows] = blocked.prefill(x, arranged, table)
             outs[rows] = x[:, 0, -1]
@@ -186,9 +186,9 @@ class BDH(nn.Module):
         """Choose how layers are computed; the values are the same.
 
         reference: as published, several (B, H, T, N) tensors a layer.   blocked: see `blocked`.   compiled: let torch.compile fuse the
-        whole layer (reference) or its elementwise passes (blocked). Quantisation stays outside: bitsandbytes' kernels are not traced
-        correctly (0.50.2).   plan: block sizes, for tests and measurements; None = by shape and device (`blocks.plan_blocks`). Prompts are
-        read in blocks whatever the form.
+        whole layer (reference) or its elementwise passes (blocked, off the CPU; see `kernels`). Quantisation stays outside: bitsandbytes'
+        kernels are not traced correctly (0.50.2).   plan: block sizes, for tests and measurements; None = by shape, dtype and device
+        (`blocks.plan_blocks`). Prompts are read in blocks whatever the form.
         """
         self.form: Form = form
         self._fixed_plan = plan
@@ -210,13 +210,13 @@ class BDH(nn.Module):
         if self.form == "blocked":
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            arranged, table = blocks.arrange(weights, dtype, self._plan(x)), self.cached_rope(x.shape[2])
+            arranged, table = blocks.arrange(weights, dtype, self._plan(x, dtype)), self.cached_rope(x.shape[2])
         else:
             rope = self._rope(x.shape[2])
         for depth in range(self.config.n_layer):
             activity = self._activity[depth] if self._activity else None
             if self.form == "blocked":
-                x = blocked.blocked_layer(x, arranged, table, dropout, activity, self._compiled)
+                x = blocked.blocked_layer(x, arranged, table, dropout, blocked.Options(activity, depth == 0, self._compiled))
             elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self._layer, x, weights, rope, dropout, None, self.product, use_reentrant=False)
             else:
@@ -233,17 +233,18 @@ class BDH(nn.Module):
 
         return layer.LayerWeights(*map(viewed, PROJECTIONS))
 
-    def _plan(self, x: Tensor) -> blocks.Plan:
-        return self._fixed_plan or blocks.plan_blocks(x.shape[0], x.shape[2], x.shape[3], self.neurons, x.device)
+    def _plan(self, x: Tensor, dtype: torch.dtype) -> blocks.Plan:
+        return self._fixed_plan or blocks.plan_blocks(x.shape[0], x.shape[2], x.shape[3], self.neurons, dtype, x.device)
 
     def cached_rope(self, tokens: int) -> layer.RopeTable | None:
-        """The table for T tokens, kept for the next call; None if it is too large, then the blocked form computes it span by span."""
-        return self._rope(tokens) if tokens * self.neurons <= MAX_CACHED_ROPE_ELEMENTS else None
+        """The blocked form's table for T tokens, kept for the next call; None if it is too large: then it is made span by span."""
+        return self._rope(tokens, by_neuron=True) if tokens * self.neurons <= MAX_CACHED_ROPE_ELEMENTS else None
 
-    def _rope(self, tokens: int) -> layer.RopeTable:
-        key = (tokens, self.embed.weight.device)
+    def _rope(self, tokens: int, by_neuron: bool = False) -> layer.RopeTable:
+        key = (tokens, self.embed.weight.device, by_neuron)
         if key not in self._tables:
-            self._tables = {key: layer.rope_table(0, tokens, self.neurons, key[1])}
+            table = layer.rope_table(0, tokens, self.neurons, self.embed.weight.device)
+            self._tables = {key: kernels.by_neuron(table) if by_neuron else table}
         return self._tables[key]
 
 

@@ -97,8 +97,9 @@ chunks the state adds 4 T N D forward (read, added to) and 10 T N D backward (fi
 fewer FLOPs than the reference without recomputation from T = (4 D + c) / 3 on. Where N is much larger than D, chunks of C = D need fewer
 than all pairs from T = 5.7 D on, and in the forward pass alone, as for a prompt, from T = 5 D on.
 
-A block's even neurons stand before its odd ones (`kernels.halves_first`), so that 2 and 2' work on two contiguous halves; no sum over
-neurons depends on their order. tests/model/test_blocked.py checks values, gradients, masks, memory and FLOPs.
+Activations stand neuron by neuron, so in memory A is A^T (N, R S) with the tokens of a block's rows side by side, E is E^T (N, D) and so
+is its gradient: no product has to reorder an operand (`kernels`). tests/model/test_blocked.py checks values, gradients, masks, memory and
+FLOPs.
 """
 
 from collections.abc import Callable
@@ -108,23 +109,37 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bdh_mlflow.model.blocks import Arranged, Span, Task
-from bdh_mlflow.model.kernels import add_causal_scores, add_product, flat, kernels, pairs_first, ranges, rope_of_neurons
+from bdh_mlflow.model.blocks import Arranged, Projections, Span, Sums, Task
+from bdh_mlflow.model.kernels import add_causal_scores, add_product, by_row, flat, kernels, ranges
 from bdh_mlflow.model.layer import ACTIVITY_STRIDE, Activity, RopeTable, norm
 
 
-def blocked_layer(
-    x: Tensor, weights: Arranged, table: RopeTable | None, dropout: float, activity: Activity | None = None, compiled: bool = False
-) -> Tensor:
+class Options(NamedTuple):
+    """Of one layer among several.
+
+    activity: added to, if given.   first: whether this layer's backward pass is the last of those that share the weights: it returns the
+    gradients of all of them.   compiled: fuse elementwise work by torch.compile, where `kernels` uses it.
+    """
+
+    activity: Activity | None = None
+    first: bool = True
+    compiled: bool = False
+
+
+ALONE = Options()
+
+
+def blocked_layer(x: Tensor, weights: Arranged, table: RopeTable | None, dropout: float, options: Options = ALONE) -> Tensor:
     """One layer; values and gradients of `layer.reference_layer`.
 
-    x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   table: T positions; None to make it span by span.   dropout:
-    probability, 0 outside training; its seed is drawn from torch's global CPU generator.   activity: added to, if given.   compiled: fuse
-    elementwise work by torch.compile.   Returns (B, 1, T, D), normed; differentiable once.
+    x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   table: (N / 2, T); None to make it span by span.   dropout:
+    probability, 0 outside training; its seed is drawn from torch's global CPU generator.   Returns (B, 1, T, D), normed; differentiable
+    once.
     """
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
-    task = Task(x.squeeze(1), weights.compute, table, weights.cut, kernels(compiled), dropout, seed)
-    out: Tensor = _Blocked.apply(task.x, *weights[:3], task, activity)  # type: ignore[no-untyped-call]
+    passes = kernels(weights.compute.encoder.dtype, x.device, options.compiled)
+    task = Task(x.squeeze(1), weights.compute, table, weights.cut, passes, dropout, seed)
+    out: Tensor = _Blocked.apply(task.x, *weights.weights, task, options, weights.sums)  # type: ignore[no-untyped-call]
     return out.unsqueeze(1)
 
 
@@ -134,10 +149,10 @@ def prefill(x: Tensor, weights: Arranged, table: RopeTable | None) -> tuple[Tens
 
     x: (B, 1, T, D), normed.   Returns the layer's output, the same shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
     """
-    task = Task(x.squeeze(1), weights.compute, table, weights.cut, kernels(False))
+    task = Task(x.squeeze(1), weights.compute, table, weights.cut, kernels(weights.compute.encoder.dtype, x.device, False))
     done = _forward(task, None, keep_scores=False, full_state=True)
     assert done.states is not None
-    return _residual(task.x, done.read).unsqueeze(1), pairs_first(done.states, -2, weights.cut.neurons)
+    return _residual(task.x, done.read).unsqueeze(1), done.states
 
 
 class _Pass(NamedTuple):
@@ -157,7 +172,7 @@ def _forward(task: Task, activity: Activity | None, keep_scores: bool, full_stat
     """full_state: add the last chunk to the state too."""
     x, (to_x, _, _), _, cut, _ = task[:5]
     batch, tokens, width = x.shape
-    heads, _, neurons = to_x.shape
+    heads, neurons, _ = to_x.shape
     values = x.to(to_x.dtype)
     attended = values.new_empty(batch, heads, tokens, width)
     scores = values.new_empty(batch, heads, tokens, cut.chunk) if keep_scores else None
@@ -180,16 +195,16 @@ def _attend(task: Task, span: Span, state: Tensor | None, in_state: int, kept: T
     state: (R, N, D), updated in place by the chunks that begin before `in_state`.   kept: (R, S, C), takes the scores.
     Leaves the activations A in the span's buffer 0 of the head.
     """
-    encoder, v, buffers = task.compute[0][span.block.head], span.v, span.buffers
+    encoder, v, buffers = task.compute.encoder[span.block.head], span.v, span.buffers
     chunks = span.chunks(task.cut.chunk)
     scores = [task.x.new_zeros(v.shape[0], inside.stop - inside.start, inside.stop - inside.start) for inside, _ in chunks]
     attended = torch.zeros_like(v, dtype=task.x.dtype)
     for first, end in task.neuron_blocks():
         xs, q = buffers.of_head(0, v, first, end), buffers.of_block(0, v, end - first)
-        torch.matmul(v, encoder[:, first:end], out=xs)
-        task.kernels.activate(xs, q, *rope_of_neurons(span.rope, first, end))
+        torch.mm(encoder[first:end], flat(v).mT, out=xs)
+        task.kernels.activate(xs, q, span.rope_of(first, end))
         for (inside, begin), sums in zip(chunks, scores, strict=True):
-            queries = q[:, inside]
+            queries = by_row(q, len(v))[:, :, inside].mT
             add_causal_scores(sums, queries)
             if state is not None and begin:
                 add_product(attended[:, inside], queries, state[:, first:end].to(v.dtype))
@@ -211,42 +226,35 @@ def _read_out(task: Task, span: Span, attended: Tensor, activity: Activity | Non
     out = torch.zeros_like(v, dtype=task.x.dtype)
     for first, end in task.neuron_blocks():
         xs, ys = buffers.of_head(0, v, first, end), buffers.of_block(1, v, end - first)
-        torch.matmul(z, encoder_v[head, :, first:end], out=ys)
+        torch.mm(encoder_v[head, first:end], flat(z).mT, out=ys)
         if activity is not None:
-            x_active = xs[:, ::ACTIVITY_STRIDE] > 0
-            xy_active = x_active & (ys[:, ::ACTIVITY_STRIDE] > 0)
-            for total, active in zip(activity, (x_active, xy_active), strict=True):
-                total[head, first:end] += pairs_first(active.sum(dim=(0, 1)), -1, end - first)
-        task.kernels.gate(ys, xs)
-        if task.dropout:
-            ys *= task.mask(span, first, ys)
-        add_product(flat(out), flat(ys), decoder[head, first:end])
+            x_active, y_active = (by_row(t, len(v))[..., ::ACTIVITY_STRIDE] > 0 for t in (xs, ys))
+            for total, active in zip(activity, (x_active, x_active & y_active), strict=True):
+                total[head, first:end] += active.sum(dim=(0, 2))
+        task.kernels.gate(ys, xs, task.dropped(span, first))
+        add_product(flat(out), ys.mT, decoder[head, first:end])
     return out
 
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, task: Task, activity: Activity | None) -> Tensor:
-        done = _forward(task, activity, keep_scores=any(ctx.needs_input_grad), full_state=False)
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *_, task, options, sums = rest  # behind the three projections, whose gradients `backward` returns
+        done = _forward(task, options.activity, keep_scores=any(ctx.needs_input_grad), full_state=False)
         ctx.save_for_backward(*done, task.x, *task.compute)
         ctx.rest = task[2:]  # without the tensors: autograd frees what it saved after the backward pass, but not what is set on ctx
+        ctx.first, ctx.sums = options.first, sums
         return _residual(x, done.read)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, x, to_x, to_y, to_out = ctx.saved_tensors
-        task = Task(x, (to_x, to_y, to_out), *ctx.rest)
-        return *_backward(task, _Pass(*saved), grad), None, None
-
-
-class _Gradients(NamedTuple):
-    """x: (B, T, D).   encoder, encoder_v: (H, D, N).   decoder: (H, N, D).   All in the dtype of x, added to block by block."""
-
-    x: Tensor
-    encoder: Tensor
-    encoder_v: Tensor
-    decoder: Tensor
+        task = Task(x, Projections(to_x, to_y, to_out), *ctx.rest)
+        sums: Sums = ctx.sums
+        d_x = _backward(task, _Pass(*saved), grad, sums.begun(task.compute, x.dtype))
+        d_weights = sums.taken() if ctx.first else (None, None, None)
+        return d_x, *d_weights, None, None, None
 
 
 class _Carried(NamedTuple):
@@ -268,14 +276,13 @@ class _ChunkGradients(NamedTuple):
     d_symmetric: Tensor
 
 
-def _backward(task: Task, saved: _Pass, grad: Tensor) -> _Gradients:
-    """grad: (B, T, D), of the layer's output."""
+def _backward(task: Task, saved: _Pass, grad: Tensor, grads: Projections) -> Tensor:
+    """The gradient of x (B, T, D), given that of the layer's output.   grads: dE^T, dF^T and dG, added to block by block."""
     x, compute, _, cut, _ = task[:5]
     batch, tokens, _ = x.shape
     values = x.to(compute[0].dtype)
     d_x, d_read = _pull_back(_residual, grad, x, saved.read)
     d_out = d_read.mul_(task.scale).to(values.dtype)
-    grads = _Gradients(d_x, *(torch.zeros_like(w, dtype=x.dtype) for w in compute))
     buffers = task.buffers(per_head=2)
     assert saved.scores is not None, "kept whenever a gradient is needed"
     for block in cut.blocks(batch, compute[0].shape[0]):
@@ -289,10 +296,10 @@ def _backward(task: Task, saved: _Pass, grad: Tensor) -> _Gradients:
             d_v, chunks = _scores_backward(task, span, span.of(saved.scores), d_attended)
             _activations_backward(task, span, chunks, carried, d_v, grads)
             d_x[block.rows, start:stop] += d_v
-    return grads
+    return d_x
 
 
-def _read_out_backward(task: Task, span: Span, attended: Tensor, d_out: Tensor, grads: _Gradients) -> Tensor:
+def _read_out_backward(task: Task, span: Span, attended: Tensor, d_out: Tensor, grads: Projections) -> Tensor:
     """Equations 8' to 5' for a span: adds dG and dF, returns dY (R, S, D) in the dtype of the matmuls.
 
     attended: Y.   d_out: dO; both (R, S, D). Leaves the activations A in buffer 0 of the head, and dA through the gate in buffer 1.
@@ -304,18 +311,13 @@ def _read_out_backward(task: Task, span: Span, attended: Tensor, d_out: Tensor, 
     for first, end in task.neuron_blocks():
         xs, d_xs = (buffers.of_head(i, v, first, end) for i in (0, 1))
         ys, d_xy = (buffers.of_block(i, v, end - first) for i in (0, 1))
-        torch.matmul(v, encoder[head, :, first:end], out=xs)
-        torch.matmul(z, encoder_v[head, :, first:end], out=ys)
-        torch.matmul(d_out, decoder[head, first:end].mT, out=d_xy)
-        mask = task.mask(span, first, ys) if task.dropout else None
-        if mask is not None:
-            d_xy *= mask
-        task.kernels.gate_backward(xs, ys, d_xy, d_xs)  # ys becomes A * B, d_xy the gradient of B's pre-activations
-        if mask is not None:
-            ys *= mask
-        add_product(grads.decoder[head, first:end], flat(ys).mT, flat(d_out))
-        add_product(grads.encoder_v[head, :, first:end], flat(z).mT, flat(d_xy))
-        add_product(flat(d_z), flat(d_xy), encoder_v[head, :, first:end].mT)
+        torch.mm(encoder[head, first:end], flat(v).mT, out=xs)
+        torch.mm(encoder_v[head, first:end], flat(z).mT, out=ys)
+        torch.mm(decoder[head, first:end], flat(d_out).mT, out=d_xy)
+        task.kernels.gate_backward(xs, ys, d_xy, d_xs, task.dropped(span, first))  # ys becomes P, d_xy the gradient of W
+        add_product(grads.decoder[head, first:end], ys, flat(d_out))
+        add_product(grads.encoder_v[head, first:end], d_xy, flat(z))
+        add_product(flat(d_z), d_xy.mT, encoder_v[head, first:end])
     (d_attended,) = _pull_back(norm, d_z, attended)
     return d_attended.to(v.dtype)
 
@@ -334,24 +336,25 @@ def _scores_backward(task: Task, span: Span, scores: Tensor, d_attended: Tensor)
 
 
 def _activations_backward(
-    task: Task, span: Span, chunks: list[_ChunkGradients], carried: _Carried | None, d_v: Tensor, grads: _Gradients
+    task: Task, span: Span, chunks: list[_ChunkGradients], carried: _Carried | None, d_v: Tensor, grads: Projections
 ) -> None:
     """Equations 3' to 1' for a span, and 3'' for its chunks: adds to dE and to d_v (R, S, D), walks the state back."""
-    head, v, buffers, encoder = span.block.head, span.v, span.buffers, task.compute[0]
+    head, v, buffers, encoder = span.block.head, span.v, span.buffers, task.compute.encoder
     for first, end in task.neuron_blocks():
         xs, d_xs = (buffers.of_head(i, v, first, end) for i in (0, 1))
         q, d_q = (buffers.of_block(i, v, end - first) for i in (0, 1))
-        rope = rope_of_neurons(span.rope, first, end)
-        task.kernels.activate(xs, q, *rope)
+        rope = span.rope_of(first, end)
+        task.kernels.activate(xs, q, rope)
         for chunk in chunks:
             inside = chunk.inside
-            torch.matmul(chunk.d_symmetric, q[:, inside], out=d_q[:, inside])
+            queries, d_queries = (by_row(t, len(v))[:, :, inside] for t in (q, d_q))
+            torch.bmm(queries, chunk.d_symmetric, out=d_queries)
             if carried is not None:
                 here = _Carried(carried.state[:, first:end], carried.d_state[:, first:end])
-                _state_backward(task, chunk, here, (q[:, inside], v[:, inside]), (d_q[:, inside], d_v[:, inside]))
-        task.kernels.activate_backward(d_q, d_xs, xs, *rope)
-        add_product(grads.encoder[head, :, first:end], flat(v).mT, flat(d_xs))
-        add_product(flat(d_v), flat(d_xs), encoder[head, :, first:end].mT)
+                _state_backward(task, chunk, here, (queries, v[:, inside]), (d_queries, d_v[:, inside]))
+        task.kernels.activate_backward(d_q, d_xs, xs, rope)
+        add_product(grads.encoder[head, first:end], d_xs, flat(v))
+        add_product(flat(d_v), d_xs.mT, encoder[head, first:end])
 
 
 def _state_backward(
@@ -359,17 +362,17 @@ def _state_backward(
 ) -> None:
     """Equations 3'' for one chunk and one block of neurons: from the state after the chunk to that before it, in place.
 
-    carried: (R, M, D) each.   inputs: Q (R, C, M) and X (R, C, D).   gradients: dQ and dX, added to.
+    carried: (R, M, D) each.   inputs: Q^T (R, M, C) and X (R, C, D).   gradients: of the two, added to.
     """
     (state, d_state), (q, v), (d_q, d_v) = carried, inputs, gradients
     if chunk.begin < task.last_chunk:  # the last chunk is not in the state, and nothing reads the state after it
         d_after = d_state.to(v.dtype)
-        add_product(d_q, v, d_after.mT)
-        add_product(d_v, q, d_after)
-        add_product(state, q.mT, v, -1)
+        add_product(d_q, d_after, v.mT)
+        add_product(d_v, q.mT, d_after)
+        add_product(state, q, v, -1)
     if chunk.begin:  # the state before the first chunk is zero
-        add_product(d_q, chunk.d_attended, state.to(v.dtype).mT)
-        add_product(d_state, q.mT, chunk.d_attended)
+        add_product(d_q, state.to(v.dtype), chunk.d_attended.mT)
+        add_product(d_state, q, chunk.d_attended)
 
 
 def _residual(x: Tensor, read: Tensor) -> Tensor:

@@ -5,16 +5,32 @@ integers, and is the same on every device; a generator seeded for each block tak
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from bdh_mlflow.model.kernels import ranges
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 """Increment, shifts and factors of splitmix64."""
 HASHED_AT_ONCE = 2**20  # elements of a mask, a multiple of 4; bounds the memory for hashing to 6 MiB
+
+
+class Dropout(NamedTuple):
+    """Of the activations of one block.   probability: of dropping a neuron.   key: of the block's mask."""
+
+    probability: float
+    key: int
+
+    @property
+    def threshold(self) -> int:
+        """A neuron is kept if its 16 random bits, as a signed number, reach it."""
+        return _dropped_of_65536(self.probability) - 2**15
+
+    @property
+    def seed(self) -> int:
+        """Of splitmix64: the hashed key, unsigned."""
+        return _mixed(self.key % 2**64)
 
 
 def keep_probability(dropout: float) -> float:
@@ -25,10 +41,11 @@ def keep_probability(dropout: float) -> float:
 def keep_mask(like: Tensor, dropout: float, key: int) -> Tensor:
     """1 where dropout keeps a neuron, 0 where it drops it: int16, of the shape and device of `like`, the same for the same key."""
     mask = torch.empty(like.shape, dtype=torch.int16, device=like.device)
-    kept, threshold = mask.view(-1), _dropped_of_65536(dropout) - 2**15
-    for start, stop in ranges(0, kept.numel(), HASHED_AT_ONCE):
-        bits = _hashed(key, start // 4, -(-(stop - start) // 4), like.device).view(torch.int16)
-        torch.ge(bits[: stop - start], threshold, out=kept[start:stop])
+    kept, threshold = mask.view(-1), Dropout(dropout, key).threshold
+    for start in range(0, kept.numel(), HASHED_AT_ONCE):
+        piece = kept[start : start + HASHED_AT_ONCE]
+        bits = _hashed(key, start // 4, -(-len(piece) // 4), like.device).view(torch.int16)
+        torch.ge(bits[: len(piece)], threshold, out=piece)
     return mask
 
 

@@ -66,6 +66,6 @@ def refuse_different(world: World, facts: Sequence[Mapping[str, object]]) -> Non
 def code_digest() -> str:
     """Of the package's own sources, 12 hex digits."""
     folder, digest = Path(bdh_mlflow.__file__).parent, hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted((*folder.rglob("*.py"), *folder.rglob("*.cpp"))):
         digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]

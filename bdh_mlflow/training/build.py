@@ -22,7 +22,7 @@ from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
 from bdh_mlflow.distributed import ALONE, Report, World
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
-from bdh_mlflow.model import bdh, precision
+from bdh_mlflow.model import bdh, native, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.model.sampling import Sampler
@@ -218,13 +218,17 @@ def build_network(
         strategy.shard(network, world, device)
     optimizer = optim.build_optimizer(network.parameters(), training, bits)
     form_why, compile_why = (why.get(f"training.{key}", "as configured") for key in ("layer_form", "compile"))
+    in_cpp, passes = _passes(config, runs, device)
+    if in_cpp and training.compile:
+        compile_why = "blocked layers on a CPU have their elementwise passes in C++"
     facts = {
         "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
         "bdh.optimizer": optim.described(list(network.parameters()), bits),
         "bdh.layer_form": f"{training.layer_form} ({form_why}; {_activations(config, why)})",
+        "bdh.passes": passes,
         "bdh.strategy": f"FSDP2, {world.size} shares" if sharded else "every process holds everything",
-        "bdh.compiled": f"{'yes' if training.compile else 'no'} ({compile_why})",
+        "bdh.compiled": f"{'yes' if training.compile and not in_cpp else 'no'} ({compile_why})",
     }
     return network, optimizer, facts
 
@@ -232,6 +236,18 @@ def build_network(
 def is_sharded(config: Config, world: World) -> bool:
     """Whether each process holds a share of the weights only; one process has nobody to share with."""
     return config.training.strategy == "fsdp" and world.size > 1
+
+
+def _passes(config: Config, runs: Precision, device: torch.device) -> tuple[bool, str]:
+    """Whether the layers have their elementwise passes in C++, as only blocked ones on a CPU do, and in words for the tag."""
+    if config.training.layer_form != "blocked" or device.type != "cpu":
+        return False, "PyTorch"
+    if runs.dtype not in native.DTYPES:
+        return False, f"PyTorch (none in C++ for {config.low_precision.compute_dtype})"
+    library, how = native.library()
+    if library is None:
+        return False, f"PyTorch, a step takes {native.WITHOUT} times as long ({how})"
+    return True, f"C++ ({how})"
 
 
 def _activations(config: Config, why: Mapping[str, str]) -> str:

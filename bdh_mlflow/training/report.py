@@ -132,7 +132,8 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
     lines = [
         f"BDH with {config.parameters / 1e6:.2f} M parameters, {config.tokens_per_step:,} tokens a step; {facts['bdh.precision']}; "
         f"{facts['bdh.optimizer']}",
-        f"data: {shown(text.root)}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}",
+        f"data: {shown(text.root)}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}, "
+        f"elementwise passes: {facts['bdh.passes']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
         if identity
         else f"MLflow: {uri} {'has not named the run yet' if status.reachable else 'does not answer'}; training goes on, "

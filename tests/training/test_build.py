@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bdh_mlflow.config import Config, Machine, resolve
+from bdh_mlflow.model import native
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.training.build import build_network
 from tests.conftest import tiny_config
@@ -14,8 +15,8 @@ DEVICE = torch.device("cpu")
 KEPT = 8 * 2 * 2 * 2 * 8 * 32 * 4  # bytes of activations of the tiny network
 
 
-def built(free_bytes: int, **training: Any) -> tuple[Config, Any, dict[str, str]]:
-    config, why = resolve(tiny_config(training=training), Machine("cpu", free_bytes))
+def built(free_bytes: int, dtype: str = "float32", **training: Any) -> tuple[Config, Any, dict[str, str]]:
+    config, why = resolve(tiny_config(training=training, low_precision={"compute_dtype": dtype}), Machine("cpu", free_bytes))
     network, _, facts = build_network(config, why, Precision.from_config(config, DEVICE), DEVICE)
     return config, network, facts
 
@@ -43,6 +44,24 @@ def test_network_is_computed_as_resolved_and_the_tag_says_why(training: dict[str
     assert config.activation_bytes == KEPT
     assert (network.form, network.recompute) == (config.training.layer_form, config.training.recompute)
     assert (facts["bdh.layer_form"], facts["bdh.compiled"]) == (form, "no (auto on cpu)")
+
+
+@pytest.mark.parametrize(
+    ("training", "dtype", "compiler", "passes", "compiled"),
+    [
+        ({}, "float32", "g++", "C++ (g++ 12)", "no (auto on cpu)"),
+        ({"compile": True}, "bfloat16", "g++", "C++ (g++ 12)", "no (blocked layers on a CPU have their elementwise passes in C++)"),
+        ({}, "bfloat16", None, "PyTorch, a step takes 1.1 to 1.5 times as long (no compiler)", "no (auto on cpu)"),
+        ({}, "float16", "g++", "PyTorch (none in C++ for float16)", "no (auto on cpu)"),
+        ({"layer_form": "reference"}, "float32", "g++", "PyTorch", "no (auto on cpu)"),
+    ],
+)
+def test_a_tag_says_who_does_the_elementwise_work(
+    training: dict[str, Any], dtype: str, compiler: str | None, passes: str, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: (object(), f"{compiler} 12") if compiler else (None, "no compiler"))
+    _, _, facts = built(2**33, dtype, **training)
+    assert (facts["bdh.passes"], facts["bdh.compiled"]) == (passes, compiled)
 
 
 def test_number_of_parameters_is_that_of_the_network() -> None:
