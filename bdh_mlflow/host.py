@@ -6,6 +6,7 @@ what cannot be found out is called unknown.
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import shutil
@@ -94,14 +95,26 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+def loading() -> None:
+    """Collect no garbage until `loaded`: while torch and MLflow are imported, looking for it takes a quarter of the time and finds none."""
+    gc.disable()
+
+
+def loaded() -> None:
+    """End `loading`, if it has begun: from now on garbage is collected, and what was imported is no longer looked through for it."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def python_module(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of this package in a process of its own.
+    """The command that runs a module of this package in a process of its own, which is to call `loaded`.
 
     Neither the current folder nor that of the package is searched for anything else: a file `random.py` or `mlflow.py` of the user's there
     must not be run.
     """
     start = (
-        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import bdh_mlflow; del sys.path[0]; "
+        "import gc, runpy, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import bdh_mlflow; del sys.path[0]; "
         "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     )
     return [sys.executable, "-P", "-c", start, str(Path(__file__).parents[1]), module, *arguments]

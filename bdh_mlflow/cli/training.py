@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from bdh_mlflow import host
 from bdh_mlflow.cli.common import (
     ACCEPTS_SETTINGS,
     Launch,
@@ -26,6 +28,7 @@ from bdh_mlflow.text import bits_per_byte
 
 if TYPE_CHECKING:
     from bdh_mlflow.distributed import World
+    from bdh_mlflow.tracking.tracker import MakeSender
     from bdh_mlflow.training.start import Outcome
     from bdh_mlflow.training.stop import StopRequest
     from bdh_mlflow.training.trainer import Ending
@@ -63,25 +66,53 @@ def train(config_path: str, overrides: tuple[str, ...], resume: str, fork: str, 
 
     Settings can also be given as --section.key VALUE, which is how `mlflow run -P section.key=value` passes them on.
     """
-    from bdh_mlflow.errors import BdhError
-    from bdh_mlflow.training import processes as group
-    from bdh_mlflow.training.problems import problems
-    from bdh_mlflow.training.stop import StopRequest
-
     ctx = click.get_current_context()
     given = [*overrides, *dotted_options(ctx)]
     if not resume.strip():
         raise click.UsageError("--resume names nothing; accepted: none for a new run, latest, a path, a run id, ...", ctx)
     if resume != "none":
         given.append(f"training.resume_from_checkpoint={resume}")
-    if processes > 1 and group.launched():
+    host.loading()
+    try:
+        with _senders(ctx) as make_sender:  # before torch is imported: the sender loads MLflow meanwhile
+            _train_and_tell(ctx, config_path, given, Wish(fork == "yes", processes, patience_s, make_sender))
+    finally:
+        host.loaded()
+
+
+class Wish(NamedTuple):
+    """How to train, besides the configuration.   patience_s: of several processes with each other."""
+
+    fork: bool
+    processes: int
+    patience_s: float
+    make_sender: "MakeSender | None"
+
+
+def _senders(ctx: click.Context) -> "contextlib.AbstractContextManager[MakeSender | None]":
+    """What makes the senders of this process: rank 0 alone tells MLflow."""
+    if ctx.obj or os.environ.get("RANK", "0") not in ("", "0"):
+        return contextlib.nullcontext(ctx.obj)
+    from bdh_mlflow.tracking.sender_process import prepared
+
+    return prepared()
+
+
+def _train_and_tell(ctx: click.Context, config_path: str, given: list[str], wish: Wish) -> None:
+    """Train; print the last lines; exit with another code than 0 where the training did not finish."""
+    from bdh_mlflow.errors import BdhError
+    from bdh_mlflow.training import processes as group
+    from bdh_mlflow.training.problems import problems
+    from bdh_mlflow.training.stop import StopRequest
+
+    if wish.processes > 1 and group.launched():
         raise click.UsageError("--processes starts processes, but a launcher (torchrun) has started this one; leave it out", ctx)
     stop = StopRequest()
     stop.install()
     try:
         read = functools.partial(Config.from_yaml, config_path, given, checks=(problems,))
-        with _together(processes, patience_s, read) as (world, config):
-            ending, outcome = _train(ctx, config, fork == "yes", world, stop)
+        with _together(wish.processes, wish.patience_s, read) as (world, config):
+            ending, outcome = _train(config, wish, world, stop)
     except KeyboardInterrupt:
         if group.speaks():
             exit_stopped_early(ctx, stop)
@@ -115,21 +146,19 @@ def _together(processes: int, patience_s: float, read: Callable[[], Config]) -> 
         yield world, config
 
 
-def _train(ctx: click.Context, config: Config, fork: bool, world: "World", stop: "StopRequest") -> "tuple[Ending, Outcome | None]":
+def _train(config: Config, wish: Wish, world: "World", stop: "StopRequest") -> "tuple[Ending, Outcome | None]":
     """What this process has to do. Rank 0 alone has an outcome to tell."""
     if world.rank:
         from bdh_mlflow.training.follower import follow
 
         return follow(world, stop, config.dataset.parquet_dir), None
     from bdh_mlflow.cli import console
-    from bdh_mlflow.tracking.sender_process import prepared
+    from bdh_mlflow.training import start
 
-    with contextlib.nullcontext(ctx.obj) if ctx.obj else prepared() as make_sender:
-        from bdh_mlflow.training import start  # while the sender gets ready
-
-        with console.watching(sys.stdout, config.training.max_iters) as progress:
-            outcome = start.train(config, progress, stop, fork=fork, make_sender=make_sender, world=world)
-        return outcome.ending, outcome
+    assert wish.make_sender is not None, "of rank 0"
+    with console.watching(sys.stdout, config.training.max_iters) as progress:
+        outcome = start.train(config, progress, stop, fork=wish.fork, make_sender=wish.make_sender, world=world)
+    return outcome.ending, outcome
 
 
 def _summary(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> Iterator[str]:

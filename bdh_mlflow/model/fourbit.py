@@ -6,10 +6,12 @@ the gradient is passed unchanged to the fp32 parameter (straight-through estimat
 value.
 """
 
+import contextlib
 import functools
 import logging
 import warnings
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -142,9 +144,18 @@ class _StraightThrough(torch.autograd.Function):
 
 @functools.cache
 def bitsandbytes_functional() -> Any:
-    """The module bitsandbytes.functional, imported without its warning about an inference kernel that is not used here."""
+    """The module bitsandbytes.functional, imported without its warning about an inference kernel that is not used here.
+
+    As it is imported it has torch.compile wrap four functions for devices without kernels of their own, which imports torch's whole
+    compiler: half a second of every start. A machine without CUDA never calls them (0.50.2: each has a kernel for CPUs).
+    """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    spared = (
+        contextlib.nullcontext()
+        if torch.cuda.is_available()
+        else mock.patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g))
+    )
+    with warnings.catch_warnings(), spared:
         warnings.simplefilter("ignore")
         import bitsandbytes.functional
 

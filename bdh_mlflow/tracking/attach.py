@@ -51,7 +51,7 @@ class Attaching:
             run = self._wrapper_run(segment.wrapper, segment)
         if run is None:
             run, made_here = self._create(segment)
-        later = segment_number(run)
+        later = store.segment_number(run)
         superseded = later > furthest  # the status of the run is the other machine's to set
         if not (made_here or superseded or (again and continued)):
             self._take_up(run, segment, continued)
@@ -122,8 +122,3 @@ class Attaching:
         for child in children:
             if child.info.status == "RUNNING" and child.info.run_id != wrapper and "bdh.continues" in child.data.tags:
                 set_run(self._client, child.info.run_id, "KILLED", end_ms=int(time.time() * 1000))
-
-
-def segment_number(run: Run) -> int:
-    """Number of the segment that worked on a run last; 0 for a run of another program, whatever its tag says."""
-    return store.whole_number(run.data.tags.get("bdh.segment"))

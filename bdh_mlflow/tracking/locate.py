@@ -12,11 +12,13 @@ there is a choice. A file of another program with BDH weights in it is a warm st
 """
 
 import contextlib
+import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint
@@ -24,8 +26,10 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import expanded
 from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.files import reason_of, shown
-from bdh_mlflow.tracking.mirrored import GRAMMAR, MirrorReader
-from bdh_mlflow.tracking.resolved import ResolvedCheckpoint, run_of
+from bdh_mlflow.tracking.resolved import GRAMMAR, ResolvedCheckpoint, run_of
+
+if TYPE_CHECKING:
+    from bdh_mlflow.tracking.mirrored import MirrorReader
 
 LONGEST_NAME = 255  # bytes of each part of a path
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -38,9 +42,15 @@ class Locator:
     """Finds checkpoints for one command, here and in the mirror; the store is opened when it is first needed, once."""
 
     def __init__(self, checkpoint_dir: Path, config: TrackingConfig) -> None:
-        self._checkpoint_dir = checkpoint_dir
-        self.mirror = MirrorReader(config)
+        self._checkpoint_dir, self._config = checkpoint_dir, config
         self._notes: list[str] = []
+
+    @functools.cached_property
+    def mirror(self) -> "MirrorReader":
+        """The reader of the mirror."""
+        from bdh_mlflow.tracking.mirrored import MirrorReader  # here: a path needs none of MLflow, whose import takes a second
+
+        return MirrorReader(self._config)
 
     def find(self, target: str) -> ResolvedCheckpoint:
         """The checkpoint that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""

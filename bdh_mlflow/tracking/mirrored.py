@@ -22,14 +22,10 @@ from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_LOSS
-
-GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
-"""What names a checkpoint, in words (see `locate`)."""
-
+from bdh_mlflow.tracking.records import JOB
+from bdh_mlflow.tracking.resolved import GRAMMAR
 
 _RUN_FILE = re.compile(r"runs:/([0-9a-f]{32})/(.+\.(?:pt|json))")
-JOB = "bdh.job"
-"""Tag of a run: the launcher's job that worked on it last."""
 
 
 class Training(NamedTuple):

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Self
 from bdh_mlflow.text import Evaluation
 
 FORMAT = 2
+JOB = "bdh.job"
+"""Tag of a run: the launcher's job that worked on it last."""
 _ENVELOPE = {"kind", "v", "at_ms"}
 _NUMBERS = (float, int)
 

@@ -7,6 +7,9 @@ from typing import Any
 from bdh_mlflow.checkpoint import Checkpoint
 from bdh_mlflow.tracking import journal
 
+GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
+"""What names a checkpoint, in words (see `locate`)."""
+
 
 @dataclass(frozen=True)
 class ResolvedCheckpoint:

@@ -21,7 +21,7 @@ from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import segments, store
 from bdh_mlflow.tracking.artifacts import Artifacts
-from bdh_mlflow.tracking.attach import Attaching, Attachment, segment_number
+from bdh_mlflow.tracking.attach import Attaching, Attachment
 from bdh_mlflow.tracking.journal import Entry, SegmentSpan
 from bdh_mlflow.tracking.mirror import Mirror
 from bdh_mlflow.tracking.mlflow_internals import set_run
@@ -181,7 +181,7 @@ class RemoteRun:
 
     def end(self, status: str) -> None:
         """Set the run's status, which is not this process's to set if another one has gone on with the run."""
-        if status != "FINISHED" and segment_number(self._client.get_run(self.run_id)) > self._furthest:
+        if status != "FINISHED" and store.segment_number(self._client.get_run(self.run_id)) > self._furthest:
             return
         if not self._attachment.superseded:
             set_run(self._client, self.run_id, status, end_ms=int(time.time() * 1000))

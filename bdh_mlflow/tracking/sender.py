@@ -1,8 +1,8 @@
 """Where a delivery runs beside a training run: in a process of its own (see `sender_process`), or in a thread of this one.
 
 This module is the process. It takes neither the interpreter lock nor the loop's time, outlives a killed training, delivers what that one
-left and ends the run for it. The first line of its standard input says what to deliver and where to; it reports by messages (see
-`records`), a line of JSON each.
+left and ends the run for it. A first line of its standard input may ask for a first request to the store, the next says what to deliver and
+where to; it reports by messages (see `records`), a line of JSON each.
 """
 
 import contextlib
@@ -14,12 +14,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from bdh_mlflow.host import ENDING_SIGNALS
+from bdh_mlflow import host
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import TrackingError
+from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.lane import Patience
 from bdh_mlflow.tracking.records import Message, OnMessage, message_to_json
-from bdh_mlflow.tracking.sender_process import RETRIES
+from bdh_mlflow.tracking.sender_process import RETRIES, RETRIES_GIVEN, answer_to
+from bdh_mlflow.tracking.status import StoreStatus
 
 
 class ThreadSender:
@@ -41,15 +46,28 @@ class ThreadSender:
         self._left = self.delivery.run()
 
 
+def _task() -> dict[str, Any]:
+    task = sys.stdin.readline()
+    if not task:
+        os._exit(0)  # made ready for nothing
+    given = json.loads(task)
+    assert isinstance(given, dict)
+    return given
+
+
+def _probed(tracking: TrackingConfig, continues: str | None) -> StoreStatus | TrackingError:
+    try:
+        return store.probe_store(tracking, continues)
+    except TrackingError as error:
+        return error
+
+
 def main() -> None:
     """The process beside a training run. Its standard input is closed when nothing more will be appended, or nobody is left to append."""
-    os.environ.setdefault(RETRIES, "0")  # patience is the sender's own, and MLflow would make a run twice whose answer is lost
-    for number in ENDING_SIGNALS:
+    for number in host.ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # it ends when the training has, by itself
     for name, level in (("alembic", logging.WARNING), ("mlflow.store.db.utils", logging.WARNING), ("urllib3", logging.ERROR)):
         logging.getLogger(name).setLevel(level)  # attempts that fail are reported by us, once
-    with contextlib.suppress(OSError):
-        os.nice(5)
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     sys.stdout = sys.stderr
     writing = threading.Lock()
@@ -59,10 +77,15 @@ def main() -> None:
             messages.write(json.dumps(message_to_json(message)) + "\n")
             messages.flush()
 
-    task = sys.stdin.readline()
-    if not task:
-        os._exit(0)  # made ready for nothing
-    given = json.loads(task)
+    given = _task()
+    if "probe" in given:
+        messages.write(answer_to(_probed(TrackingConfig(**given["probe"]), given["continues"])) + "\n")
+        given = _task()
+    if not RETRIES_GIVEN:
+        os.environ[RETRIES] = "0"  # patience is the sender's own, and MLflow would make a run twice whose answer is lost
+    host.loaded()
+    with contextlib.suppress(OSError):
+        os.nice(5)
     os.environ["MLFLOW_TRACKING_URI"] = given["uri"]
     try:
         delivery = Delivery(Path(given["folder"]), given["uri"], report)

@@ -1,6 +1,11 @@
-"""The trainer's end of a sender in a process of its own (`sender` is that process). Imports nothing slow."""
+"""The trainer's end of a sender in a process of its own (`sender` is that process). Imports nothing slow.
+
+The process can be started before there is anything to send (`prepared`). While a training loads torch, data and network it loads MLflow,
+and then makes the first request to the store for the training, which so needs no MLflow of its own.
+"""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bdh_mlflow import host
+from bdh_mlflow.config import TrackingConfig
+from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.tracking.records import Finished, OnMessage, message_from_json
+from bdh_mlflow.tracking.status import KnownRun, StoreStatus
 from bdh_mlflow.tracking.tracker import MakeSender
 
 SENDER_SILENCE_LIMIT_S = 45.0  # at the end: a sender that works is never silent for so long
@@ -97,20 +105,80 @@ class SubprocessSender:
                         self._on_message(message)
 
 
+class Prepared:
+    """Makes senders, the first of them from a process that is getting ready and makes the first request to the store."""
+
+    def __init__(self) -> None:
+        self._ready: subprocess.Popen[str] | None = _launch()
+
+    def __call__(self, folder: Callable[[], Path], uri: str, on_message: OnMessage) -> SubprocessSender:
+        """Start a sender; see `MakeSender`."""
+        ready, self._ready = self._ready, None
+        return SubprocessSender(folder, uri, on_message, ready)
+
+    def probe(self, tracking: TrackingConfig, continues: str | None) -> StoreStatus:
+        """As `store.probe_store`, by the process.   Raises TrackingError for what waiting would not mend."""
+        if self._ready is not None:
+            assert self._ready.stdin is not None
+            assert self._ready.stdout is not None
+            with contextlib.suppress(OSError):  # it has died
+                self._ready.stdin.write(json.dumps({"probe": dataclasses.asdict(tracking), "continues": continues}) + "\n")
+                self._ready.stdin.flush()
+                while line := self._ready.stdout.readline():
+                    if (answer := _answer(line)) is not None:
+                        return answer
+            self.discard()
+        return _probed_here(tracking, continues)
+
+    def discard(self) -> None:
+        """End the process that nobody has made a sender of."""
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.kill()
+            ready.communicate()
+
+
 @contextlib.contextmanager
-def prepared() -> Iterator[MakeSender]:
+def prepared() -> Iterator[Prepared]:
     """A process that gets ready while the body does; it becomes the first sender that is made, or ends."""
-    ready = [_launch()]
-
-    def make(folder: Callable[[], Path], uri: str, on_message: OnMessage) -> SubprocessSender:
-        return SubprocessSender(folder, uri, on_message, ready.pop() if ready else None)
-
+    senders = Prepared()
     try:
-        yield make
+        yield senders
     finally:
-        for process in ready:
-            process.kill()
-            process.communicate()
+        senders.discard()
+
+
+def probe_by(make_sender: MakeSender, tracking: TrackingConfig, continues: str | None) -> StoreStatus:
+    """The first request to the store: by the process that will send, where one is prepared, else here."""
+    return make_sender.probe(tracking, continues) if isinstance(make_sender, Prepared) else _probed_here(tracking, continues)
+
+
+def answer_to(status: StoreStatus | TrackingError) -> str:
+    """What the process says of the store, a line."""
+    if isinstance(status, TrackingError):
+        return json.dumps({"refused": str(status)})
+    return json.dumps({"status": dataclasses.asdict(status)})
+
+
+def _answer(line: str) -> StoreStatus | None:
+    try:
+        said = json.loads(line)
+    except ValueError:  # what a library prints
+        return None
+    if not isinstance(said, dict):
+        return None
+    if "refused" in said:
+        raise TrackingError(said["refused"])
+    if "status" not in said:
+        return None
+    run = said["status"].pop("run")
+    return StoreStatus(**said["status"], run=KnownRun(**run) if run else None)
+
+
+def _probed_here(tracking: TrackingConfig, continues: str | None) -> StoreStatus:
+    from bdh_mlflow.tracking import store  # here: it imports MLflow
+
+    return store.probe_store(tracking, continues)
 
 
 def _launch() -> "subprocess.Popen[str]":

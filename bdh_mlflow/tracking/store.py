@@ -13,7 +13,6 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -34,6 +33,7 @@ from bdh_mlflow.redact import masked
 from bdh_mlflow.text import printable
 from bdh_mlflow.tracking import database, routes
 from bdh_mlflow.tracking.sender_process import RETRIES
+from bdh_mlflow.tracking.status import KnownRun, StoreStatus
 
 OLDEST_SERVER = "3.15"  # see benchmarks/versions.py
 PROBE_S = 5.0  # a store that has not answered by then is unreachable: training begins without it
@@ -62,15 +62,6 @@ _HALF_MADE = re.compile(r"already exists|duplicate column|Online migration expec
 _FOR_GOOD = re.compile(r"password|authentication|access denied|does not exist|unknown database|no module named", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class StoreStatus:
-    """Result of the first request to a store.   reachable: it answered.   run: the one to be continued, if the store has it."""
-
-    tracking_uri: str
-    reachable: bool
-    run: Run | None
-
-
 def tracking_uri(tracking: TrackingConfig) -> str:
     """The configured URI, else MLflow's own resolution (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here), in full.
 
@@ -94,15 +85,6 @@ def tracking_uri(tracking: TrackingConfig) -> str:
             f"Set MLFLOW_TRACKING_URI={masked(configured)} instead, or start with `bdh-mlflow train`"
         )
     return configured
-
-
-def overruled(tracking: TrackingConfig) -> str | None:
-    """What the environment says of the experiment, where the configuration says otherwise; None if nothing is overruled."""
-    if os.environ.get("MLFLOW_RUN_ID"):
-        return None  # its experiment is that of the run which `mlflow run` has made
-    given = {name: os.environ.get(name) for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")}
-    others = [f"{name}={value}" for name, value in given.items() if value and value != tracking.experiment]
-    return f"{' and '.join(others)} overruled by tracking.experiment {tracking.experiment}" if others else None
 
 
 def connect(tracking: TrackingConfig) -> MlflowClient:
@@ -171,7 +153,8 @@ def _status(uri: str, tracking: TrackingConfig, continues: str | None) -> StoreS
             if isinstance(error, TrackingError) or is_refusal(error) or not _may_come_back(uri, error):
                 raise
             return StoreStatus(uri, False, None)
-    return StoreStatus(uri, True, run)
+    known = KnownRun(run.data.tags, segment_number(run), run.info.start_time) if run else None
+    return StoreStatus(uri, True, known)
 
 
 def wrapper_run(client: MlflowClient, run_id: str, continues: str | None) -> Run:
@@ -278,6 +261,11 @@ def find_run(client: MlflowClient, run_id: str) -> Run | None:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def segment_number(run: Run) -> int:
+    """Number of the segment that worked on a run last; 0 for a run of another program, whatever its tag says."""
+    return whole_number(run.data.tags.get("bdh.segment"))
 
 
 def whole_number(text: str | None) -> int:

@@ -30,7 +30,6 @@ class SystemMetrics:
         self._log, self._started_at, self._interval_s = log, started_at, interval_s
         self._group, self._others = group, others
         self._closing = threading.Event()
-        self._monitors = _monitors()
         self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
         self._thread.start()
 
@@ -40,16 +39,19 @@ class SystemMetrics:
         self._thread.join()
 
     def _sample(self) -> None:
+        monitors: list[Any] | None = None
         while True:
             last = self._closing.wait(self._interval_s)
+            if monitors is None:
+                monitors = _monitors()  # not before the first sample: MLflow takes a second to import
             values: dict[str, float] = {}
-            for monitor in list(self._monitors):
+            for monitor in list(monitors):
                 try:
                     monitor.collect_metrics()
                     values |= {f"{self._group}/{key}": float(value) for key, value in monitor.aggregate_metrics().items()}
                     monitor.clear_metrics()
                 except Exception:  # a driver or sensor that has gone: its curves end, training does not
-                    self._monitors.remove(monitor)
+                    monitors.remove(monitor)
             if values := {**values, **self._others()}:
                 self._log(values, int((time.time() - self._started_at) / self._interval_s))
             if last:

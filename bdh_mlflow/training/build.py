@@ -45,15 +45,13 @@ Begin = Callable[[BDH], None]
 class Built:
     """Everything that a run needs before it begins.
 
-    config: resolved.   facts: tags that say how the network and its optimizer are computed.   peak_flops: the fastest matrix product
-    measured in the dtype of the matmuls, FLOP/s, of all processes together.
+    config: resolved.   facts: tags that say how the network and its optimizer are computed.
     """
 
     config: Config
     origin: Origin
     device: torch.device
     runs: Precision
-    peak_flops: float
     text: ParquetText
     batches: Iterator[Batch]
     validation: list[torch.Tensor]
@@ -68,7 +66,6 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
     config, origin, device = settled.config, settled.origin, precision.pick_device()
     refuse_differences(config, world)
     runs = Precision.from_config(config, device)
-    peak_flops = sum(world.gather(precision.gemm_peak(runs.dtype, device)))
     text = open_together(config, progress, world)
     batches = build_batches(config, text, position_of(origin, config, text, progress), device, world)
     training = config.training
@@ -85,7 +82,6 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
         origin=origin,
         device=device,
         runs=runs,
-        peak_flops=peak_flops,
         text=text,
         batches=showing_first(batches, progress) if training.debug else batches,
         validation=validation,
@@ -94,6 +90,15 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
         facts=facts,
         world=world,
     )
+
+
+def _peak_flops(built: Built) -> float:
+    """The fastest matrix product in the dtype of the matmuls, FLOP/s, of all processes together.
+
+    Measured when everything else has been made ready: while a sender is importing MLflow on one of two cores it comes out too low.
+    """
+    built.world.gather(None)
+    return sum(built.world.gather(precision.gemm_peak(built.runs.dtype, built.device)))
 
 
 def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progress, stop: StopRequest) -> Trainer:
@@ -113,7 +118,7 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         validation=built.validation,
         samples=build_sampler(built.network, built.validation if world.rank == 0 else [], config.training.seed, built.device),
         observed=lambda: built.network.observed(world.sum_exact),
-        peak_tokens_per_s=built.peak_flops / bdh.useful_flops(built.network.config, config.training.block_size),
+        peak_tokens_per_s=_peak_flops(built) / bdh.useful_flops(built.network.config, config.training.block_size),
         saver=saver,
         tracker=tracker,
         progress=progress,

@@ -37,6 +37,7 @@ def follow(world: World, stop: StopRequest, parquet_dir: str | None = None) -> E
         trainer = build_trainer(build(settled, SILENT, world), SILENT, NullTracker(), SILENT, stop)
         with _sampled(settled.config, world):
             world.expect_updates()
+            host.loaded()
             return trainer.run()
 
 

@@ -16,11 +16,10 @@ import torch
 from bdh_mlflow import __version__, checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.files import shown
-from bdh_mlflow.tracking import store, tracker
 from bdh_mlflow.tracking import system_metrics as system
-from bdh_mlflow.tracking.attach import segment_number
-from bdh_mlflow.tracking.mirrored import JOB
-from bdh_mlflow.tracking.records import RunIdentity, Segment
+from bdh_mlflow.tracking import tracker
+from bdh_mlflow.tracking.records import JOB, RunIdentity, Segment
+from bdh_mlflow.tracking.status import StoreStatus, overruled
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
 from bdh_mlflow.training import nodes, processes
 from bdh_mlflow.training.build import Built, is_sharded
@@ -29,14 +28,13 @@ from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Ending
 
 
-def segment_of(built: Built, status: store.StoreStatus, earlier: list[Segment]) -> Segment:
+def segment_of(built: Built, status: StoreStatus, earlier: list[Segment]) -> Segment:
     """What the sender must know of this process to find or make its run, and what `segments.json` says of it.
 
     earlier: segments that the journal holds already.
     """
     config, origin = built.config, built.origin
-    tags = status.run.data.tags if status.run else {}
-    later = segment_number(status.run) if status.run else 0
+    tags, later = (status.run.tags, status.run.segment) if status.run else ({}, 0)
     saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
     audit = list(tracker.REPLAYED)
     if origin.saved:  # a mean over other spans is another number
@@ -125,7 +123,7 @@ def introduce(tracker: Tracker, built: Built, segment: Segment, provenance: Prov
         tracker.dataset(DatasetFacts(name=name, digest=text.digest, folder=folder, profile=profile, context=context))
 
 
-def headline(built: Built, identity: RunIdentity | None, status: store.StoreStatus, segment: int) -> str:
+def headline(built: Built, identity: RunIdentity | None, status: StoreStatus, segment: int) -> str:
     """What is about to be trained, in a few lines."""
     config, origin, text, facts = built.config, built.origin, built.text, built.facts
     uri = redact.masked(status.tracking_uri)
@@ -144,7 +142,7 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
         own = len(world.passes(config.training.gradient_accumulation_steps))
         share = f"{own} {'passes' if own > 1 else 'pass'} of an update"
         lines.append(f"{world.size} processes on {where}, each computing {share} with {torch.get_num_threads()} threads")
-    if missed := store.overruled(config.tracking):
+    if missed := overruled(config.tracking):
         lines.append(f"note: {missed}")
     if origin.found is not None:
         how = {
@@ -157,9 +155,7 @@ def headline(built: Built, identity: RunIdentity | None, status: store.StoreStat
 
 
 @contextlib.contextmanager
-def system_metrics(
-    built: Built, tracker: Tracker, first: Segment, status: store.StoreStatus, note: Callable[[str], None]
-) -> Iterator[None]:
+def system_metrics(built: Built, tracker: Tracker, first: Segment, status: StoreStatus, note: Callable[[str], None]) -> Iterator[None]:
     """Sample the machines while the body runs, if configured; samples are numbered from the beginning of the first segment."""
     if not built.config.tracking.log_system_metrics:
         yield
@@ -170,7 +166,7 @@ def system_metrics(
         return
     began_ms = first.started_at_ms
     if status.run is not None:
-        began_ms = min(began_ms, status.run.info.start_time)
+        began_ms = min(began_ms, status.run.started_at_ms)
     samples = nodes.sampled(built.world, tracker.metrics, began_ms / 1000)
     try:
         yield

@@ -13,7 +13,6 @@ from bdh_mlflow.errors import ResumeError, TrackingError
 from bdh_mlflow.files import shown
 from bdh_mlflow.model import precision
 from bdh_mlflow.tracking import journal, locate
-from bdh_mlflow.tracking.mirrored import MirrorReader
 from bdh_mlflow.training import processes
 from bdh_mlflow.training.agreement import refuse_for_several
 from bdh_mlflow.training.origin import Origin, Settled
@@ -53,7 +52,7 @@ def _folders(config: Config) -> list[Path]:
 def _mirrored_run_of(job: str, config: Config, progress: Progress) -> str | None:
     """The MLflow run with checkpoints that a job has begun on another machine; None if there is none, or the store does not answer."""
     try:
-        return MirrorReader(config.tracking).run_of_job(job)
+        return locate.Locator(Path(config.training.checkpoint_dir), config.tracking).mirror.run_of_job(job)
     except TrackingError as error:
         progress.note(f"what this job has done on other machines is not known: {error}")
         return None

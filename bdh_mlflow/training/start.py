@@ -16,9 +16,10 @@ from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
 from bdh_mlflow.config import Config
 from bdh_mlflow.distributed import ALONE, World
 from bdh_mlflow.errors import ConfigError, SaveError, TrackingError
-from bdh_mlflow.tracking import journal, store
+from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.records import RunIdentity, Segment
-from bdh_mlflow.tracking.sender_process import SubprocessSender
+from bdh_mlflow.tracking.sender_process import SubprocessSender, probe_by
+from bdh_mlflow.tracking.status import StoreStatus
 from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training.build import Built, build, build_trainer
 from bdh_mlflow.training.origin import run_directory
@@ -68,7 +69,7 @@ def train(
         if reason := checkpoint.why_unwritable(checkpoint_dir):
             raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
         built = build(world.share(lambda: settle(config, progress, fork, world.size)), progress, world)
-        status = store.probe_store(built.config.tracking, built.origin.continues)
+        status = probe_by(make_sender, built.config.tracking, built.origin.continues)
         stop.begun = True  # from here on there is a run to end properly
         run_dir = run_directory(built.origin, checkpoint_dir, built.config)
         with contextlib.closing(run_dir):
@@ -76,7 +77,7 @@ def train(
 
 
 def _tracked(
-    built: Built, run_dir: RunDirectory, status: store.StoreStatus, progress: Progress, stop: StopRequest, make_sender: MakeSender
+    built: Built, run_dir: RunDirectory, status: StoreStatus, progress: Progress, stop: StopRequest, make_sender: MakeSender
 ) -> Outcome:
     """Train as a run of MLflow, from its beginning to its ending."""
     with journal.reading(run_dir.folder) as reader:
@@ -90,8 +91,9 @@ def _tracked(
         run_dir.discard()
         raise
     with report_ending(tracker, stop, run_dir) as report:
+        source, _ = host.source_state(Path(__file__).parent), host.environment()  # while the sender makes the run
         _attach(tracker, status, report)
-        provenance = _introduced(tracker, built, segment)
+        provenance = _introduced(tracker, built, segment, source)
         progress.note(headline(built, tracker.identity, status, segment.number))
         save = save_into(run_dir, tracker, provenance, built.config, segment.continues or segment.wrapper, progress.note)
         writer = BackgroundWriter(save)
@@ -103,11 +105,12 @@ def _tracked(
             _finished(writer, progress),
         ):
             built.world.expect_updates()
+            host.loaded()
             report.ending = trainer.run()
     return _outcome(built, tracker, run_dir, report)
 
 
-def _attach(tracker: Tracker, status: store.StoreStatus, report: FinalReport) -> None:
+def _attach(tracker: Tracker, status: StoreStatus, report: FinalReport) -> None:
     """Wait for the run where the store answers.   Raises TrackingError if it refuses the run."""
     try:
         tracker.wait(ATTACH_S if status.reachable else 0)
@@ -116,9 +119,8 @@ def _attach(tracker: Tracker, status: store.StoreStatus, report: FinalReport) ->
         raise
 
 
-def _introduced(tracker: Tracker, built: Built, segment: Segment) -> Provenance:
+def _introduced(tracker: Tracker, built: Built, segment: Segment, source: host.SourceState) -> Provenance:
     """Record what is known of the run before its first step.   Returns what its manifests say of where it comes from."""
-    source = host.source_state(Path(__file__).parent)
     provenance = Provenance(None, segment.number, source.commit, source.dirty, built.config.digest(), built.text.digest, host.versions())
     introduce(tracker, built, segment, provenance, source.patch)
     return provenance

@@ -24,6 +24,7 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.tracking import database
 from bdh_mlflow.tracking import store as stores
+from bdh_mlflow.tracking.status import overruled
 from bdh_mlflow.tracking.store import connect, probe_store
 
 CONFIG = TrackingConfig()
@@ -207,13 +208,13 @@ def test_deleted_or_unknown_run_of_the_environment_is_refused_at_the_door(store:
 
 
 def test_experiment_of_the_environment_that_is_overruled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stores.overruled(CONFIG) is None
+    assert overruled(CONFIG) is None
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "bdh")
-    assert stores.overruled(CONFIG) is None
+    assert overruled(CONFIG) is None
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
     words = "MLFLOW_EXPERIMENT_NAME=mine and MLFLOW_EXPERIMENT_ID=7 overruled by tracking.experiment bdh"
-    assert stores.overruled(CONFIG) == words
+    assert overruled(CONFIG) == words
 
 
 @pytest.mark.parametrize(
