@@ -45,6 +45,7 @@ EXCEPTIONS: dict[str, str] = {}
 """`path`, `path:Class` or `path:Class.function` of what may exceed a bound, and why."""
 
 CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
+    "test_gpu_page": "benchmarks/gpu.py, which nobody can run every day",
     "test_fuzz": "malformed input of every kind",
     "test_browser": "pages of a tracking server in a real browser",
     "test_project": "MLproject, conda.yaml, README and shipped configurations",
