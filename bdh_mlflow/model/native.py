@@ -46,20 +46,31 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         version = _line(subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S).stdout)
         made = (SOURCE.read_text(), repr((ALWAYS, TRIED)), version, _processor())
         name = f"kernels-{hashlib.sha256(repr(made).encode()).hexdigest()[:16]}.so"
-        folder = _cache()
-        if folder is not None:
-            path = folder / name
-            if not path.exists():
-                _compile(compiler, path)
-            return ctypes.CDLL(str(path)), version
+        if (folder := _cache()) is not None and (kept := _kept(compiler, folder / name)) is not None:
+            return kept, version
         with tempfile.TemporaryDirectory(prefix="bdh-mlflow-") as scratch:
-            path = Path(scratch) / name
-            _compile(compiler, path)
-            return ctypes.CDLL(str(path)), version  # stays loaded when the file is gone
+            _compile(compiler, Path(scratch) / name)
+            return ctypes.CDLL(str(Path(scratch) / name)), version  # stays loaded when the file is gone
     except subprocess.CalledProcessError as error:
         return None, f"{compiler} does not compile the passes: {_line(error.stderr, 'error')}"
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return None, f"the passes compiled by {compiler} cannot be used: {first_line(error)}"
+
+
+def _kept(compiler: str, path: Path) -> ctypes.CDLL | None:
+    """The library of the cache, made again where it is damaged; None where nothing can be written or loaded there (full, noexec)."""
+    digest = path.with_suffix(".sha256")  # a library that was cut short kills the process that loads it
+    try:
+        if not (path.exists() and digest.exists() and digest.read_text() == _digest(path)):
+            _compile(compiler, path)
+            digest.write_text(_digest(path))
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def activate(library: ctypes.CDLL, xs: Tensor, q: Tensor, table: RopeTable) -> None:
@@ -112,8 +123,8 @@ def _threads() -> ctypes.c_int:
 
 def _cache() -> Path | None:
     """A folder that only this user can write to; None where there is none: what lies in it is loaded as code."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bdh-mlflow"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "bdh-mlflow"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except (OSError, RuntimeError):  # no home, or a read-only one

@@ -21,6 +21,8 @@ DROPOUTS = [None, Dropout(0.1, 7), Dropout(0.5, -(2**40)), Dropout(1 - 1e-9, 2**
 SHAPES = [(2, 1, 1), (6, 1, 33), (64, 3, 20), (30, 1, 1025)]
 """Neurons, rows of the batch and tokens of each: a single pair, odd lengths, several rows, and more than the pieces of a thread."""
 
+LOAD = "from bdh_mlflow.model import native; assert native.library()[0] is not None, native.library()[1]"
+
 needs_compiler = pytest.mark.skipif(host.compiler() is None, reason="needs a C++ compiler")
 
 
@@ -155,13 +157,37 @@ def test_compiled_passes_are_kept_where_nobody_else_can_write(mode: int, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.library()[0] is not None
     writable = mode == 0o700 or (mode == 0o500 and os.getuid() == 0)  # root writes anywhere
-    assert len(list(folder.iterdir())) == writable
+    assert len(list(folder.glob("*.so"))) == writable
+
+
+@needs_compiler
+def test_damaged_library_is_made_again(tmp_path: Path) -> None:
+    """A full disk leaves one that is cut short. In processes of their own: one that has loaded a library gets it again in any case."""
+    sizes = []
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", LOAD], env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}).returncode == 0
+        (kept,) = (tmp_path / "bdh-mlflow").glob("*.so")
+        sizes.append(kept.stat().st_size)
+        kept.write_bytes(kept.read_bytes()[:1000])
+    assert sizes[0] == sizes[1] > 1000
+
+
+@needs_compiler
+def test_no_home_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number which no user has."""
+    native.library.cache_clear()
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert native.library()[0] is not None
 
 
 @needs_compiler
 def test_processes_that_start_together_each_get_a_whole_library(tmp_path: Path) -> None:
-    code = "from bdh_mlflow.model import native; assert native.library()[0] is not None, native.library()[1]"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    started = [subprocess.Popen([sys.executable, "-c", LOAD], env=env) for _ in range(3)]
     assert [one.wait(timeout=120) for one in started] == [0, 0, 0]
-    assert len(list((tmp_path / "bdh-mlflow").iterdir())) == 1
+    assert len(list((tmp_path / "bdh-mlflow").glob("*.so"))) == 1
