@@ -32,8 +32,8 @@ ALWAYS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-ma
 TRIED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-mcpu=native", "-fopenmp-simd"), ("-fopenmp-simd",))
 """For this machine and several threads first; Apple's compiler knows neither without more packages."""
 COMPILE_TIMEOUT_S = 120.0
-WITHOUT = "1.1 to 1.5"
-"""How many times as long a training step takes with the eager passes: benchmarks/layer.py, docs/measurements.md."""
+WITHOUT = "up to 1.13"
+"""How many times as long a training step takes with the eager passes; see docs/measurements.md."""
 
 
 @functools.cache
