@@ -39,7 +39,8 @@ def kernels(dtype: torch.dtype, device: torch.device, compiled: bool) -> Kernels
 
     compiled: off the CPU, fuse the eager ones by torch.compile. One set for the process, so that each is traced once.
     """
-    if device.type == "cpu" and dtype in native.DTYPES and (library := native.library()[0]):
+    library, _ = native.serving(dtype, device)
+    if library is not None:
         return Kernels(*(functools.partial(getattr(native, name), library) for name in Kernels._fields))
     return eager(fused=compiled and device.type != "cpu")
 

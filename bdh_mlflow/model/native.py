@@ -36,6 +36,16 @@ WITHOUT = "up to 1.13"
 """How many times as long a training step takes with the eager passes; see docs/measurements.md."""
 
 
+def serving(dtype: torch.dtype, device: torch.device) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled passes for activations of a dtype on a device, None where PyTorch does them, and in words who does."""
+    if device.type != "cpu":
+        return None, "PyTorch"
+    if dtype not in DTYPES:
+        return None, f"PyTorch (none in C++ for {str(dtype).removeprefix('torch.')})"
+    found, how = library()
+    return found, f"C++ ({how})" if found else f"PyTorch, a step takes {WITHOUT} times as long ({how})"
+
+
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled passes, and which compiler made them; None, and why, without. Compiles where the cache has none."""
@@ -94,7 +104,7 @@ def activate_backward(library: ctypes.CDLL, d_q: Tensor, d_xs: Tensor, xs: Tenso
 
 
 def _pass(library: ctypes.CDLL, name: str, like: Tensor) -> "ctypes._NamedFuncPointer":
-    function = library[f"{name}_{DTYPES[like.dtype]}"]
+    function: ctypes._NamedFuncPointer = getattr(library, f"{name}_{DTYPES[like.dtype]}")
     function.restype = None
     return function
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from bdh_mlflow.text import Evaluation
+from bdh_mlflow.tracking.status import KnownRun, StoreStatus
 
 FORMAT = 2
 JOB = "bdh.job"
@@ -297,6 +298,25 @@ class Attached(_Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probed(_Kind):
+    """What the first request to the store has found; said before there is a journal."""
+
+    kind = "probed"
+    status: StoreStatus
+
+    def to_json(self) -> dict[str, Any]:
+        """The status as an object."""
+        return {"status": dataclasses.asdict(self.status), **self.unknown_fields}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        status = dict(tree["status"])
+        status["run"] = KnownRun(**status["run"]) if status["run"] else None
+        return super().from_json({**tree, "status": StoreStatus(**status)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refused(_Kind):
     """The store will not have the run, and waiting would not change that."""
 
@@ -329,10 +349,10 @@ class Finished(_Kind):
     lost: int
 
 
-Message = Note | Attached | Refused | Progress | Alive | Finished
+Message = Note | Probed | Attached | Refused | Progress | Alive | Finished
 OnMessage = Callable[[Message], None]
 
-_MESSAGES: dict[str, type[Message]] = {known.kind: known for known in (Note, Attached, Refused, Progress, Alive, Finished)}
+_MESSAGES: dict[str, type[Message]] = {known.kind: known for known in (Note, Probed, Attached, Refused, Progress, Alive, Finished)}
 
 
 def message_to_json(message: Message) -> dict[str, Any]:

@@ -22,9 +22,8 @@ from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.lane import Patience
-from bdh_mlflow.tracking.records import Message, OnMessage, message_to_json
-from bdh_mlflow.tracking.sender_process import RETRIES, RETRIES_GIVEN, answer_to
-from bdh_mlflow.tracking.status import StoreStatus
+from bdh_mlflow.tracking.records import Message, OnMessage, Probed, Refused, message_to_json
+from bdh_mlflow.tracking.sender_process import RETRIES, RETRIES_GIVEN
 
 
 class ThreadSender:
@@ -55,11 +54,11 @@ def _task() -> dict[str, Any]:
     return given
 
 
-def _probed(tracking: TrackingConfig, continues: str | None) -> StoreStatus | TrackingError:
+def _probed(tracking: TrackingConfig, continues: str | None) -> Message:
     try:
-        return store.probe_store(tracking, continues)
+        return Probed(status=store.probe_store(tracking, continues))
     except TrackingError as error:
-        return error
+        return Refused(reason=str(error))
 
 
 def main() -> None:
@@ -79,7 +78,7 @@ def main() -> None:
 
     given = _task()
     if "probe" in given:
-        messages.write(answer_to(_probed(TrackingConfig(**given["probe"]), given["continues"])) + "\n")
+        report(_probed(TrackingConfig(**given["probe"]), given["continues"]))
         given = _task()
     if not RETRIES_GIVEN:
         os.environ[RETRIES] = "0"  # patience is the sender's own, and MLflow would make a run twice whose answer is lost

@@ -17,8 +17,8 @@ from pathlib import Path
 from bdh_mlflow import host
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import TrackingError
-from bdh_mlflow.tracking.records import Finished, OnMessage, message_from_json
-from bdh_mlflow.tracking.status import KnownRun, StoreStatus
+from bdh_mlflow.tracking.records import Finished, Message, OnMessage, Probed, Refused, message_from_json
+from bdh_mlflow.tracking.status import StoreStatus
 from bdh_mlflow.tracking.tracker import MakeSender
 
 SENDER_SILENCE_LIMIT_S = 45.0  # at the end: a sender that works is never silent for so long
@@ -97,12 +97,11 @@ class SubprocessSender:
         with self._process.stdout as lines:
             for line in lines:
                 self._heard_at = time.monotonic()
-                with contextlib.suppress(ValueError):  # what a library prints
-                    message = message_from_json(json.loads(line))
-                    if isinstance(message, Finished):
-                        self._left = message.undelivered
-                    if message is not None:
-                        self._on_message(message)
+                message = _message(line)
+                if isinstance(message, Finished):
+                    self._left = message.undelivered
+                if message is not None:
+                    self._on_message(message)
 
 
 class Prepared:
@@ -125,8 +124,11 @@ class Prepared:
                 self._ready.stdin.write(json.dumps({"probe": dataclasses.asdict(tracking), "continues": continues}) + "\n")
                 self._ready.stdin.flush()
                 while line := self._ready.stdout.readline():
-                    if (answer := _answer(line)) is not None:
-                        return answer
+                    match _message(line):
+                        case Probed(status=status):
+                            return status
+                        case Refused(reason=reason):
+                            raise TrackingError(reason)
             self.discard()
         return _probed_here(tracking, continues)
 
@@ -153,26 +155,12 @@ def probe_by(make_sender: MakeSender, tracking: TrackingConfig, continues: str |
     return make_sender.probe(tracking, continues) if isinstance(make_sender, Prepared) else _probed_here(tracking, continues)
 
 
-def answer_to(status: StoreStatus | TrackingError) -> str:
-    """What the process says of the store, a line."""
-    if isinstance(status, TrackingError):
-        return json.dumps({"refused": str(status)})
-    return json.dumps({"status": dataclasses.asdict(status)})
-
-
-def _answer(line: str) -> StoreStatus | None:
+def _message(line: str) -> Message | None:
+    """None for what a library prints."""
     try:
-        said = json.loads(line)
-    except ValueError:  # what a library prints
+        return message_from_json(json.loads(line))
+    except ValueError:
         return None
-    if not isinstance(said, dict):
-        return None
-    if "refused" in said:
-        raise TrackingError(said["refused"])
-    if "status" not in said:
-        return None
-    run = said["status"].pop("run")
-    return StoreStatus(**said["status"], run=KnownRun(**run) if run else None)
 
 
 def _probed_here(tracking: TrackingConfig, continues: str | None) -> StoreStatus:

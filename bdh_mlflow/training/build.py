@@ -223,7 +223,7 @@ def build_network(
         strategy.shard(network, world, device)
     optimizer = optim.build_optimizer(network.parameters(), training, bits)
     form_why, compile_why = (why.get(f"training.{key}", "as configured") for key in ("layer_form", "compile"))
-    in_cpp, passes = _passes(config, runs, device)
+    in_cpp, passes = native.serving(runs.dtype, device) if training.layer_form == "blocked" else (None, "PyTorch")
     if in_cpp and training.compile:
         compile_why = "blocked layers on a CPU have their elementwise passes in C++"
     facts = {
@@ -241,18 +241,6 @@ def build_network(
 def is_sharded(config: Config, world: World) -> bool:
     """Whether each process holds a share of the weights only; one process has nobody to share with."""
     return config.training.strategy == "fsdp" and world.size > 1
-
-
-def _passes(config: Config, runs: Precision, device: torch.device) -> tuple[bool, str]:
-    """Whether the layers have their elementwise passes in C++, as only blocked ones on a CPU do, and in words for the tag."""
-    if config.training.layer_form != "blocked" or device.type != "cpu":
-        return False, "PyTorch"
-    if runs.dtype not in native.DTYPES:
-        return False, f"PyTorch (none in C++ for {config.low_precision.compute_dtype})"
-    library, how = native.library()
-    if library is None:
-        return False, f"PyTorch, a step takes {native.WITHOUT} times as long ({how})"
-    return True, f"C++ ({how})"
 
 
 def _activations(config: Config, why: Mapping[str, str]) -> str:

@@ -91,7 +91,8 @@ def _tracked(
         run_dir.discard()
         raise
     with report_ending(tracker, stop, run_dir) as report:
-        source, _ = host.source_state(Path(__file__).parent), host.environment()  # while the sender makes the run
+        source = host.source_state(Path(__file__).parent)  # this and the next while the sender makes the run
+        host.environment()  # kept for `introduce`
         _attach(tracker, status, report)
         provenance = _introduced(tracker, built, segment, source)
         progress.note(headline(built, tracker.identity, status, segment.number))

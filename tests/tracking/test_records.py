@@ -20,6 +20,7 @@ from bdh_mlflow.tracking.records import (
     Note,
     Params,
     Points,
+    Probed,
     Progress,
     Refused,
     RunIdentity,
@@ -27,6 +28,7 @@ from bdh_mlflow.tracking.records import (
     Text,
     Unknown,
 )
+from bdh_mlflow.tracking.status import KnownRun, StoreStatus
 from tests.tracking.tracked import entries, segment
 
 VERSION_1 = Path(__file__).parents[1] / "resources" / "version1"
@@ -47,6 +49,8 @@ IDENTITY = RunIdentity(run_id="r", name="n", experiment_id="1", experiment="bdh"
 MESSAGES: list[Message] = [
     Note(text="t"),
     Attached(run=IDENTITY),
+    Probed(status=StoreStatus("u", True, KnownRun({"a": "b"}, 2, 7))),
+    Probed(status=StoreStatus("u", False, None)),
     Refused(reason="r"),
     Progress(delivered=3, lost=0),
     Alive(),
