@@ -1,32 +1,11 @@
-"""Text to token ids and back: a token is a byte. What is reported of text: an evaluation, samples.
-
-BDH is trained on bytes, so there is no vocabulary to build and no token outside it. Documents are separated by one byte that text does not
-contain. Knows nothing of tensors or files.
-"""
+"""What is reported of text: an evaluation, samples; and text as every store and terminal takes it. Knows nothing of tensors or files."""
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-VOCAB_SIZE = 256
+BYTE_VALUES = 256
 """Smallest vocabulary that holds every byte."""
-
-SEPARATOR = 0
-"""Token between two documents: NUL, which does not occur in text."""
-
-BYTES_PER_TOKEN = 1.0
-"""Bytes of text that one token stands for."""
-
-
-def encode(text: str) -> list[int]:
-    """Token ids of `text`: its UTF-8 bytes; bytes of a command line that are not UTF-8 are kept (surrogateescape)."""
-    return list(text.encode("utf-8", "surrogateescape"))
-
-
-def decode(tokens: list[int]) -> str:
-    """Text of `tokens`; bytes that are not UTF-8 become U+FFFD, separators and ids above 255 U+2400 (a visible NUL)."""
-    visible = (bytes([t]) if 0 < t < VOCAB_SIZE else "\u2400".encode() for t in tokens)
-    return b"".join(visible).decode("utf-8", errors="replace")
 
 
 def printable(value: object) -> str:
@@ -48,9 +27,9 @@ def is_storable(text: str) -> bool:
     return storable(text) == text
 
 
-def bits_per_byte(loss: float) -> float:
-    """Bits per byte of text for a loss in nats per token."""
-    return loss / math.log(2) / BYTES_PER_TOKEN
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Bits per byte of text for a loss in nats per token.   bytes_per_token: of the text that it was measured on."""
+    return loss / math.log(2) / bytes_per_token
 
 
 class Sample(NamedTuple):
@@ -67,14 +46,15 @@ class Sample(NamedTuple):
 class Evaluation:
     """Loss on the validation text after a step.
 
-    loss: nats per token.   logged_at_ms: time stamp of its points among the run's metrics, Unix time in ms.
+    loss: nats per token.   logged_at_ms: time stamp of its points among the run's metrics, Unix time in ms.   bytes_per_token: of text.
     """
 
     step: int
     loss: float
     logged_at_ms: int
+    bytes_per_token: float = 1.0
 
     @property
     def bits_per_byte(self) -> float:
         """The same loss in bits per byte of text."""
-        return bits_per_byte(self.loss)
+        return bits_per_byte(self.loss, self.bytes_per_token)

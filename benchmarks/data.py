@@ -116,7 +116,7 @@ def first_batch(text: ParquetText) -> None:
 
 def memory(text: ParquetText) -> None:
     process = psutil.Process()
-    largest = max(len(text.training_bytes(g)) for g in text.row_groups[:20])
+    largest = max(len(text.training_tokens(g)) for g in text.row_groups[:20])
     before = process.memory_info().rss
     marks = iter(range(1, 11))
     mark = next(marks)

@@ -30,6 +30,7 @@ from bdh_mlflow.model import fourbit, precision
 from bdh_mlflow.model.bdh import BDH, PROJECTIONS
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.training import optim
+from bdh_mlflow.vocabulary import BYTES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
@@ -134,7 +135,8 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
     state = checkpoint.load(saved.path)
     weights = state["model_state_dict"]
     kind: Any = "4bit" if state["config"]["low_precision"]["use_4bit"] else "safetensors"
-    written = export.write(folder / f"weights{export.SUFFIX}", state, Config.from_dict(state["config"]), saved.manifest.val_loss, kind)
+    source = export.Source(state, Config.from_dict(state["config"]), BYTES, saved.manifest.val_loss)
+    written = export.write(folder / f"weights{export.SUFFIX}", source, kind)
     each = optim.state_bytes(state["optimizer_state_dict"]) / sum(t.numel() for t in weights.values())
     return Result(saved.manifest.val_loss, statistics.median(p.value for p in points), each, written.bytes, saved.path)
 
@@ -143,7 +145,7 @@ def rounded_after(last: Path, kind: Any, nested: bool) -> float:
     loaded = load.load(str(last), last.parent.parent, TrackingConfig())
     settings = dataclasses.replace(loaded.config.low_precision, use_4bit=True, quantization_type=kind, use_double_quant=nested)
     Precision(loaded.precision.device, settings).prepare(loaded.model, PROJECTIONS)
-    return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters)
+    return load.validation_loss(loaded, loaded.config.dataset, loaded.config.training.test_iters).loss
 
 
 def share() -> None:

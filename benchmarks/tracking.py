@@ -137,7 +137,7 @@ def tail(figures: Figures, stolen_too: bool = False) -> tuple[float, float]:
 
 
 def with_tracking(steps: int, folder: Path, uri: str, target: str, server: Server | None) -> tuple[Figures, str]:
-    directory = RunDirectory.new(folder / "checkpoints", "", datetime.now())
+    directory = RunDirectory.new(folder / "checkpoints", {}, datetime.now())
     segment = Segment(
         number=1,
         training="t" * 32,

@@ -169,7 +169,7 @@ def _command(*words: str) -> None:
 
 def _checkpoint_kinds(folder: Path) -> list[Kind]:
     """A checkpoint's own bytes, and its manifest's, each beside the other as it was saved."""
-    run = RunDirectory.new(folder, "seed: 1\n", datetime(2025, 11, 8, 14, 30, 22))
+    run = RunDirectory.new(folder, {"config.yaml": b"seed: 1\n"}, datetime(2025, 11, 8, 14, 30, 22))
     state: dict[str, Any] = {"step": 7, "tokens_seen": 70, "loss": 2.5, "model_state_dict": {"encoder": torch.arange(64.0)}, "config": {}}
     saved = run.save(state, Provenance("a" * 32, 1, "c0ffee", True, "c", "d", {"torch": "2"}), None)
     run.close()

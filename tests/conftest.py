@@ -76,7 +76,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "SAMPLE_BYTES", 4)  # a sample of full length takes longer than the evaluation it belongs to
+    monkeypatch.setattr(build, "SAMPLE_TOKENS", 4)  # a sample of full length takes longer than the evaluation it belongs to
     torch.manual_seed(0)
     monkeypatch.setenv("PYTHONSAFEPATH", "")  # the command line sets it for what it starts
     handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}

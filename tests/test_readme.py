@@ -25,7 +25,17 @@ from scripts.servers import free_port, serving, wait_until_healthy
 from tests.conftest import TINY, documents, thread_sender, write_shards
 
 PROJECT = Path(__file__).parent.parent
-ORDER = ("README", "docs/resume", "docs/inference", "docs/studies", "docs/low-precision", "docs/settings", "docs/cluster", "docs/tracking")
+ORDER = (
+    "README",
+    "docs/resume",
+    "docs/inference",
+    "docs/studies",
+    "docs/low-precision",
+    "docs/settings",
+    "docs/cluster",
+    "docs/data",
+    "docs/tracking",
+)
 """Pages with shell blocks. tracking comes last: from there on, runs go to another server."""
 SET_UP = re.compile(r"python3 -m venv .* && ")  # `.ci/run` does that
 NOT_HERE = {
@@ -41,6 +51,7 @@ SMALLER = {
     "training.max_iters=6000": "training.max_iters=9",
     "training.max_iters=5000": "training.max_iters=9",
     "-P trials=12": "-P trials=2",
+    "--size 4096": "--size 270",
     "--steps 40 --interruptions 5": "--steps 6 --interruptions 1",
     "` < 2'": "` < 9'",
 }
@@ -120,6 +131,7 @@ def _project(folder: Path) -> None:
     (folder / "configs" / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     write_shards(folder / "text", documents(80))
     write_shards(folder / "data" / "other", documents(80, seed=1))
+    write_shards(folder / "data" / "python-stdlib", documents(80, seed=3))
     (folder / "corpus").mkdir()
     for number, document in enumerate(documents(200, seed=2)):
         (folder / "corpus" / f"{number}.txt").write_text(document)

@@ -19,6 +19,7 @@ PACKAGE = "bdh_mlflow"
 LEVELS = (  # a module imports its own wing and wings of a line above its own
     ("leaf",),
     ("config", "checkpoint"),
+    ("vocabulary",),
     ("model", "data", "tracking"),
     ("training",),
     ("inference", "studies"),
@@ -34,6 +35,11 @@ FORBIDDEN = {  # what the levels allow and these modules must not import all the
 HOMES = {  # third-party packages that only these wings or modules import
     "mlflow": (f"{PACKAGE}.tracking", f"{PACKAGE}.inference", f"{PACKAGE}.studies", f"{PACKAGE}.cli.doctor"),
     "pyarrow": (f"{PACKAGE}.data",),
+    "tokenizers": (f"{PACKAGE}.vocabulary",),
+    "sentencepiece": (f"{PACKAGE}.vocabulary",),
+    "tiktoken": (f"{PACKAGE}.vocabulary",),
+    "huggingface_hub": (f"{PACKAGE}.vocabulary",),
+    "transformers": (f"{PACKAGE}.inference.modeling_bdh",),
 }
 MLFLOW_INTERNALS = f"{PACKAGE}.tracking.mlflow_internals"
 NAMEDTUPLE_METHODS = {"_replace", "_asdict", "_fields", "_make", "_field_defaults"}  # public in spite of their names
@@ -54,6 +60,7 @@ CROSS_MODULE_TESTS = {  # test files that hold a promise of several modules
     "tracking/test_kills": "trainers, senders and servers as processes that are killed or stopped",
     "tracking/test_outages": "a real server that is slow, stopped or killed",
     "tracking/test_team": "PostgreSQL, an S3 store and MLflow servers before them",
+    "training/test_vocabularies": "tokenizers from training to the served model",
     "training/test_endings": "every way a training process ends",
     "training/test_version1": "journals and checkpoints of format 1",
     "training/test_signals": "signals in every phase",

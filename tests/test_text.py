@@ -1,17 +1,13 @@
-"""Bytes as tokens."""
+"""What is reported of text."""
 
 import math
 
-from bdh_mlflow.text import bits_per_byte, decode, encode
+from bdh_mlflow.text import bits_per_byte
 
 
-def test_text_survives_the_round_trip() -> None:
-    assert decode(encode("naïve 🐉\n")) == "naïve 🐉\n"
+def test_a_uniform_guess_of_bytes_costs_eight_bits_each() -> None:
+    assert math.isclose(bits_per_byte(math.log(256), 1.0), 8)
 
 
-def test_bytes_that_are_not_text_are_visible() -> None:
-    assert decode([65, 0, 0xFF, 66, 300]) == "A\u2400\ufffdB\u2400"
-
-
-def test_a_uniform_guess_costs_eight_bits_a_byte() -> None:
-    assert math.isclose(bits_per_byte(math.log(256)), 8)
+def test_a_token_of_four_bytes_costs_a_quarter_each() -> None:
+    assert math.isclose(bits_per_byte(math.log(4096), 4.0), 3)

@@ -21,7 +21,7 @@ from bdh_mlflow.checkpoint.files import (
     step_of,
     verify,
 )
-from bdh_mlflow.checkpoint.manifest import Manifest, Provenance
+from bdh_mlflow.checkpoint.manifest import FileRecord, Manifest, Provenance
 from bdh_mlflow.checkpoint.writer import BackgroundWriter
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "RUN_DIRECTORY",
     "BackgroundWriter",
     "Checkpoint",
+    "FileRecord",
     "Listing",
     "Manifest",
     "Provenance",

@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from bdh_mlflow.checkpoint.files import (
-    CONFIG_NAME,
     FORMAT,
     Checkpoint,
     SaveInfo,
@@ -42,14 +42,15 @@ class RunDirectory:
     locked while this process lives, so one process trains a run at a time; the lock ends with the process, however it ends.
     """
 
-    def __init__(self, path: Path, config_yaml: str, *, new: bool = False, left: Path | None = None) -> None:
-        """The existing run directory `path`, or one to be created there.   new: a directory of that name is another run's.   left: the
-        folder that is to become it.
+    def __init__(self, path: Path, files: Mapping[str, bytes], *, new: bool = False, left: Path | None = None) -> None:
+        """The existing run directory `path`, or one to be created there.   files: what lies in it besides checkpoints, by name.
+
+        new: a directory of that name is another run's.   left: the folder that is to become it.
 
         Raises ResumeError if another process trains there, SaveError.
         """
         self.path = path
-        self._config_yaml = config_yaml
+        self._files = files
         self._lock: int | None = None
         self._last_save: datetime | None = None
         try:
@@ -67,14 +68,14 @@ class RunDirectory:
             raise not_saved(path, error) from error
 
     @classmethod
-    def new(cls, checkpoint_dir: Path, config_yaml: str, started_at: datetime) -> "RunDirectory":
+    def new(cls, checkpoint_dir: Path, files: Mapping[str, bytes], started_at: datetime) -> "RunDirectory":
         """A directory to be created, named after the second in which the run started."""
-        return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", config_yaml, new=True)
+        return cls(checkpoint_dir / f"run_{started_at:%Y%m%d_%H%M%S}", files, new=True)
 
     @classmethod
-    def begun(cls, folder: Path, config_yaml: str) -> "RunDirectory":
+    def begun(cls, folder: Path, files: Mapping[str, bytes]) -> "RunDirectory":
         """The directory of a run that has saved nothing yet.   folder: under `.pending/`, as an earlier process has left it."""
-        return cls(folder.parents[1] / folder.name.rpartition("-")[0], config_yaml, left=folder)
+        return cls(folder.parents[1] / folder.name.rpartition("-")[0], files, left=folder)
 
     @property
     def made(self) -> bool:
@@ -107,7 +108,7 @@ class RunDirectory:
         return now
 
     def make(self) -> None:
-        """Create the folder with its config.yaml; if another run took the name in the same second, the next second's is taken."""
+        """Create the folder with its files; if another run took the name in the same second, the next second's is taken."""
         try:
             while not self.made:
                 try:
@@ -121,9 +122,10 @@ class RunDirectory:
                     self.folder = self.path
                     with contextlib.suppress(OSError):
                         (self.path.parent / PENDING).rmdir()
-            config = self.path / CONFIG_NAME
-            if not config.is_file() or config.read_text(encoding="utf-8") != self._config_yaml:
-                atomic_write(config, self._config_yaml.encode())
+            for name, content in self._files.items():
+                file = self.path / name
+                if not file.is_file() or file.read_bytes() != content:
+                    atomic_write(file, content)
         except OSError as error:
             raise not_saved(self.path, error) from error
 

@@ -279,10 +279,11 @@ def write(run_dir: Path, state: State, about: SaveInfo, throttle: Throttle) -> C
             files=(FileRecord(path.name, partial.stat().st_size, pieces.digest.hexdigest()),),
             loss=state["loss"],
             val_loss=about.evaluation.loss if about.evaluation else None,
+            val_bpb=about.evaluation.bits_per_byte if about.evaluation else None,
             run_dir=run_dir.name,
             artifact_path=f"checkpoints/{run_dir.name}/{path.name}",
             saved_at=about.saved_at.isoformat(timespec="microseconds"),
-            **dataclasses.asdict(about.provenance),
+            **{field.name: getattr(about.provenance, field.name) for field in dataclasses.fields(about.provenance)},
         )
         checkpoint = Checkpoint(path, manifest)
         # A file of that name from before a rewind: its manifest must never stand beside the new bytes, nor the new manifest beside the old.

@@ -6,17 +6,17 @@ import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from bdh_mlflow.cli.common import config_option, print_table, read_config
-from bdh_mlflow.config import Config
 from bdh_mlflow.errors import CheckpointError, InputError, ResumeError
 from bdh_mlflow.files import shown
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.export import Format
+    from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 
 
 @click.group()
@@ -147,30 +147,55 @@ def checkpoints_pull(target: str, config_path: str) -> None:
 
 @checkpoints.command("export")
 @click.argument("target")
-@click.option("--format", "kind", type=click.Choice(["4bit", "safetensors"]), required=True, help="Weights packed in 4 bits, or float32.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write; default: beside the checkpoint.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["4bit", "safetensors", "huggingface"]),
+    required=True,
+    help="One file of weights packed in 4 bits or float32, or a folder for Hugging Face transformers.",
+)
+@click.option("--output", "-o", type=click.Path(), help="File or folder to write; default: beside the checkpoint.")
 @config_option
-def checkpoints_export(target: str, kind: "Format", output: str | None, config_path: str) -> None:
-    """Write the model of TARGET (given as for --resume) to one safetensors file.
+def checkpoints_export(target: str, kind: "Format | Literal['huggingface']", output: str | None, config_path: str) -> None:
+    """Write the model of TARGET (given as for --resume) to one safetensors file, or to a folder for Hugging Face transformers.
 
-    `generate` and `evaluate` take such a file in place of a run.
+    `generate` and `evaluate` take such a file in place of a run. Transformers opens the folder with trust_remote_code=True, without this
+    package.
     """
-    from bdh_mlflow import checkpoint
-    from bdh_mlflow.inference import export
     from bdh_mlflow.tracking import locate
 
     config = read_config(config_path)
     found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
-    if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
-        raise InputError(f"{found.path}: weights without a configuration; train from them first (a warm start)")
+    if kind == "huggingface":
+        _export_folder(found, output)
+    else:
+        _export_file(found, kind, output)
+
+
+def _export_folder(found: "ResolvedCheckpoint", output: str | None) -> None:
+    from bdh_mlflow.inference import huggingface, load
+
+    loaded = load.of_checkpoint(found)
+    assert found.checkpoint is not None, "it was loaded"
+    folder = Path(output) if output else found.path.with_suffix(".huggingface")
+    size = huggingface.write(folder, loaded, found.checkpoint.manifest)
+    click.echo(f"{shown(folder)}: {size / 1e6:.2f} MB of step {found.checkpoint.manifest.step}; weights, tokenizer, code and a model card")
+    opened = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    click.echo(f'Next: python -c "from transformers import AutoModelForCausalLM; print({opened})"')
+
+
+def _export_file(found: "ResolvedCheckpoint", kind: "Format", output: str | None) -> None:
+    from bdh_mlflow.inference import export
+
+    source = export.Source.of(found)
+    assert found.checkpoint is not None, "a source has a configuration"
     path = Path(output) if output else export.default_path(found.checkpoint, kind)
     if path.suffix != export.SUFFIX:
         raise InputError(f"--output {path}: its name must end in {export.SUFFIX}, by which generate and evaluate recognise it")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {path}: there is no folder {path.parent}")
-    own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
-    exported = export.write(path, found.state, own, found.checkpoint.manifest.val_loss, kind)
-    formats = own.low_precision
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--output {path}: " + ("a folder, not a file" if path.is_dir() else f"there is no folder {path.parent}"))
+    exported = export.write(path, source, kind)
+    formats = source.config.low_precision
     weights = "float32"
     if exported.bits is not None:
         nested = "with" if formats.use_double_quant else "without"

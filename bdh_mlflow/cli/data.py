@@ -1,17 +1,39 @@
-"""The group `bdh-mlflow data`: make parquet files of text, and look into them."""
+"""The group `bdh-mlflow data`: make parquet files of text, make vocabularies, and look into both."""
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import click
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, place, print_table
 from bdh_mlflow.cli.output import console_on
-from bdh_mlflow.config import Config
-from bdh_mlflow.errors import DataError
+from bdh_mlflow.config import Config, DatasetConfig
+from bdh_mlflow.errors import DataError, InputError
 from bdh_mlflow.files import shown
-from bdh_mlflow.text import decode, printable
+from bdh_mlflow.text import printable
+
+if TYPE_CHECKING:
+    from bdh_mlflow.data.prepare import OnProgress
+    from bdh_mlflow.data.shards import Written
+    from bdh_mlflow.data.usage import Usage
+    from bdh_mlflow.vocabulary import Tokenizer
 
 SHOWN_SKIPPED = 10
+SHOWN_TOKENS = 12  # longest and most frequent ones
+
+tokenizer_option = click.option(
+    "--tokenizer",
+    "named",
+    metavar="FILE",
+    help="tokenizer.json, SentencePiece model, folder with one, huggingface:NAME or tiktoken:NAME.",
+)
+column_option = click.option("--column", default="text", show_default=True, help="Column of the documents.")
+val_fraction_option = click.option("--val-fraction", default=0.01, show_default=True, help="Share of the documents kept for validation.")
 
 
 @click.group()
@@ -23,49 +45,195 @@ def data() -> None:
 @click.argument("source")
 @click.argument("folder")
 @click.option("--column", default="text", show_default=True, help="Field or column of jsonl, json and parquet sources, and of the result.")
-def data_prepare(source: str, folder: str, column: str) -> None:
+@tokenizer_option
+@click.option("--separator", help="Token between two documents; the one by which the tokenizer ends a text if not given.")
+@click.option("--lossy", is_flag=True, help="Keep documents that the tokenizer does not give back exactly.")
+@click.option("--processes", type=click.IntRange(1), help="Processes that make tokens; one for each core if not given.")
+def data_prepare(source: str, folder: str, column: str, named: str | None, **making: Any) -> None:
     """Turn SOURCE into parquet files in FOLDER.
 
     SOURCE is python-stdlib (the sources of this Python), a txt, jsonl, json or parquet file, compressed or not, or a folder of them or of
     source code. FOLDER is a new or an empty folder. Both may be in a
     bucket (s3://BUCKET/PREFIX, gs://, abfs://).
+
+    With --tokenizer the tokens are made now, once, and put beside the text. What was done when this is interrupted stays: the same command
+    goes on.
     """
     from bdh_mlflow.data.prepare import prepare
     from bdh_mlflow.data.remote import place_of
+    from bdh_mlflow.data.shards import Tokenizing
 
     if not folder:
         raise DataError("FOLDER is empty text; name a folder, or . for the current one")
-    source, folder, out = place(source), place(folder), console_on(sys.stderr)
-    with out.status("reading") as status:
-        done = prepare(source, place_of(folder), column, lambda n, size: status.update(f"{n:,} documents, {size / 1e6:,.1f} MB"))
+    tokenizing = None
+    if named is not None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        tokenizing = Tokenizing(_tokenizer(named, making["separator"]), making["processes"] or cores, making["lossy"])
+    elif any(making.values()):
+        raise click.UsageError("--lossy, --separator and --processes are of --tokenizer")
+    source, folder = place(source), place(folder)
+    try:
+        with _progress() as on_progress:
+            done = prepare(source, place_of(folder), column, on_progress, tokenizing)
+    except KeyboardInterrupt:
+        if tokenizing is not None:
+            click.echo("Interrupted; finished files are kept, the same command goes on behind them", err=True)
+        raise
     for name, reason in done.skipped[:SHOWN_SKIPPED]:
         click.echo(f"skipped {name}: {reason}")
     if len(done.skipped) > SHOWN_SKIPPED:
         click.echo(f"... and {len(done.skipped) - SHOWN_SKIPPED} more")
-    click.echo(f"{shown(done.folder)}: {done.documents:,} documents, {done.bytes / 1e6:,.1f} MB of text in {done.files} files")
-    click.echo(f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, {'dataset.parquet_dir': shown(done.folder)})}")
+    written, settings = done.written, {"dataset.parquet_dir": shown(done.folder)}
+    click.echo(f"{shown(done.folder)}: {_amount(written)} in {written.files} files")
+    if tokenizing is not None and named is not None:
+        kept = f"; {written.lossy:,} documents are not given back exactly" if written.lossy else "; every document is given back exactly"
+        click.echo(f"{written.tokens:,} tokens, {written.bytes / max(1, written.tokens):.3f} bytes each{kept}")
+        settings |= _settings(tokenizing.tokenizer, named)
+    click.echo(f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, settings)}")
 
 
 @data.command("inspect")
 @click.argument("folder")
-@click.option("--column", default="text", show_default=True, help="Column of the documents.")
-@click.option("--val-fraction", default=0.01, show_default=True, help="Share of the documents kept for validation.")
-def data_inspect(folder: str, column: str, val_fraction: float) -> None:
+@column_option
+@val_fraction_option
+@tokenizer_option
+def data_inspect(folder: str, column: str, val_fraction: float, named: str | None) -> None:
     """Show what the parquet files in FOLDER hold and how training would split them."""
     from bdh_mlflow.data.parquet import ParquetText
+    from bdh_mlflow.vocabulary import BYTES
 
-    tree = {"dataset": {"parquet_dir": place(folder), "text_column": column, "val_fraction": val_fraction}}
-    text = ParquetText(Config.from_dict(tree, origin="options").dataset)
+    text = ParquetText(_dataset(folder, column, val_fraction), tokenizer=_tokenizer(named, None) if named else BYTES, lossy=True)
     first = text.row_groups[0]
-    training, validation = text.training_bytes(first), text.validation_bytes(first)
+    training, validation = text.training_tokens(first), text.validation_tokens(first)
+    unit = "tokens" if named else "bytes"
     rows = [
         ["files", f"{len(text.files):,} ({text.bytes / 1e6:,.1f} MB)"],
         ["row groups", f"{len(text.row_groups):,}"],
         ["documents", f"{text.rows:,}"],
         ["digest", text.digest],
-        ["first row group", f"{first.rows:,} documents, {len(training):,} training and {len(validation):,} validation bytes"],
-        ["begins", decode(training[:200].tolist())],
+        ["first row group", f"{first.rows:,} documents, {len(training):,} training and {len(validation):,} validation {unit}"],
+        ["begins", text.tokenizer.decode(training[:200].tolist())],
     ]
     print_table(["", printable(text.root)], rows)
-    if note := text.note():
+    for note in text.notes():
         click.echo(note)
+
+
+@data.command("vocabulary")
+@click.argument("folder")
+@click.option("--size", type=click.IntRange(1), help="Train a byte-level BPE of so many tokens.")
+@click.option("--out", "-o", type=click.Path(dir_okay=False), help="File to write it to (tokenizer.json).")
+@tokenizer_option
+@column_option
+@val_fraction_option
+def data_vocabulary(folder: str, size: int | None, out: str | None, named: str | None, column: str, val_fraction: float) -> None:
+    """Train a vocabulary on the training text in FOLDER, or look at what a given one makes of it.
+
+    Shows bytes per token on training and validation text, how much of the vocabulary occurs, and its longest and most frequent tokens.
+    """
+    from bdh_mlflow.data.parquet import ParquetText
+    from bdh_mlflow.data.usage import training_texts, usage
+    from bdh_mlflow.files import atomic_write
+    from bdh_mlflow.vocabulary.learn import LEAST, learn_bpe
+
+    if (named is None) == (size is None) or (size is None) != (out is None):
+        raise click.UsageError("give --size and --out to train one, or --tokenizer to look at one")
+    if size is not None and size < LEAST:
+        raise click.UsageError(f"--size {size}: at least {LEAST}: the 256 bytes, a separator and one token that joins two of them")
+    dataset, status = _dataset(folder, column, val_fraction), console_on(sys.stderr)
+    if size is not None and out is not None:
+        if not Path(out).absolute().parent.is_dir():
+            raise InputError(f"--out {out}: there is no folder {Path(out).parent}")
+        with status.status("training a vocabulary"):
+            atomic_write(Path(out), learn_bpe(training_texts(ParquetText(dataset)), size))
+        named = out
+    assert named is not None, "one of the two was given"
+    tokenizer = _tokenizer(named, None)
+    if size is not None and tokenizer.size < size:
+        click.echo(f"The text gives {tokenizer.size:,} tokens, not {size:,}: no more pairs occur in it")
+    text = ParquetText(dataset, tokenizer=tokenizer, lossy=True)
+    with status.status("counting tokens"):
+        training, validation = usage(text, validation=False), usage(text, validation=True) if val_fraction else None
+    print_table(["", printable(named)], _described(tokenizer, training, validation))
+    print_table(["longest", "bytes", "times", "most frequent", "share"], _tokens(tokenizer, training))
+    if out is not None:
+        click.echo(f"{shown(out)}: digest {tokenizer.digest}")
+    click.echo(
+        f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, {'dataset.parquet_dir': shown(text.root), **_settings(tokenizer, named)})}"
+    )
+
+
+def _described(tokenizer: "Tokenizer", training: "Usage", validation: "Usage | None") -> list[list[str]]:
+    held_out = [["bytes per token, validation text", f"{validation.bytes_per_token:.3f}"]] if validation and validation.tokens else []
+    unused = int((training.counts == 0).sum())
+    return [
+        ["type", f"{tokenizer.kind}, separator {tokenizer.separator_text} ({tokenizer.separator})"],
+        ["tokens", f"{tokenizer.size:,}"],
+        ["bytes per token, training text", f"{training.bytes_per_token:.3f} ({training.bytes / 1e6:,.1f} MB counted)"],
+        *held_out,
+        ["coverage", f"{100 * training.coverage:.1f} % of the tokens occur, {unused:,} do not"],
+    ]
+
+
+def _tokens(tokenizer: "Tokenizer", training: "Usage") -> list[list[str]]:
+    """Rows of the longest and the most frequent tokens, side by side."""
+    longest = sorted(range(tokenizer.size), key=lambda token: (-len(tokenizer.pieces[token]), token))[:SHOWN_TOKENS]
+    frequent = (-training.counts).argsort(kind="stable")[:SHOWN_TOKENS].tolist()
+    return [
+        [
+            repr(tokenizer.decode([long])),
+            str(len(tokenizer.pieces[long])),
+            f"{training.counts[long]:,}",
+            repr(tokenizer.decode([often])),
+            f"{100 * training.counts[often] / max(1, training.tokens):.2f} %",
+        ]
+        for long, often in zip(longest, frequent, strict=True)
+    ]
+
+
+def _dataset(folder: str, column: str, val_fraction: float) -> DatasetConfig:
+    tree = {"dataset": {"parquet_dir": place(folder), "text_column": column, "val_fraction": val_fraction}}
+    return Config.from_dict(tree, origin="options").dataset
+
+
+def _tokenizer(named: str, separator: str | None) -> "Tokenizer":
+    """What --tokenizer names.   Raises ConfigError."""
+    from bdh_mlflow.vocabulary import find
+
+    kind, colon, name = named.partition(":")
+    if colon and kind in ("huggingface", "tiktoken") and not Path(named).exists():
+        tree = {"tokenizer": {"type": kind, "name": name, "separator": separator}}
+        return find.find(Config.from_dict(tree, origin="--tokenizer").tokenizer)
+    return find.of_file(Path(place(named)), separator)
+
+
+def _settings(tokenizer: "Tokenizer", named: str) -> dict[str, str]:
+    """Settings of a training with it."""
+    kind, _, name = named.partition(":")
+    named_by = ("name", name) if kind in ("huggingface", "tiktoken") and not Path(named).exists() else ("path", named)
+    return {"tokenizer.type": tokenizer.kind, f"tokenizer.{named_by[0]}": named_by[1], "model.vocab_size": "null"}
+
+
+def _amount(written: "Written") -> str:
+    return f"{written.documents:,} documents, {written.bytes / 1e6:,.1f} MB of text"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator["OnProgress"]:
+    """A bar with remaining time on a terminal; nothing in a file or pipe, where the last line says it all."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console_on(sys.stderr), transient=True) as bar:
+        task = bar.add_task("reading", total=1.0)
+
+        def on_progress(written: "Written", share: float) -> None:
+            tokens = f", {written.tokens:,} tokens" if written.tokens else ""
+            bar.update(task, completed=share, description=f"{_amount(written)}{tokens}")
+
+        yield cast("OnProgress", on_progress)

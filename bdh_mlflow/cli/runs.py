@@ -13,7 +13,6 @@ from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, load_mo
 from bdh_mlflow.config.places import is_bucket
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import shown
-from bdh_mlflow.text import bits_per_byte
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.generate import Loaded, Sampling
@@ -42,11 +41,11 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
             f"{dataset.parquet_dir}, where it was trained, is not here: evaluating on {shown(here)}; --data DIR names other text", err=True
         )
         dataset = dataclasses.replace(dataset, parquet_dir=here)
-    loss = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
+    measured = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
     click.echo(f"{loaded.path}: step {loaded.step}")
-    click.echo(f"val/loss {loss:.4f} nats per byte, val/bpb {bits_per_byte(loss):.4f} on {dataset.parquet_dir}")
+    click.echo(f"val/loss {measured.loss:.4f} nats per token, val/bpb {measured.bits_per_byte:.4f} on {dataset.parquet_dir}")
     if log and loaded.run_id is not None:
-        names = load.record(loaded, dataset, loss, read_config(config_path).tracking)
+        names = load.record(loaded, measured, read_config(config_path).tracking)
         click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}")
 
 
@@ -54,13 +53,13 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
 @click.argument("run")
 @config_option
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; - reads standard input. Repeated: several in one batch.")
-@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Bytes to generate.")
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest byte.")
-@click.option("--top-k", default=50, show_default=True, type=click.IntRange(1), help="Sample among the k likeliest bytes.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Tokens to generate.")
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest token.")
+@click.option("--top-k", default=50, show_default=True, type=click.IntRange(1), help="Sample among the k likeliest tokens.")
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Sample among the likeliest bytes whose probabilities sum to this (nucleus sampling).",
+    help="Sample among the likeliest tokens whose probabilities sum to this (nucleus sampling).",
 )
 @click.option("--stop", default="", help="Text after which generation ends.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the sampling; the same seed gives the same text.")

@@ -24,7 +24,6 @@ from bdh_mlflow.cli.common import (
 from bdh_mlflow.cli.output import TrainingCommand
 from bdh_mlflow.config import Config
 from bdh_mlflow.files import shown
-from bdh_mlflow.text import bits_per_byte
 
 if TYPE_CHECKING:
     from bdh_mlflow.distributed import World
@@ -171,7 +170,7 @@ def _summary(outcome: "Outcome", config_path: str, overrides: Sequence[str]) -> 
     how = "Finished" if finished else f"Stopped by {ending.reason}"
     if finished and outcome.first_step == ending.step:
         how = "Nothing to do: the run was"
-    val = f", val/loss {ending.val_loss:.4f}, val/bpb {bits_per_byte(ending.val_loss):.4f}" if ending.val_loss is not None else ""
+    val = f", val/loss {measured.loss:.4f}, val/bpb {measured.bits_per_byte:.4f}" if (measured := ending.evaluation) else ""
     yield f"{how} at step {ending.step}{val}; peak memory {outcome.peak_gib:.2f} GiB"
     if outcome.run_dir:
         place = shown(outcome.run_dir)

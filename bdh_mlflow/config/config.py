@@ -30,6 +30,7 @@ from bdh_mlflow.config.settings import (
     ModelConfig,
     Role,
     SchedulerConfig,
+    TokenizerConfig,
     TrackingConfig,
     TrainingConfig,
     place_of,
@@ -38,7 +39,7 @@ from bdh_mlflow.config.settings import (
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
 from bdh_mlflow.redact import masked
-from bdh_mlflow.text import is_storable, printable, storable
+from bdh_mlflow.text import BYTE_VALUES, is_storable, printable, storable
 
 
 class Difference(NamedTuple):
@@ -105,6 +106,7 @@ class Config:
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
     dataloader: DataLoaderConfig = dataclasses.field(default_factory=DataLoaderConfig)
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
     fp8: Fp8Config = dataclasses.field(default_factory=Fp8Config)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
@@ -161,7 +163,16 @@ class Config:
     def parameters(self) -> int:
         """Trained numbers: encoder, encoder_v and decoder of H * N * D each, embedding and lm_head of V * D each."""
         model = self.model
-        return (3 * model.n_head * self.neurons + 2 * model.vocab_size) * model.n_embd
+        return (3 * model.n_head * self.neurons + 2 * self.vocab_size) * model.n_embd
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the network.   Raises ConfigError as long as a tokenizer that was not read decides it."""
+        if self.model.vocab_size is not None:
+            return self.model.vocab_size
+        if self.tokenizer.type == "byte":
+            return BYTE_VALUES
+        raise ConfigError("model.vocab_size: null follows the tokenizer, which was not read yet; write the number of its tokens instead")
 
     @property
     def activation_bytes(self) -> int:
@@ -193,7 +204,7 @@ class Config:
 
     def to_bdh_config(self) -> "BDHConfig":
         """The network's own configuration, in the published form."""
-        return BDHConfig(**dataclasses.asdict(self.model))
+        return BDHConfig(**{**dataclasses.asdict(self.model), "vocab_size": self.vocab_size})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain values, section by section."""
@@ -358,6 +369,7 @@ def _consistency(config: Config) -> Iterable[Problem]:
         yield Problem("scheduler.decay_steps", f"{scheduler.decay_steps} is not above scheduler.warmup_steps {scheduler.warmup_steps}")
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
+    yield from _tokenizer_problems(config)
     yield from incompatible(config)
     if config.training.recompute is True and config.low_precision.use_fp8 and not config.fp8.emulate:
         yield Problem(
@@ -371,6 +383,33 @@ def _consistency(config: Config) -> Iterable[Problem]:
             "tracking.tracking_uri",
             "holds a password or token, which would be copied to the run; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
+
+
+def _tokenizer_problems(config: Config) -> Iterable[Problem]:
+    """What the section asks for that its type does not have."""
+    tokenizer, size = config.tokenizer, config.model.vocab_size
+    if tokenizer.type == "byte":
+        for key in ("path", "name", "train_size", "separator", "digest"):
+            if (value := getattr(tokenizer, key)) is not None:
+                kinds = "huggingface, sentencepiece or tiktoken"
+                yield Problem(f"tokenizer.{key}", f"{yaml_scalar(value)} is of a vocabulary, tokenizer.type is byte; set it to {kinds}")
+        if size is not None and size < BYTE_VALUES:
+            yield Problem("model.vocab_size", f"{size} does not hold every byte (tokenizer.type is byte); at least {BYTE_VALUES}, or null")
+        return
+    if tokenizer.path is None and tokenizer.name is None:
+        yield Problem("tokenizer.path", f"null, and so is tokenizer.name: tokenizer.type {tokenizer.type} needs one of them")
+    if tokenizer.path is not None and tokenizer.name is not None:
+        yield Problem("tokenizer.name", f"{tokenizer.name} besides tokenizer.path {tokenizer.path}: set one of them to null")
+    if tokenizer.name is not None and tokenizer.type == "sentencepiece":
+        yield Problem("tokenizer.name", "SentencePiece models have no names; set tokenizer.path")
+    if tokenizer.train_size is None:
+        return
+    if tokenizer.type != "huggingface" or tokenizer.path is None:
+        yield Problem("tokenizer.train_size", "what is trained is a tokenizer.json: it needs tokenizer.type huggingface and tokenizer.path")
+    if tokenizer.train_size <= BYTE_VALUES:
+        yield Problem("tokenizer.train_size", f"{tokenizer.train_size} leaves no room besides the {BYTE_VALUES} bytes and a separator")
+    if size is not None and size < tokenizer.train_size:
+        yield Problem("model.vocab_size", f"{size} is less than tokenizer.train_size {tokenizer.train_size}; null follows the tokenizer")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

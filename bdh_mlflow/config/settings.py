@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from bdh_mlflow.text import VOCAB_SIZE, is_storable
+from bdh_mlflow.text import is_storable
 
 TAG_KEY = re.compile(r"[/\w.\- :]{1,250}")
 """Names that MLflow takes for tags; besides, they must not change when they are read as paths (mlflow.utils.validation)."""
@@ -129,8 +129,8 @@ class ModelConfig:
     """Heads H."""
     mlp_internal_dim_multiplier: Annotated[Count, Role.SHAPE] = 128
     """Neurons over all heads, as a multiple of n_embd; N = multiplier * n_embd / n_head neurons a head."""
-    vocab_size: Annotated[Int, Field(ge=VOCAB_SIZE), Role.SHAPE] = 256
-    """Token ids; 256 holds every byte."""
+    vocab_size: Annotated[Count | None, Role.SHAPE] = 256
+    """Token ids; 256 holds every byte; null: as many as the tokenizer has."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -228,6 +228,26 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class TokenizerConfig:
+    """What a token is."""
+
+    type: Annotated[Literal["byte", "huggingface", "sentencepiece", "tiktoken"], Role.ORDER] = "byte"
+    """byte: each byte is a token; else whose file holds the vocabulary: tokenizers (tokenizer.json), SentencePiece (.model), tiktoken."""
+    path: Annotated[Text | None, Role.FREE, Place.PATH] = None
+    """That file, or a folder that holds it; a run keeps a copy beside its checkpoints."""
+    name: Annotated[Text | None, Role.FREE] = None
+    """Instead of path: a repository of Hugging Face or an encoding of tiktoken, in their caches on this machine; nothing is fetched."""
+    train_size: Annotated[Count | None, Role.FREE] = None
+    """Tokens of the byte-level BPE that a missing path is trained to, on the training text; null: a missing path is an error."""
+    separator: Annotated[Text | None, Role.ORDER] = None
+    """Token between two documents; null: the one by which the tokenizer ends a text; byte: byte 0."""
+    lossy: Annotated[bool, Role.FREE] = False
+    """Take text that the tokenizer does not give back exactly (normalised, unknown characters), which is refused otherwise."""
+    digest: Annotated[Text | None, Role.ORDER] = None
+    """sha256 of the file, first 32 hex digits; null: whatever the file is, and this is what it is from then on."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class LowPrecisionConfig:
     """Number formats."""
 
@@ -287,6 +307,7 @@ SECTIONS: dict[str, Any] = {
     "scheduler": SchedulerConfig,
     "dataloader": DataLoaderConfig,
     "dataset": DatasetConfig,
+    "tokenizer": TokenizerConfig,
     "low_precision": LowPrecisionConfig,
     "fp8": Fp8Config,
     "tracking": TrackingConfig,

@@ -1,9 +1,9 @@
 """Parquet rows to packed batches, in an order that is a pure function of the seed and can be resumed at any position.
 
 1. `parquet.ParquetText` indexes the files: row groups, rows, and which documents are training text.
-2. A row group becomes one run of bytes: its training documents, each followed by a separator. Row groups are visited in an order drawn
+2. A row group becomes one run of tokens: its training documents, each followed by a separator. Row groups are visited in an order drawn
    per epoch; `max_cached_files` of them are open at once, one per lane, and windows are taken from the lanes in turn.
-3. A lane cuts its bytes into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
+3. A lane cuts its tokens into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
    row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
 4. `TrainingBatches` yields `Batch(tokens, position, epoch)`, of an update only those that this process computes; starting again from that
    position gives the update that would have followed.
@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data.ahead import Ahead
-from bdh_mlflow.data.parquet import Bytes, ParquetText, shuffled
+from bdh_mlflow.data.parquet import ParquetText, shuffled
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
 from bdh_mlflow.host import ENDING_SIGNALS
-from bdh_mlflow.text import SEPARATOR
+from bdh_mlflow.vocabulary import Ids
 
 Position = dict[str, Any]
 """Where the next update starts. Opaque to everyone else and saved in checkpoints (`data_position`), so keys and lists must not change.
@@ -40,7 +40,7 @@ see `_Lane.state`.
 
 
 class Batch(NamedTuple):
-    """tokens: (B, block_size + 1) uint8.   position: where the next update starts.   epoch: passes over the data by then."""
+    """tokens: (B, block_size + 1) ids.   position: where the next update starts.   epoch: passes over the data by then."""
 
     tokens: Tensor
     position: Position
@@ -118,10 +118,12 @@ class _Lane:
         self._walk = walk
         self.group_index = -1
         self.consumed = 0
-        self.windows: Bytes = np.empty((0, walk.block_size + 1), np.uint8)  # of this row group, in the order in which they are consumed
+        self.windows: Ids = np.empty(
+            (0, walk.block_size + 1), walk.separator.dtype
+        )  # of this row group, in the order in which they are consumed
         self._leftover_length = 1
         self._leftover_from: list[tuple[int, int]] = [(-1, 1)]
-        self._rest: Bytes = np.array([SEPARATOR], np.uint8)  # what leads into the next row group
+        self._rest: Ids = walk.separator  # what leads into the next row group
         self._own = 1  # tokens of this row group
 
     @property
@@ -129,7 +131,7 @@ class _Lane:
         """Windows of this row group that are not consumed yet."""
         return len(self.windows) - self.consumed
 
-    def take(self, count: int) -> Bytes:
+    def take(self, count: int) -> Ids:
         """The next windows, at most as many as are left.   Returns (count, block_size + 1)."""
         self.consumed += count
         return self.windows[self.consumed - count : self.consumed]
@@ -158,13 +160,15 @@ class _Lane:
         if self.group_index < 0:
             return
         if self.consumed:
-            leftover = np.zeros(self._leftover_length, np.uint8)  # its values are in the first window only, which is consumed
+            leftover: Ids = np.zeros(
+                self._leftover_length, self._walk.separator.dtype
+            )  # its values are in the first window only, which is consumed
         else:
-            leftover = np.concatenate([self._walk.group_bytes(index)[-tokens:] for index, tokens in self._leftover_from])
+            leftover = np.concatenate([self._walk.group_tokens(index)[-tokens:] for index, tokens in self._leftover_from])
         self._fill(self.group_index, leftover)
 
-    def _fill(self, group_index: int, leftover: Bytes) -> None:
-        tokens = self._walk.group_bytes(group_index)
+    def _fill(self, group_index: int, leftover: Ids) -> None:
+        tokens = self._walk.group_tokens(group_index)
         self.group_index, self._own = group_index, len(tokens)
         stream = np.concatenate((leftover, tokens))
         size = self._walk.block_size
@@ -181,6 +185,7 @@ class _Walk:
 
     def __init__(self, text: ParquetText, lanes: int, block_size: int, seed: int) -> None:
         self._text = text
+        self.separator = text.separator
         self.block_size = block_size
         self.seed = seed
         self._next_group = 0
@@ -188,15 +193,15 @@ class _Walk:
         self._guaranteed = 0  # windows that every lane has left, at least
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._epoch_order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        self._ahead = Ahead[Bytes]()
+        self._ahead = Ahead[Ids]()
 
-    def next_windows(self, count: int) -> Bytes:
+    def next_windows(self, count: int) -> Ids:
         """The next windows of the run, lane after lane.   Returns (count, block_size + 1).
 
         While every lane has enough left, each lane's windows are taken at once; the result is the same as taking them one by one.
         """
         lanes = len(self._lanes)
-        windows = np.empty((count, self.block_size + 1), np.uint8)
+        windows = np.empty((count, self.block_size + 1), self.separator.dtype)
         most = -(-count // lanes)
         if self._guaranteed < most:
             self._guaranteed = min(lane.left for lane in self._lanes)
@@ -227,10 +232,10 @@ class _Walk:
             self._next_group += 1
             without_window += 1
 
-    def group_bytes(self, group_index: int) -> Bytes:
+    def group_tokens(self, group_index: int) -> Ids:
         """Training text of the row group opened as number `group_index` in the run; -1 is the separator before all text."""
         if group_index < 0:
-            return np.array([SEPARATOR], np.uint8)
+            return self.separator
         if self._text.is_remote:  # also what the lanes will open next
             self._begin([group_index, *range(self._next_group, self._next_group + 1 + len(self._lanes))])
         return self._ahead.take(group_index, self._reader(group_index))
@@ -239,12 +244,12 @@ class _Walk:
         for index in indices:
             self._ahead.begin(index, self._reader(index))
 
-    def _reader(self, group_index: int) -> Callable[[], Bytes]:
+    def _reader(self, group_index: int) -> Callable[[], Ids]:
         groups = self._text.row_groups
         epoch, place = divmod(group_index, len(groups))
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, shuffled(len(groups), self.seed, -1 - epoch))
-        return functools.partial(self._text.training_bytes, groups[self._epoch_order[1][place]])
+        return functools.partial(self._text.training_tokens, groups[self._epoch_order[1][place]])
 
     def position(self) -> Position:
         return {"next_unit": self._next_group, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}

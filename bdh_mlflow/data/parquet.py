@@ -2,40 +2,38 @@
 
 1. The index holds row groups and rows, and a digest of names, sizes and footers; no row is read for it.
 2. A document is a row of the text column. Whether it is training or validation text is decided by a hash of its place, file and row.
-3. Text is read a row group at a time, as bytes with a separator after each document.
+3. Text is read a row group at a time, as tokens with a separator after each document: its bytes, the lists of tokens that a preparation
+   has put beside it, or what the tokenizer makes of it now. Where tokens come from changes none.
 
 Shuffles are sorts by a hash that is written out here, because the random streams of libraries may change between versions. Together with
 `prepare` the only user of pyarrow.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data import remote
 from bdh_mlflow.data.ahead import Ahead
+from bdh_mlflow.data.columns import Reader, RowGroup, separated
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files, nearest_folder
 from bdh_mlflow.data.remote import AnyPath, RemotePath
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import first_line, shown
-from bdh_mlflow.text import SEPARATOR, printable
+from bdh_mlflow.files import shown
+from bdh_mlflow.text import printable
+from bdh_mlflow.vocabulary import BYTES, Ids, Tokenizer
 
-Bytes = npt.NDArray[np.uint8]
-FOOTERS_AT_ONCE = 16  # asked of a bucket
 NAMED_FILES = 3  # of those that are not read, in a message
 UNFINISHED = ".unfinished"
 """Folder that holds shards until they are complete, inside a target that was there before; whoever finds one must not train."""
@@ -43,34 +41,27 @@ VALIDATION_ROW_GROUPS = 16  # read for validation text, at least
 _VALIDATION_ORDER = 0x76616C  # "val"; a constant seed, as validation text must not depend on the run
 
 
-class RowGroup(NamedTuple):
-    """Place of a row group.   file: index among the sorted files.   number: in the file.   first_row: number in the file.   rows: count."""
-
-    file: int
-    number: int
-    first_row: int
-    rows: int
-
-
 class ParquetText:
     """The documents of a folder of parquet files.   Reading the footers raises DataError for a folder or file that cannot be used.
 
     skipped: files beside them that are not named as parquet, whose text is not read.   say: called with a line for the user while a bucket
-    does not answer.
+    does not answer.   tokenizer: what tokens are.   lossy: take text that it does not give back.
     """
 
-    def __init__(self, dataset: DatasetConfig, say: remote.Say = remote.to_stderr) -> None:
+    def __init__(
+        self, dataset: DatasetConfig, say: remote.Say = remote.to_stderr, *, tokenizer: Tokenizer = BYTES, lossy: bool = False
+    ) -> None:
         self.root = remote.place_of(dataset.parquet_dir)
-        self._say = say
+        self.tokenizer, self._lossy = tokenizer, lossy
         self.column = dataset.text_column
+        self._reader = Reader(self.column, say)
         self.val_fraction = dataset.val_fraction
         self.files, self.skipped = _look_through(self.root, say)
         if not self.files:
             raise DataError(_nothing_to_read(self.root, self.skipped))
         self.row_groups: list[RowGroup] = []
         self.manifest: list[dict[str, Any]] = []
-        self._footers: dict[RemotePath, pq.FileMetaData] = {}
-        self._opened: dict[RemotePath, Any] = {}
+        self._tokens_of: list[str | None] = []  # whose tokens a file holds
         self._index()
         if not self.row_groups:
             raise DataError(f"{shown(self.root)}: {len(self.files)} parquet files without a single row")
@@ -78,10 +69,6 @@ class ParquetText:
         self.bytes = sum(entry["bytes"] for entry in self.manifest)
         self._file_hashes = [text_hash(self._name(f)) for f in self.files]
         self._forced_validation = self._validation_document_by_rank()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a loader's worker, which opens files and tells of outages itself."""
-        return {**vars(self), "_opened": {}, "_say": remote.to_stderr}
 
     @property
     def is_remote(self) -> bool:
@@ -97,16 +84,25 @@ class ParquetText:
         """Files, sizes and row groups as JSON: what the digest is computed from."""
         return json.dumps({"digest": self.digest, "column": self.column, "files": self.manifest}, indent=1)
 
-    def training_bytes(self, group: RowGroup) -> Bytes:
+    def training_tokens(self, group: RowGroup) -> Ids:
         """Training documents of a row group in file order, each followed by a separator."""
         return self._tokens(group, validation=False)
 
-    def validation_bytes(self, group: RowGroup) -> Bytes:
+    def validation_tokens(self, group: RowGroup) -> Ids:
         """Validation documents of a row group in file order, each followed by a separator."""
         return self._tokens(group, validation=True)
 
+    def training_texts(self, group: RowGroup) -> list[str]:
+        """Training documents of a row group that are not empty, as text.   Raises DataError for bytes that are not UTF-8."""
+        return self._decoded(group, self._chosen(group, self.read_documents(group), validation=False))
+
+    @property
+    def separator(self) -> Ids:
+        """The token between documents, alone."""
+        return np.array([self.tokenizer.separator], self.tokenizer.dtype)
+
     def validation_batches(self, batches: int, batch_size: int, block_size: int) -> list[Tensor]:
-        """`batches` batches of validation windows, each (B, block_size + 1) uint8; fewer, the last smaller, if there is less text.
+        """`batches` batches of validation windows, each (B, block_size + 1) ids; fewer, the last smaller, if there is less text.
 
         The same for every run on the same data: windows drawn from at least VALIDATION_ROW_GROUPS row groups (all, if there are fewer), so
         that they represent more than one file.
@@ -114,48 +110,50 @@ class ParquetText:
         if self.val_fraction == 0:
             return []
         wanted = batches * batch_size
-        text, length = [np.array([SEPARATOR], np.uint8)], 1
-        drawn_groups, ahead = shuffled(len(self.row_groups), _VALIDATION_ORDER, 0), Ahead[Bytes]()
+        text, length = [self.separator], 1
+        drawn_groups, ahead = shuffled(len(self.row_groups), _VALIDATION_ORDER, 0), Ahead[Ids]()
         for read, group in enumerate(drawn_groups):
             if read >= VALIDATION_ROW_GROUPS and length > wanted * block_size:
                 break
             if self.is_remote and not read % VALIDATION_ROW_GROUPS:
                 for later in drawn_groups[read : read + VALIDATION_ROW_GROUPS]:
-                    ahead.begin(later, functools.partial(self.validation_bytes, self.row_groups[later]))
-            text.append(ahead.take(group, functools.partial(self.validation_bytes, self.row_groups[group])))
+                    ahead.begin(later, functools.partial(self.validation_tokens, self.row_groups[later]))
+            text.append(ahead.take(group, functools.partial(self.validation_tokens, self.row_groups[group])))
             length += len(text[-1])
         if length <= block_size:
             raise DataError(
-                f"{shown(self.root)}: validation text has {length - 1} bytes, block_size {block_size} needs more; "
+                f"{shown(self.root)}: validation text has {length - 1} tokens, block_size {block_size} needs more; "
                 f"raise dataset.val_fraction (now {self.val_fraction}), lower training.block_size or add text"
             )
         windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(text), block_size + 1)[::block_size]
         drawn = windows[shuffled(len(windows), _VALIDATION_ORDER, 1)[:wanted]]
         return list(torch.split(torch.from_numpy(drawn), batch_size))
 
+    def bytes_per_token(self, batches: list[Tensor]) -> float:
+        """Bytes of text that a predicted token of windows (B, T + 1) stands for, on average; bits per byte are counted by them."""
+        targets = [batch[:, 1:].numpy() for batch in batches]
+        tokens = sum(each.size for each in targets)
+        return sum(map(self.tokenizer.bytes_of, targets)) / tokens if tokens else 1.0
+
     def read_documents(self, group: RowGroup) -> pa.LargeBinaryArray:
         """All documents of a row group, training and validation, as bytes; some may be null or empty.   Raises DataError."""
-        file = self.files[group.file]
-        if isinstance(file, RemotePath):
-            return self._read_remote(file, group)
-        return read_row_group(file, group.number, self.column, group.rows)
+        return self._reader.documents(self.files[group.file], group)
 
-    def note(self) -> str | None:
-        """Which files of the folder are not read, in a line; None if there is none."""
-        if not self.skipped:
-            return None
-        return f"{shown(self.root)}: not read, as only .parquet files are: {_named(self.root, self.skipped)}"
+    def notes(self) -> Iterator[str]:
+        """Which files of the folder are not read, and whether tokens are made while training, a line each."""
+        if self.skipped:
+            yield f"{shown(self.root)}: not read, as only .parquet files are: {_named(self.root, self.skipped)}"
+        if self.tokenizer.digest is None or not (without := [f for f, digest in enumerate(self._tokens_of) if not self._is_ours(digest)]):
+            return
+        other = "hold tokens of another tokenizer" if any(self._tokens_of[f] for f in without) else "hold no tokens"
+        yield (
+            f"{shown(self.root)}: {len(without):,} of {len(self.files):,} files {other}, so tokens are made of their text each time it is "
+            f"read; to make them once: bdh-mlflow data prepare {shown(self.root)} FOLDER --tokenizer FILE"
+        )
 
     def _index(self) -> None:
-        """Footers of all files; those of a bucket side by side, and kept, as each would be asked for again with each row group."""
-        if not self.is_remote:
-            self._take(footer(file, self.column) for file in self.files if isinstance(file, Path))
-            return
-        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            self._take(pool.map(self._remote_footer, [file for file in self.files if isinstance(file, RemotePath)]))
-
-    def _take(self, found: Iterator[tuple[int, list[tuple[int, int]]]]) -> None:
-        for number, (file, (size, groups)) in enumerate(zip(self.files, found, strict=True)):
+        for number, (file, (size, groups, tokens_of)) in enumerate(zip(self.files, self._reader.footers(self.files), strict=True)):
+            self._tokens_of.append(tokens_of)
             first = 0
             for i, (rows, _) in enumerate(groups):
                 if rows:
@@ -163,32 +161,48 @@ class ParquetText:
                 first += rows
             self.manifest.append({"file": self._name(file), "bytes": size, "row_groups": [[rows, held] for rows, held in groups]})
 
-    def _remote_footer(self, file: RemotePath) -> tuple[int, list[tuple[int, int]]]:
-        metadata = self._footers[file] = remote.patiently(lambda: pq.read_metadata(self._open(file)), file, self._say, remote.START_S)
-        assert file.bytes is not None, "it was listed"
-        return file.bytes, _described(file, metadata.schema.to_arrow_schema(), metadata, self.column)
-
-    def _open(self, file: RemotePath) -> Any:
-        if file not in self._opened:
-            self._opened[file] = remote.opened(file)
-        return self._opened[file]
-
-    def _read_remote(self, file: RemotePath, group: RowGroup) -> pa.LargeBinaryArray:
-        def read() -> pa.ChunkedArray:
-            with pq.ParquetFile(self._open(file), metadata=self._footers[file], pre_buffer=True) as parquet:
-                return parquet.read_row_group(group.number, columns=[self.column]).column(self.column)
-
-        return _documents(file, group.number, remote.patiently(read, file, self._say, remote.READ_S), group.rows)
-
     def _name(self, file: AnyPath) -> str:
         return remote.below(self.root, file).as_posix()
 
-    def _tokens(self, group: RowGroup, *, validation: bool) -> Bytes:
-        documents = self.read_documents(group)
-        held_out = self._in_validation(group)
+    def _is_ours(self, digest: str | None) -> bool:
+        return digest is not None and digest == self.tokenizer.digest
+
+    def _tokens(self, group: RowGroup, *, validation: bool) -> Ids:
+        if self.tokenizer is BYTES:
+            return self._bytes(group, validation=validation)
+        if self._is_ours(self._tokens_of[group.file]):
+            lists = self._reader.token_lists(self.files[group.file], group, self.tokenizer.size)
+            lists = lists.filter(pa.array(self._in_validation(group) == validation))
+            lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+            return separated(lists.flatten().to_numpy(), lengths[lengths > 0], self.separator)
+        chosen = self._chosen(group, self.read_documents(group), validation=validation)
+        texts = self._decoded(group, chosen)
+        encoded = self.tokenizer.encode_all(texts)
+        if not self._lossy and (lost := next(self.tokenizer.losses(texts, encoded), None)) is not None:
+            raise DataError(
+                f"{shown(self.files[group.file])}: row group {group.number}: a document that the tokenizer does not give back: {lost}. "
+                f"Use a tokenizer that keeps text as it is, or accept what is lost with tokenizer.lossy: true"
+            )
+        return separated(*encoded, self.separator)
+
+    def _chosen(self, group: RowGroup, documents: pa.LargeBinaryArray, *, validation: bool) -> pa.LargeBinaryArray:
+        """The training or the validation documents of a row group that are not empty."""
         length = pc.fill_null(pc.binary_length(documents), 0).to_numpy(zero_copy_only=False)
-        chosen = documents.filter(pa.array((held_out == validation) & (length > 0)))
-        separator = pa.scalar(bytes([SEPARATOR]), pa.large_binary())
+        return documents.filter(pa.array((self._in_validation(group) == validation) & (length > 0)))
+
+    def _decoded(self, group: RowGroup, documents: pa.LargeBinaryArray) -> list[str]:
+        try:
+            texts: list[str] = documents.cast(pa.large_string()).to_pylist()
+        except (pa.ArrowInvalid, UnicodeDecodeError):
+            raise DataError(
+                f"{shown(self.files[group.file])}: row group {group.number}: a document that is not UTF-8; a vocabulary is one of text. "
+                f"Prepare it again (bdh-mlflow data prepare), or set tokenizer.type: byte"
+            ) from None
+        return texts
+
+    def _bytes(self, group: RowGroup, *, validation: bool) -> Ids:
+        chosen = self._chosen(group, self.read_documents(group), validation=validation)
+        separator = pa.scalar(bytes([BYTES.separator]), pa.large_binary())
         joined = pc.binary_join_element_wise(chosen, separator, pa.scalar(b"", pa.large_binary()))
         if len(joined) == 0:
             return np.empty(0, np.uint8)
@@ -234,64 +248,6 @@ def parquet_files(root: AnyPath) -> Sequence[AnyPath]:
     return list(_look_through(root)[0])
 
 
-def footer(file: AnyPath, column: str) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of a parquet file, and rows and uncompressed bytes of each row group.
-
-    Raises DataError for a file that is damaged or has no such column of text.
-    """
-    try:
-        with _opened(file) as (opened, size):
-            schema, metadata = opened.schema_arrow, opened.metadata
-    except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise DataError(f"{shown(file)}: not a readable parquet file: {first_line(error)}") from None
-    return size, _described(file, schema, metadata, column)
-
-
-def _described(file: AnyPath, schema: pa.Schema, metadata: pq.FileMetaData, column: str) -> list[tuple[int, int]]:
-    """Rows and uncompressed bytes of each row group.   Raises DataError for a file without such a column of text."""
-    try:
-        each = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-        groups = [(group.num_rows, group.total_byte_size) for group in each]
-    except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise DataError(f"{shown(file)}: not a readable parquet file: {first_line(error)}") from None
-    names = [printable(name) for name in schema.names]
-    if column not in schema.names:
-        raise DataError(f"{shown(file)}: no column `{printable(column)}`; it has {', '.join(names) or 'none'}. Set dataset.text_column")
-    if (count := schema.names.count(column)) > 1:
-        raise DataError(f"{shown(file)}: {count} columns are named `{column}`; rename all but the one with the text")
-    kind = schema.field(column).type
-    if not _is_text(kind):
-        raise DataError(f"{shown(file)}: column `{column}` holds {kind}; accepted: string, binary or a dictionary of them")
-    if any(rows < 0 for rows, _ in groups):
-        raise DataError(f"{shown(file)}: not a readable parquet file: a row group with a negative number of rows")
-    return groups
-
-
-def read_row_group(file: AnyPath, number: int, column: str, rows: int) -> pa.LargeBinaryArray:
-    """Documents of a row group as bytes, some null or empty.   rows: as the footer says. Raises DataError for damaged pages."""
-    try:
-        with _opened(file) as (opened, _):
-            texts = opened.read_row_group(number, columns=[column]).column(column)
-    except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise DataError(f"{shown(file)}: row group {number} cannot be read: {first_line(error)}") from None
-    return _documents(file, number, texts, rows)
-
-
-def _documents(file: AnyPath, number: int, texts: pa.ChunkedArray, rows: int) -> pa.LargeBinaryArray:
-    """A column of text as bytes.   Raises DataError for damaged pages."""
-    try:
-        if pa.types.is_dictionary(texts.type):
-            texts = texts.cast(texts.type.value_type)
-        texts = texts.cast(pa.large_binary())
-        documents = texts.chunk(0) if texts.num_chunks == 1 else texts.combine_chunks()
-        documents.validate()
-    except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise DataError(f"{shown(file)}: row group {number} cannot be read: {first_line(error)}") from None
-    if len(documents) != rows:
-        raise DataError(f"{shown(file)}: row group {number} cannot be read: it holds {len(documents)} rows, its footer says {rows}")
-    return documents
-
-
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """64 well-mixed bits for each number: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
@@ -310,25 +266,6 @@ def shuffled(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
 def text_hash(text: str) -> int:
     """64 bits of the sha256 of a text, or of the bytes of a file name that are not UTF-8."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "little")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    t = pa.types
-    if t.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    tests = (t.is_string, t.is_large_string, t.is_binary, t.is_large_binary, t.is_string_view, t.is_binary_view)
-    return any(test(kind) for test in tests)
-
-
-@contextlib.contextmanager
-def _opened(file: AnyPath) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """A parquet file and its size; opened by Python, as pyarrow takes no file name that is not UTF-8."""
-    if isinstance(file, RemotePath):
-        with remote.opened(file) as raw, pq.ParquetFile(raw, pre_buffer=True) as opened:
-            yield opened, raw.size()
-        return
-    with file.open("rb") as raw, pq.ParquetFile(raw) as opened:
-        yield opened, file.stat().st_size
 
 
 def _hidden(name: str) -> bool:

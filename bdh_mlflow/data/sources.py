@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from bdh_mlflow.data import parquet
+from bdh_mlflow.data import columns
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files
 from bdh_mlflow.data.remote import AnyPath, place_of
 from bdh_mlflow.errors import DataError
@@ -82,26 +82,65 @@ class _NotJson(Exception):
     """Why a text is not JSON that can be read."""
 
 
-def documents(source: str, column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
+class Meter:
+    """How much of a source is read, by the bytes of its files: for progress, which needs no more than that."""
+
+    def __init__(self) -> None:
+        self._total = self._done = self._size = 0
+        self._place: Callable[[], float] = lambda: 0.0  # in the file at hand
+
+    @property
+    def share(self) -> float:
+        """Between 0 and 1; 0 as long as nothing is known."""
+        try:
+            place = self._place()
+        except (OSError, ValueError):  # the file at hand is closed: all of it was read
+            place = self._size
+        return min(1.0, (self._done + place) / self._total) if self._total else 0.0
+
+    def expect(self, files: Sequence[AnyPath]) -> None:
+        """These files will be read."""
+        self._total = sum(map(_size, files))
+
+    def begin(self, file: AnyPath, place: Callable[[], float]) -> None:
+        """A file is read now; `place` tells how many of its bytes are behind."""
+        self._done, self._size, self._place = self._done + self._size, _size(file), place
+
+    def move(self, place: float) -> None:
+        """As many bytes of the file at hand are behind."""
+        self._place = lambda: place
+
+
+def _size(file: AnyPath) -> int:
+    if not isinstance(file, Path):
+        return file.bytes or 0
+    try:
+        return file.stat().st_size
+    except OSError:  # named when it is opened
+        return 0
+
+
+def documents(source: str, column: str, skipped: list[tuple[str, str]], meter: Meter | None = None) -> Iterator[str]:
     """The documents of a source, none of them empty.   skipped: gets the name and reason of each file that is left out.
 
     A folder's text files are a document each; a single text file is cut at line ends into documents of 16 KiB or little more.
     Raises DataError: at once if there is no such source, later for what cannot be read.
     """
+    meter = meter or Meter()
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         found = list_files(root, lambda name: _passed_over(name) or name in _TEST_FOLDERS).files
-        return _from_files([p for p in found if p.suffix == ".py"], column, skipped)
+        return _from_files([p for p in found if p.suffix == ".py"], column, skipped, meter)
     if not source.strip():
         raise DataError(f"{source!r}: a source without a name; accepted: {ACCEPTED}")
     path = place_of(source)
     found_there = kind_of(path)
     if found_there == "file":
-        return _from_file(path, column)
+        return _from_file(path, column, meter)
     if found_there == "folder":
         listing = list_files(path, _passed_over)
         skipped += [(printable(p), reason) for p, reason in listing.unreadable]
-        return _from_files(listing.files, column, skipped)
+        return _from_files(listing.files, column, skipped, meter)
     what = "no such file or folder" if found_there == "nothing" else found_there
     raise DataError(f"{printable(source)}: {what}; accepted: {ACCEPTED}")
 
@@ -118,29 +157,32 @@ def _passed_over(name: str) -> bool:
     return name.startswith(".") or name in _SKIPPED_FOLDERS or (is_parquet(name) and name.startswith("_"))
 
 
-def _from_files(files: Iterable[AnyPath], column: str, skipped: list[tuple[str, str]]) -> Iterator[str]:
+def _from_files(files: Sequence[AnyPath], column: str, skipped: list[tuple[str, str]], meter: Meter) -> Iterator[str]:
+    meter.expect(files)
     for file in files:
         try:
-            yield from _read(file, column, cut=False)
+            yield from _read(file, column, meter, cut=False)
         except _NotText as reason:
             skipped.append((shown(file), str(reason)))
 
 
-def _from_file(file: AnyPath, column: str) -> Iterator[str]:
+def _from_file(file: AnyPath, column: str, meter: Meter) -> Iterator[str]:
+    meter.expect([file])
     try:
-        yield from _read(file, column, cut=True)
+        yield from _read(file, column, meter, cut=True)
     except _NotText as reason:
         raise DataError(f"{shown(file)}: no text found: {reason}; accepted: {ACCEPTED}") from None
 
 
-def _read(file: AnyPath, column: str, *, cut: bool) -> Iterator[str]:
+def _read(file: AnyPath, column: str, meter: Meter, *, cut: bool) -> Iterator[str]:
     """Documents of a file.   cut: plain text into several. Raises _NotText before the first document, or DataError."""
     name = file.name.lower()
     inner = name.removesuffix(next((e for e in _ENDINGS if name.endswith(e)), ""))
     with _reported(file), file.open("rb") as raw:
+        meter.begin(file, raw.tell)
         head = raw.read(512)
         if is_parquet(name) or (head.startswith(b"PAR1") and _ends_in(raw, b"PAR1")):
-            yield from _from_parquet(file, column)
+            yield from _from_parquet(file, column, meter)
             return
         with _decompressed(raw, head, inner != name) as content:
             head = content.peek(512)
@@ -284,8 +326,10 @@ def _document(record: Any, column: str, place: str) -> Iterator[str]:
         yield record[column].encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, UTF-8 cannot
 
 
-def _from_parquet(file: AnyPath, column: str) -> Iterator[str]:
-    for number, (rows, _) in enumerate(parquet.footer(file, column)[1]):
-        for document in parquet.read_row_group(file, number, column, rows):
+def _from_parquet(file: AnyPath, column: str, meter: Meter) -> Iterator[str]:
+    size, groups, _ = columns.footer(file, column)
+    for number, (rows, _) in enumerate(groups):
+        meter.move(size * number / len(groups))
+        for document in columns.read_row_group(file, number, column, rows):
             if raw := document.as_py():
                 yield _old_text(raw)

@@ -2,9 +2,11 @@
 
 A safetensors file opens without unpickling anything. Tensors have the published names; a projection packed in 4 bits is its codes under
 that name and bitsandbytes' own quantisation state beside it (`encoder.absmax`, ...), as Hugging Face stores them. The header holds the
-configuration, step and validation loss, and a sha256 of header and tensors. Knows neither MLflow nor the training loop.
+configuration, step and validation loss, the tokenizer's file where tokens are not bytes, and a sha256 of header and tensors. Knows neither
+MLflow nor the training loop.
 """
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -20,12 +22,15 @@ from torch import Tensor
 
 from bdh_mlflow import __version__, checkpoint
 from bdh_mlflow.config import Config
-from bdh_mlflow.errors import BdhError, CheckpointError, SaveError
+from bdh_mlflow.errors import BdhError, CheckpointError, InputError, SaveError
 from bdh_mlflow.model import fourbit
 from bdh_mlflow.model.bdh import BDH, PROJECTIONS
+from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
+from bdh_mlflow.vocabulary import BYTES, Tokenizer, of_content
+from bdh_mlflow.vocabulary.find import find
 
 SUFFIX = ".safetensors"
-HEADER, DIGEST = "bdh_mlflow", "sha256"
+HEADER, DIGEST, TOKENIZER = "bdh_mlflow", "sha256", "tokenizer"
 Format = Literal["4bit", "safetensors"]
 
 
@@ -43,14 +48,35 @@ class ExportedModel:
     """What `read` read.   weights: by published name, float32.   rounded: projections have 4-bit values already."""
 
     config: Config
+    tokenizer: Tokenizer
     weights: dict[str, Tensor]
     step: int
     val_loss: float | None
     rounded: bool
 
 
-def write(path: Path, state: Mapping[str, Any], config: Config, val_loss: float | None, kind: Format) -> ExportResult:
-    """Export a checkpoint's contents; an older file is replaced only by a complete one.   config: its own.   Raises SaveError."""
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to export.   state: its contents.   config, tokenizer: its own.   val_loss: nats per token, None if not evaluated."""
+
+    state: Mapping[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+    val_loss: float | None
+
+    @classmethod
+    def of(cls, found: ResolvedCheckpoint) -> "Source":
+        """What a target stands for.   Raises InputError for weights without a configuration, ConfigError without its tokenizer."""
+        if found.checkpoint is None or "format" not in found.state:
+            raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
+        manifest = found.checkpoint.manifest
+        own = Config.from_saved(found.state["config"], found.path, manifest.written_by)
+        return cls(found.state, own, find(own.tokenizer, found.path.parent), manifest.val_loss)
+
+
+def write(path: Path, source: Source, kind: Format) -> ExportResult:
+    """Export a checkpoint's contents; an older file is replaced only by a complete one.   Raises SaveError."""
+    state, config = source.state, source.config
     tensors: dict[str, Tensor] = {}
     quantised = packed = 0
     for name, weight in state["model_state_dict"].items():
@@ -62,11 +88,14 @@ def write(path: Path, state: Mapping[str, Any], config: Config, val_loss: float 
             packed += sum(t.numel() * t.element_size() for t in parts.values())
         else:
             tensors[name] = weight.float().contiguous()
-    facts = {"format": kind, "version": __version__, "config": config.to_dict(), "step": state["step"], "val_loss": val_loss}
+    facts = {"format": kind, "version": __version__, "config": config.to_dict(), "step": state["step"], "val_loss": source.val_loss}
     header = json.dumps(facts, sort_keys=True)
+    metadata = {HEADER: header, DIGEST: digest(header, tensors)}
+    if source.tokenizer.content is not None:  # its own digest is in the configuration
+        metadata[TOKENIZER] = base64.b64encode(source.tokenizer.content).decode()
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata={HEADER: header, DIGEST: digest(header, tensors)})
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -93,6 +122,7 @@ def read(path: Path) -> ExportedModel:
     try:
         facts = json.loads(metadata[HEADER])
         config = Config.from_saved(facts["config"], path, facts["version"])
+        tokenizer = _tokenizer(config, metadata, path)
     except (BdhError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not written by this version of bdh-mlflow ({__version__}), nor readable by it: {error}") from None
     with torch.device("meta"):
@@ -108,7 +138,18 @@ def read(path: Path) -> ExportedModel:
             weights[name] = weight.reshape(size)
     if missing:
         raise CheckpointError("\n  ".join([f"{path}: of another architecture than its configuration", *missing]))
-    return ExportedModel(config, weights, facts["step"], facts["val_loss"], facts["format"] == "4bit")
+    return ExportedModel(config, tokenizer, weights, facts["step"], facts["val_loss"], facts["format"] == "4bit")
+
+
+def _tokenizer(config: Config, metadata: Mapping[str, str], path: Path) -> Tokenizer:
+    """The one in a file's header.   Raises KeyError, ValueError or ConfigError."""
+    settings = config.tokenizer
+    if settings.type == "byte":
+        return BYTES
+    tokenizer = of_content(settings.type, base64.b64decode(metadata[TOKENIZER]), settings.separator, f"{path} (its tokenizer)")
+    if tokenizer.digest != settings.digest:
+        raise ValueError("its tokenizer is damaged")
+    return tokenizer
 
 
 def default_path(saved: checkpoint.Checkpoint, kind: Format) -> Path:

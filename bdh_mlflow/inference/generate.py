@@ -4,13 +4,12 @@ It uses the weights that training used, 4-bit values included; generation comput
 as a served model needs neither.
 """
 
-import codecs
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from bdh_mlflow.model import bdh, fp8, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.model.sampling import Sampler
-from bdh_mlflow.text import SEPARATOR, VOCAB_SIZE, decode, encode
+from bdh_mlflow.vocabulary import Tokenizer
 
-LONGEST_PROMPT = 65_536  # bytes; the default model needs minutes for as many on a CPU
+LONGEST_PROMPT = 65_536  # tokens; the default model needs minutes for as many on a CPU
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Loaded:
     """A model ready to generate, where it came from and its number formats.   run_id: its MLflow run, None for an exported file."""
 
     model: BDH
+    tokenizer: Tokenizer
     config: Config
     path: Path
     step: int
@@ -45,13 +45,22 @@ def from_file(path: Path) -> Loaded:
     exported = export.read(path)
     formats = exported.config.low_precision
     notes = (f"trained in FP8, whose scales are not in the file; it computes in {formats.compute_dtype}",) if formats.use_fp8 else ()
-    return from_weights(exported.weights, export.runnable(exported), {}, path, exported.step, notes)
+    contents = Contents(exported.weights, export.runnable(exported), exported.tokenizer, {})
+    return from_weights(contents, path, exported.step, notes)
 
 
-def from_weights(
-    weights: dict[str, Tensor], config: Config, formats: Mapping[str, Any], path: Path, step: int, notes: tuple[str, ...]
-) -> Loaded:
-    """The model of a checkpoint's contents.   formats: the saved state of its number formats (`Precision.state_dict`)."""
+class Contents(NamedTuple):
+    """What a model is made of.   formats: the saved state of its number formats (`Precision.state_dict`)."""
+
+    weights: dict[str, Tensor]
+    config: Config
+    tokenizer: Tokenizer
+    formats: Mapping[str, Any]
+
+
+def from_weights(contents: Contents, path: Path, step: int, notes: tuple[str, ...]) -> Loaded:
+    """The model of a checkpoint's or an exported file's contents."""
+    weights, config, tokenizer, formats = contents
     device = precision.pick_device()
     if config.low_precision.use_fp8 and not config.fp8.emulate and (reason := fp8.why_unavailable(device)):
         notes += (f"trained in FP8, which {reason}; evaluation emulates it",)
@@ -66,12 +75,12 @@ def from_weights(
     runs = Precision.from_config(config, device)
     runs.prepare(network, bdh.PROJECTIONS)
     runs.load_state_dict(dict(formats))
-    return Loaded(network, config, path, step, runs, notes)
+    return Loaded(network, tokenizer, config, path, step, runs, notes)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next byte is chosen.
+    """How the next token is chosen.
 
     temperature, top_k, top_p: see `model.sampling.Sampler`.   seed: None for new randomness each time.   stop: text that ends generation.
     """
@@ -100,15 +109,7 @@ def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling =
 
     Raises InputError for a prompt that is too long: when called, not at the first piece.
     """
-    return _decoded(_stream(loaded, [prompt], max_new_tokens, sampling))
-
-
-def _decoded(tokens: Iterator[torch.Tensor]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        piece = int(token)
-        yield decoder.decode(bytes([piece])) if 0 < piece < VOCAB_SIZE else decode([piece])
-    yield decoder.decode(b"", final=True)
+    return loaded.tokenizer.stream(map(int, _stream(loaded, [prompt], max_new_tokens, sampling)))
 
 
 def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
@@ -116,14 +117,15 @@ def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampl
     if not prompts:
         return []
     tokens = torch.cat(list(_stream(loaded, prompts, max_new_tokens, sampling)), dim=1).tolist()
-    return [decode([token for token in row if token != bdh.STOPPED]) for row in tokens]
+    return [loaded.tokenizer.decode(token for token in row if token != bdh.STOPPED) for row in tokens]
 
 
 def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling) -> Iterator[torch.Tensor]:
-    ids = [_encoded("prompt", prompt) or [SEPARATOR] for prompt in prompts]
+    tokenizer = loaded.tokenizer
+    ids = [_encoded(tokenizer, "prompt", prompt) or [tokenizer.separator] for prompt in prompts]
     longest = max(map(len, ids))
     if longest > LONGEST_PROMPT:
-        raise InputError(f"prompt of {longest:,} bytes; at most {LONGEST_PROMPT:,} are taken")
+        raise InputError(f"prompt of {longest:,} tokens; at most {LONGEST_PROMPT:,} are taken")
     device = loaded.precision.device
     generator = torch.Generator(device)
     if sampling.seed is None:
@@ -134,13 +136,13 @@ def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, samplin
         [torch.tensor(row, device=device) for row in ids],
         max_new_tokens,
         Sampler(sampling.temperature, sampling.top_k, sampling.top_p),
-        stop=_encoded("stop", sampling.stop),
+        stop=_encoded(tokenizer, "stop", sampling.stop),
         generator=generator,
     )
 
 
-def _encoded(name: str, text: str) -> list[int]:
+def _encoded(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     try:
-        return encode(text)
+        return tokenizer.encode(text)
     except UnicodeEncodeError as error:
         raise InputError(f"{name}: holds {text[error.start]!r}, half of a surrogate pair; accepted: text that UTF-8 can hold") from None

@@ -10,12 +10,12 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import CheckpointError, InputError, NonFiniteError
@@ -24,7 +24,9 @@ from bdh_mlflow.inference.generate import Loaded
 from bdh_mlflow.redact import masked
 from bdh_mlflow.text import bits_per_byte
 from bdh_mlflow.tracking import locate, store
+from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.training.evaluate import evaluate
+from bdh_mlflow.vocabulary.find import find
 
 
 def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
@@ -37,16 +39,18 @@ def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
     locator = locate.Locator(checkpoint_dir, config)
     if target.startswith("models:/") and (registered := _registered(target, locator)):
         return registered
-    found = locator.find(target)
-    if found.checkpoint is None or found.state.get("format") != checkpoint.FORMAT:
+    return of_checkpoint(locator.find(target))
+
+
+def of_checkpoint(found: ResolvedCheckpoint) -> Loaded:
+    """The model of a checkpoint.   Raises CheckpointError for weights without a configuration, ConfigError without its tokenizer."""
+    if found.checkpoint is None or "format" not in found.state:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
-    formats = found.state.get("precision_state_dict", {})
-    step, run_id = found.checkpoint.manifest.step, found.run_id
-    loaded = generate.from_weights(
-        found.state["model_state_dict"], own, formats, found.path, step, tuple(f"skipped {note}" for note in found.notes)
-    )
-    return dataclasses.replace(loaded, run_id=run_id)
+    tokenizer = find(own.tokenizer, found.path.parent)
+    contents = generate.Contents(found.state["model_state_dict"], own, tokenizer, found.state.get("precision_state_dict", {}))
+    step, notes = found.checkpoint.manifest.step, tuple(f"skipped {note}" for note in found.notes)
+    return dataclasses.replace(generate.from_weights(contents, found.path, step, notes), run_id=found.run_id)
 
 
 def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
@@ -66,28 +70,37 @@ def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
             raise CheckpointError(str(error).replace(str(file), uri)) from None
 
 
-def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> float:
-    """Loss in nats per token on validation text of `dataset`.   Raises DataError, NonFiniteError."""
+class Measured(NamedTuple):
+    """A loss on other text.   loss: nats per token.   bits_per_byte: the same of text.   text: what it was measured on."""
+
+    loss: float
+    bits_per_byte: float
+    text: ParquetText
+
+
+def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> Measured:
+    """Loss on validation text of `dataset`.   Raises DataError, NonFiniteError."""
     training = loaded.config.training
-    windows = ParquetText(dataset).validation_batches(batches, training.batch_size, training.block_size)
+    text = ParquetText(dataset, tokenizer=loaded.tokenizer, lossy=loaded.config.tokenizer.lossy)
+    windows = text.validation_batches(batches, training.batch_size, training.block_size)
     if not windows:
         raise InputError("dataset.val_fraction is 0: no text is kept for validation")
     loss = evaluate(loaded.model, windows, loaded.precision.autocast, loaded.precision.device)
     assert loss is not None, "it was given no way to be interrupted"
     if not math.isfinite(loss):
         raise NonFiniteError(f"{loaded.path}: val/loss {loss}: its weights, or the numbers they are computed in, are not finite")
-    return loss
+    return Measured(loss, bits_per_byte(loss, text.bytes_per_token(windows)), text)
 
 
-def record(loaded: Loaded, dataset: DatasetConfig, loss: float, config: TrackingConfig) -> list[str]:
+def record(loaded: Loaded, measured: Measured, config: TrackingConfig) -> list[str]:
     """Log an evaluation to the model's run, at the checkpoint's step and with its dataset.   Returns the names of the metrics.
 
     Raises TrackingError.
     """
     assert loaded.run_id is not None, "the caller checks that there is a run"
-    text = ParquetText(dataset)
+    text = measured.text
     name = re.sub(r"[^\w.-]", "_", text.root.name)
-    values = {f"eval/{name}_loss": loss, f"eval/{name}_bpb": bits_per_byte(loss)}
+    values = {f"eval/{name}_loss": measured.loss, f"eval/{name}_bpb": measured.bits_per_byte}
     client, now_ms = store.connect(config), int(1000 * time.time())
     with store.reported(f"run {loaded.run_id}: the evaluation cannot be logged"):
         client.log_batch(loaded.run_id, [Metric(key, value, now_ms, loaded.step) for key, value in values.items()], synchronous=True)

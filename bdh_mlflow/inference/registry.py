@@ -23,7 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import bdh_mlflow
 from bdh_mlflow import files, host
-from bdh_mlflow.config import Config, TrackingConfig
+from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import export, pyfunc, requests
 from bdh_mlflow.inference.export import Format
@@ -32,6 +32,8 @@ from bdh_mlflow.tracking.mlflow_internals import check_model_alias, check_model_
 
 MODEL_TYPE = "bdh-text"
 PACKAGE = Path(bdh_mlflow.__file__).parent
+PACKAGES = {"huggingface": ["tokenizers"], "sentencepiece": ["sentencepiece"], "tiktoken": ["tiktoken"]}
+"""What reads a tokenizer's file."""
 TYPES = {int: DataType.long, float: DataType.double, str: DataType.string}
 
 
@@ -51,12 +53,15 @@ def signature() -> ModelSignature:
     return ModelSignature(column[0], Schema([ColSpec(DataType.string)]), ParamSchema(params))
 
 
-def requirements(four_bit: bool) -> list[str]:
+def requirements(four_bit: bool, tokenizer: str = "byte") -> list[str]:
     """What a served model imports, pinned.   four_bit: whether its weights are packed in 4 bits, or rounded to them when loaded.
+
+    tokenizer: as in `tokenizer.type`.
 
     Raises InputError if the version of one cannot be read: unpinned, the model might be served with another one.
     """
     names = ["mlflow", "torch", "numpy", "pydantic", "pyyaml", "safetensors", "psutil"] + ["bitsandbytes"] * four_bit
+    names += PACKAGES.get(tokenizer, [])
     versions = {name: host.version_of(name) for name in names}
     if unknown := [name for name, version in versions.items() if version is None]:
         packages = " ".join(unknown)
@@ -74,25 +79,23 @@ def register(
     name, alias = registration.name, registration.alias
     _check_names(registration)
     found = locate.Locator(checkpoint_dir, config).find(target)
-    if found.checkpoint is None:
-        raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
-    run_id = found.run_id
+    source, run_id = export.Source.of(found), found.run_id
+    assert found.checkpoint is not None, "a source has a configuration"
     if run_id is None:
         raise InputError(f"{found.path}: its run is not in MLflow yet; deliver it first: bdh-mlflow sync {found.path.parent}")
     client = store.connect(config)
     manifest = found.checkpoint.manifest
-    own = Config.from_saved(found.state["config"], found.path, manifest.written_by)
-    settings = own.low_precision
+    settings = source.config.low_precision
     kind = registration.kind or ("4bit" if settings.use_4bit else "safetensors")
     if kind == "4bit" and not settings.use_4bit:
         note("this run was not trained for 4-bit weights: expect a higher loss than its val/loss")
     with tempfile.TemporaryDirectory(prefix="register-") as folder, store.reported(f"{name} cannot be registered"):
         weights = Path(folder) / f"{pyfunc.WEIGHTS}{export.SUFFIX}"
-        export.write(weights, found.state, own, manifest.val_loss, kind)
+        export.write(weights, source, kind)
         run = store.find_run(client, run_id)
         if run is None:
             raise InputError(f"run {run_id} of {found.path}: not found at {client.tracking_uri}")
-        model = _save_model(Path(folder) / "model", weights, requirements(settings.use_4bit or kind == "4bit"))
+        model = _save_model(Path(folder) / "model", weights, requirements(settings.use_4bit or kind == "4bit", source.tokenizer.kind))
         tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.format": kind}
         model_id = _log_model(client, run, model, manifest.step, tags)
         version = _add_version(client, name, model_id, {**tags, "bdh.step": str(manifest.step)})

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ class Segment(NamedTuple):
 class RunCurves:
     """One training.
 
-    settings: its config by dotted key, in declared types.   tokens_per_step: 0 where they do not say.   segments: rows of
+    settings: its config by dotted key, in declared types.   tokens_per_step: 0 where they do not say.   bytes_per_token: of the validation
+    text; 1 before there were vocabularies, 0 where it is not known.   segments: rows of
     `segments.json`, empty for a run that was never resumed.   samples: what the model generated, by step.
     """
 
@@ -84,21 +86,29 @@ class RunCurves:
     settings: dict[str, Any]
     curves: dict[str, Curve]
     tokens_per_step: float
+    bytes_per_token: float
     segments: list[Segment]
     samples: dict[int, list[Sample]]
 
     def axis(self, name: str, metric: str) -> Numbers | None:
-        """x values of a metric's curve on the axis step, tokens or active hours; (n,), None where they are not known."""
+        """x values of a metric's curve on the axis step, tokens, bytes of text or active hours; (n,), None where they are not known."""
         curve, family = self.curves[metric], metric.partition("/")[0]
         if name == "active hours":
             return self._active_hours(curve.at_ms)
         if family == "system":  # its steps count samples
             return None
-        if family == "by_tokens":  # its steps are thousands of tokens
-            return 1000 * curve.steps if name == "tokens" else None
         if name == "step":
-            return curve.steps
-        return curve.steps * self.tokens_per_step if self.tokens_per_step else None
+            return None if family in ("by_tokens", "by_bytes") else curve.steps
+        tokens, of_text = self._per_step(family)
+        unit = tokens if name == "tokens" else of_text
+        return curve.steps * unit if unit else None
+
+    def _per_step(self, family: str) -> tuple[float, float]:
+        """Tokens, and bytes of text, that a step of the points of a family stands for; 0 where they are not known."""
+        if family == "by_bytes":
+            return (1000 / self.bytes_per_token if self.bytes_per_token else 0.0), 1000.0
+        tokens = 1000.0 if family == "by_tokens" else self.tokens_per_step
+        return tokens, tokens * self.bytes_per_token
 
     def _active_hours(self, at_ms: Numbers) -> Numbers:
         """Hours in which a process trained the run, without the gaps between segments."""
@@ -125,7 +135,17 @@ def read_run(client: MlflowClient, run: Run, curves: dict[str, Curve]) -> RunCur
         with _absent_if_malformed():
             for step, prompt, written in _json_artifact(client, run, SAMPLES)["data"]:
                 samples.setdefault(int(step), []).append(Sample(str(prompt), str(written)))
-    return RunCurves(f"{run.info.run_name} ({run.info.run_id[:6]})", run, settings, curves, tokens, segments, samples)
+    label, each = f"{run.info.run_name} ({run.info.run_id[:6]})", _bytes_per_token(run, settings)
+    return RunCurves(label, run, settings, curves, tokens, each, segments, samples)
+
+
+def _bytes_per_token(run: Run, settings: Mapping[str, Any]) -> float:
+    if (text := run.data.tags.get("bdh.bytes_per_token")) is None:
+        return 1.0 if settings.get("tokenizer.type", "byte") == "byte" else 0.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)) and number > 0:
+            return number
+    return 0.0
 
 
 @functools.cache

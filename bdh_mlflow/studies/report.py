@@ -23,7 +23,6 @@ from bdh_mlflow.studies.curves import Numbers, RunCurves
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.artifacts import Artifacts
 
-AXES = ("step", "tokens", "active hours")
 PLOTTED_POINTS = 800  # per curve; neighbours are averaged in longer ones
 MAX_LEGEND = 12  # curves; more would cover the plot
 MARKED_POINTS = 40  # a curve with fewer shows each point
@@ -75,8 +74,14 @@ def page(comparison: Comparison, drawn: Mapping[str, bytes]) -> str:
 
 
 def plots(comparison: Comparison) -> dict[str, bytes]:
-    """A PNG per metric that any run has: over steps, over tokens and over the hours in which the runs were trained."""
+    """A PNG per metric that any run has: over each of `axes`."""
     return {metric: _plot(comparison, metric) for metric in comparison.metrics if any(len(r.curves[metric]) for r in comparison.runs)}
+
+
+def axes(comparison: Comparison) -> tuple[str, ...]:
+    """Over what curves are drawn: steps, tokens, bytes of text where not every token is one, and hours in training."""
+    vocabularies = any(r.bytes_per_token != 1 for r in comparison.runs)
+    return ("step", "tokens", *["bytes of text"] * vocabularies, "active hours")
 
 
 def averaged(*columns: Numbers) -> list[Numbers]:
@@ -118,9 +123,10 @@ class _Style(NamedTuple):
 
 
 def _plot(comparison: Comparison, metric: str) -> bytes:
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(AXES), sharey=True, squeeze=False)[0]
-    for panel, axis in zip(panels, AXES, strict=True):
+    drawn_over = axes(comparison)
+    figure = Figure(figsize=(5 * len(drawn_over), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(drawn_over), sharey=True, squeeze=False)[0]
+    for panel, axis in zip(panels, drawn_over, strict=True):
         for number, family in enumerate(comparison.families):
             style = _Style(f"C{number % COLOURS}", DASHES[number // COLOURS % len(DASHES)])
             if not _draw_mean(panel, axis, metric, family, style):

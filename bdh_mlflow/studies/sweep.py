@@ -234,9 +234,9 @@ class _Trials:
                     self._tell(trial, TrialState.PRUNED)
                     controls.note(f"trial {place}: pruned at step {outcome.ending.step}")
                 elif outcome.ending.reason == "finished":
-                    assert outcome.ending.val_loss is not None, "the last step is evaluated"
-                    self._tell(trial, TrialState.COMPLETE, outcome.ending.val_loss)
-                    controls.note(f"trial {place}: {METRIC} {outcome.ending.val_loss:.4f}")
+                    assert outcome.ending.evaluation is not None, "the last step is evaluated"
+                    self._tell(trial, TrialState.COMPLETE, outcome.ending.evaluation.loss)
+                    controls.note(f"trial {place}: {METRIC} {outcome.ending.evaluation.loss:.4f}")
                 elif outcome.ending.reason == TAKEN_UP:
                     controls.stop.received = None
                     controls.note(f"trial {place}: was taken up by another process, as this one gave no sign of life")

@@ -207,6 +207,9 @@ class Locator:
                 self.mirror.download(uri.removesuffix(".pt") + ".json", folder)
             found = checkpoint.describe(path)
             checkpoint.verify(found)
+            if (tokenizer := found.manifest.tokenizer) is not None:
+                with contextlib.suppress(ResumeError):  # missing, it is asked for when text is read
+                    self.mirror.download(f"{uri.rpartition('/')[0]}/{tokenizer.name}", folder)
             return self._put_in_place(found)
 
     def _put_in_place(self, found: Checkpoint) -> Checkpoint:
@@ -220,6 +223,8 @@ class Locator:
         path.with_suffix(".json").unlink(missing_ok=True)
         found.path.replace(path)
         found.manifest_path.replace(path.with_suffix(".json"))
+        if (tokenizer := found.manifest.tokenizer) is not None and (fetched := found.path.with_name(tokenizer.name)).is_file():
+            fetched.replace(run_dir / tokenizer.name)
         return checkpoint.describe(path)
 
     @contextlib.contextmanager

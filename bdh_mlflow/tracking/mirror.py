@@ -69,7 +69,7 @@ class Mirror:
         self._run, self._note, self._throttle = run, note, throttle
         self._client, self._artifacts = run.client, run.artifacts
         self._known = _Known() if made_here else None
-        self._configs: set[str] = set()
+        self._beside: set[str] = set()
         self._warned: set[str] = set()
         self._begun: set[str] = set()
         self.validation: tuple[str, str] | None = None
@@ -87,7 +87,7 @@ class Mirror:
         known, self._known = self._known or self._asked(remote), None  # until all of it has gone well
         if not self._is_there(saved, manifest_file, remote, known):
             self._run.together(
-                lambda: self._put_config(saved, remote),
+                lambda: self._put_beside(saved, remote),
                 *(functools.partial(self._upload, f, said.bytes, remote) for f, said in saved.files),
             )
             arrive = functools.partial(self._complete, saved, manifest_file, remote, known)
@@ -148,11 +148,13 @@ class Mirror:
             self._artifacts.delete(f"{remote}/{name}")
         return False
 
-    def _put_config(self, saved: Checkpoint, remote: str) -> None:
-        """The configuration beside the checkpoints, once."""
-        if remote not in self._configs:
-            self._artifacts.put(saved.path.parent / checkpoint.CONFIG_NAME, remote)
-            self._configs.add(remote)
+    def _put_beside(self, saved: Checkpoint, remote: str) -> None:
+        """The configuration and the tokenizer beside the checkpoints, once."""
+        if remote not in self._beside:
+            tokenizer = saved.manifest.tokenizer
+            for name in (checkpoint.CONFIG_NAME, *([tokenizer.name] if tokenizer else [])):
+                self._artifacts.put(saved.path.parent / name, remote)
+            self._beside.add(remote)
 
     def _complete(self, saved: Checkpoint, manifest_file: bytes, remote: str, known: _Known) -> None:
         """The manifest, behind its files."""
@@ -187,8 +189,9 @@ class Mirror:
             if not copy.samefile(file) and checkpoint.file_digest(copy) != said.sha256:
                 copy.unlink()
                 raise OSError(f"{remote}/{file.name} arrived damaged")
-        sizes = self._list(remote, known)
-        for name, size in (*((file.name, said.bytes) for file, said in saved.files), (saved.manifest_path.name, manifest_bytes)):
+        sizes, tokenizer = self._list(remote, known), saved.manifest.tokenizer
+        expected = [(file.name, said.bytes) for file, said in saved.files] + [(saved.manifest_path.name, manifest_bytes)]
+        for name, size in expected + ([(tokenizer.name, tokenizer.bytes)] if tokenizer else []):
             if name not in sizes:
                 raise OSError(f"{remote}/{name} did not arrive")
             if sizes[name] not in (size, None):

@@ -25,7 +25,7 @@ from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_LOSS
 from bdh_mlflow.tracking.records import JOB
 from bdh_mlflow.tracking.resolved import GRAMMAR
 
-_RUN_FILE = re.compile(r"runs:/([0-9a-f]{32})/(.+\.(?:pt|json))")
+_RUN_FILE = re.compile(r"runs:/([0-9a-f]{32})/(.+\.(?:pt|json|model))")
 
 
 class Training(NamedTuple):

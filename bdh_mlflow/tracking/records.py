@@ -185,14 +185,16 @@ class CheckpointSaved(_Kind):
     def to_json(self) -> dict[str, Any]:
         """The evaluation as its points and their time stamp."""
         e = self.evaluation
-        values = e and {"step": e.step, "at_ms": e.logged_at_ms, "values": {"val/loss": e.loss, "val/bpb": e.bits_per_byte}}
+        points = e and {"val/loss": e.loss, "val/bpb": e.bits_per_byte}
+        values = e and {"step": e.step, "at_ms": e.logged_at_ms, "bytes_per_token": e.bytes_per_token, "values": points}
         return {"path": self.path, "evaluation": values, **self.unknown_fields}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         e = tree["evaluation"]
-        evaluation = e and Evaluation(int(e["step"]), float(e["values"]["val/loss"]), int(e["at_ms"]))
+        each = e and float(e.get("bytes_per_token", 1.0))  # before there were vocabularies a token was a byte
+        evaluation = e and Evaluation(int(e["step"]), float(e["values"]["val/loss"]), int(e["at_ms"]), each)
         return super().from_json({**tree, "evaluation": evaluation or None})
 
 

@@ -5,36 +5,31 @@ Everything that can be refused is refused here, before a run begins: the configu
 
 import itertools
 import platform
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from bdh_mlflow.config import Config, DatasetConfig
-from bdh_mlflow.data import order, prepare
-from bdh_mlflow.data.folder import REFUSED, held, kind_of, list_files, nearest_folder
+from bdh_mlflow.config import Config
+from bdh_mlflow.data import order
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
-from bdh_mlflow.data.remote import RemotePath, place_of
-from bdh_mlflow.data.sources import PYTHON_STDLIB, listed
-from bdh_mlflow.distributed import ALONE, Report, World
-from bdh_mlflow.errors import DataError
-from bdh_mlflow.files import shown
+from bdh_mlflow.distributed import ALONE, World
 from bdh_mlflow.model import bdh, native, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
 from bdh_mlflow.model.sampling import Sampler
-from bdh_mlflow.text import Sample, decode, printable
+from bdh_mlflow.text import Sample
 from bdh_mlflow.training import optim, strategy
 from bdh_mlflow.training.agreement import refuse_differences
+from bdh_mlflow.training.corpus import open_together
 from bdh_mlflow.training.origin import Origin, Settled, load_warm, position_of
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
+from bdh_mlflow.vocabulary import Tokenizer
 
-PROMPTS, PROMPT_BYTES = 3, 48  # pieces of validation text that samples continue
-SAMPLE_BYTES = 128  # written for each
+PROMPTS, PROMPT_TOKENS = 3, 48  # pieces of validation text that samples continue
+SAMPLE_TOKENS = 128  # written for each
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50
 
 
@@ -66,7 +61,7 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
     config, origin, device = settled.config, settled.origin, precision.pick_device()
     refuse_differences(config, world)
     runs = Precision.from_config(config, device)
-    text = open_together(config, progress, world)
+    text = open_together(config, settled.tokenizer, progress, world)
     batches = build_batches(config, text, position_of(origin, config, text, progress), device, world)
     training = config.training
     validation = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
@@ -83,7 +78,7 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
         device=device,
         runs=runs,
         text=text,
-        batches=showing_first(batches, progress) if training.debug else batches,
+        batches=showing_first(batches, text.tokenizer, progress) if training.debug else batches,
         validation=validation,
         network=network,
         optimizer=optimizer,
@@ -116,7 +111,10 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         device=built.device,
         batches=built.batches,
         validation=built.validation,
-        samples=build_sampler(built.network, built.validation if world.rank == 0 else [], config.training.seed, built.device),
+        samples=build_sampler(
+            built.network, built.text.tokenizer, built.validation if world.rank == 0 else [], config.training.seed, built.device
+        ),
+        bytes_per_token=built.text.bytes_per_token(built.validation),
         observed=lambda: built.network.observed(world.sum_exact),
         peak_tokens_per_s=_peak_flops(built) / bdh.useful_flops(built.network.config, config.training.block_size),
         saver=saver,
@@ -131,64 +129,6 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         for group in built.optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
             group["weight_decay"] = config.training.weight_decay
     return trainer
-
-
-def open_together(config: Config, progress: Progress, world: World) -> ParquetText:
-    """The data on each rank; where it is built from its source, by one process at a time.   Raises DataError where it is not the same."""
-    text = None
-    for turn in (world.rank == 0, world.local_rank == 0, True):
-        with world.failing():
-            if turn and text is None:
-                text = open_text(config, progress)
-        world.exchange(Report())
-    assert text is not None
-    for rank, digest in enumerate(world.gather(text.digest)):
-        if digest != text.digest:
-            raise DataError(
-                f"dataset.parquet_dir: {shown(text.root)} holds other text for {world.name(rank)} (digest {digest[:12]}) than for "
-                f"{world.name(world.rank)} ({text.digest[:12]}); every process must read the same files"
-            )
-    return text
-
-
-def open_text(config: Config, progress: Progress) -> ParquetText:
-    """The data, built from its source first if the folder is missing or empty.   config: resolved. Raises DataError."""
-    if config.dataset.source is not None:
-        _fill(config.dataset, config.dataset.source, progress)
-    text = ParquetText(config.dataset, progress.note)
-    if note := text.note():
-        progress.note(note)
-    return text
-
-
-def _fill(dataset: DatasetConfig, source: str, progress: Progress) -> None:
-    """Build the folder from its source, unless there is something in it.
-
-    Raises DataError for a folder whose name looks misspelt: training on other text than meant is worse than a question.
-    """
-    folder = place_of(dataset.parquet_dir)
-    name = shown(folder)
-    if isinstance(folder, RemotePath):  # a bucket has no folders, so an empty one is none
-        if list_files(folder, lambda name: False, progress.note).files:
-            return
-        what = "is empty"
-    elif (found := kind_of(folder)) == "folder":
-        if held(folder):
-            return
-        what = "is empty"
-    elif found == "nothing":
-        what = "does not exist"
-        near = nearest_folder(folder, REFUSED)
-        if near is not None and (folder.absolute(), source) != (Path(DatasetConfig().parquet_dir).absolute(), PYTHON_STDLIB):
-            raise DataError(
-                f"{name}: no such folder (dataset.parquet_dir); did you mean {shown(near)}? "
-                f"To build {name} beside it, run: bdh-mlflow data prepare {shlex.join([printable(source), name])}"
-            )
-    else:
-        return
-    progress.note(f"{name} {what}: preparing it from {shown(source)} (dataset.source)")
-    done = prepare.prepare(source, folder, dataset.text_column)
-    progress.note(f"prepared {done.documents:,} documents, {done.bytes / 1e6:.1f} MB of text{listed(done.skipped)}")
 
 
 def build_batches(
@@ -252,19 +192,19 @@ def _activations(config: Config, why: Mapping[str, str]) -> str:
 
 
 def build_sampler(
-    network: BDH, validation: list[torch.Tensor], seed: int, device: torch.device
+    network: BDH, tokenizer: Tokenizer, validation: list[torch.Tensor], seed: int, device: torch.device
 ) -> Callable[[Callable[[], bool]], list[Sample]]:
     """Continues always the same pieces of the validation text with the same random numbers, so that the samples of a run are comparable."""
     if not validation:
         return lambda stopped: []
-    prompts = torch.cat(validation)[:PROMPTS, 1 : PROMPT_BYTES + 1].long().to(device)  # windows lie in random order
+    prompts = torch.cat(validation)[:PROMPTS, 1 : PROMPT_TOKENS + 1].long().to(device)  # windows lie in random order
 
     def samples(stopped: Callable[[], bool]) -> list[Sample]:
         generator = torch.Generator(device).manual_seed(seed)
         training = network.training
         network.eval()
         written = []
-        for tokens in network.stream(prompts, SAMPLE_BYTES, Sampler(SAMPLE_TEMPERATURE, SAMPLE_TOP_K), generator=generator):
+        for tokens in network.stream(prompts, SAMPLE_TOKENS, Sampler(SAMPLE_TEMPERATURE, SAMPLE_TOP_K), generator=generator):
             if stopped():
                 break
             written.append(tokens)
@@ -272,13 +212,13 @@ def build_sampler(
         if stopped():
             return []
         texts = torch.cat(written, dim=1).tolist()
-        return [Sample(decode(p), decode(text)) for p, text in zip(prompts.tolist(), texts, strict=True)]
+        return [Sample(tokenizer.decode(p), tokenizer.decode(text)) for p, text in zip(prompts.tolist(), texts, strict=True)]
 
     return samples
 
 
-def showing_first(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
+def showing_first(batches: Iterator[Batch], tokenizer: Tokenizer, progress: Progress) -> Iterator[Batch]:
     """debug: the first window of the first batch, as text."""
     first = next(batches)
-    progress.note(f"first window of {tuple(first.tokens.shape)}:\n{decode(first.tokens[0].tolist())}")
+    progress.note(f"first window of {tuple(first.tokens.shape)}:\n{tokenizer.decode(first.tokens[0].tolist())}")
     yield from itertools.chain([first], batches)

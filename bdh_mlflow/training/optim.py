@@ -39,7 +39,8 @@ def problems(config: Config) -> Iterable[Problem]:
     if importlib.util.find_spec(LIBRARIES[bits]) is None:
         yield Problem(key, f"{bits}-bit AdamW needs {LIBRARIES[bits]}, which is not installed: pip install {LIBRARIES[bits]}")
     m = config.model
-    sizes = m.mlp_internal_dim_multiplier * m.n_embd**2, m.vocab_size * m.n_embd
+    vocabulary = m.vocab_size or 0  # of a tokenizer that is not read yet; this is asked again when it is
+    sizes = m.mlp_internal_dim_multiplier * m.n_embd**2, vocabulary * m.n_embd
     if not any(_quantised(size, bits) for size in sizes):
         blocks = "" if bits == 8 else f", a multiple of {BLOCK_4BIT}"
         yield Problem(

@@ -16,6 +16,7 @@ from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.training.trainer import Progress
+from bdh_mlflow.vocabulary import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,22 @@ class Settled:
     config: Config
     why: Mapping[str, str]
     origin: Origin
+    tokenizer: Tokenizer
 
 
-def run_directory(origin: Origin, checkpoint_dir: Path, config: Config) -> RunDirectory:
+def run_directory(origin: Origin, checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) -> RunDirectory:
     """The directory of the run that goes on, or a new one."""
+    files = {checkpoint.CONFIG_NAME: config.to_yaml().encode()}
+    if tokenizer.file_name is not None and tokenizer.content is not None:
+        files[tokenizer.file_name] = tokenizer.content
     if origin.begun is not None:
-        return RunDirectory.begun(origin.begun, config.to_yaml())
+        return RunDirectory.begun(origin.begun, files)
     if origin.kind != "resumed" or origin.found is None or origin.manifest is None:
-        return RunDirectory.new(checkpoint_dir, config.to_yaml(), datetime.now())
+        return RunDirectory.new(checkpoint_dir, files, datetime.now())
     folder = origin.found.path.absolute().parent
     if folder.name != origin.manifest.run_dir:  # a copy elsewhere, among files of other runs
         folder = checkpoint_dir / origin.manifest.run_dir
-    return RunDirectory(folder, config.to_yaml())
+    return RunDirectory(folder, files)
 
 
 def position_of(origin: Origin, config: Config, text: ParquetText, progress: Progress) -> order.Position | None:

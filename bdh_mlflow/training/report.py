@@ -26,6 +26,7 @@ from bdh_mlflow.training.build import Built, is_sharded
 from bdh_mlflow.training.passes import reduction
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Ending
+from bdh_mlflow.vocabulary import Tokenizer
 
 
 def segment_of(built: Built, status: StoreStatus, earlier: list[Segment]) -> Segment:
@@ -87,6 +88,8 @@ def introduce(tracker: Tracker, built: Built, segment: Segment, provenance: Prov
     tags = {
         **config.tracking.tags,
         **built.facts,
+        "bdh.tokenizer": _tokenizer_in_words(text.tokenizer),
+        "bdh.bytes_per_token": repr(text.bytes_per_token(built.validation)),
         "bdh.version": __version__,
         "bdh.host": ", ".join(segment.hosts),
         "bdh.processes": str(segment.processes),
@@ -123,6 +126,19 @@ def introduce(tracker: Tracker, built: Built, segment: Segment, provenance: Prov
         tracker.dataset(DatasetFacts(name=name, digest=text.digest, folder=folder, profile=profile, context=context))
 
 
+def _tokens_in_words(built: Built) -> str:
+    tokenizer = built.text.tokenizer
+    if tokenizer.digest is None:
+        return ""
+    return f"{tokenizer.size:,} tokens ({tokenizer.kind}), {built.text.bytes_per_token(built.validation):.2f} bytes each; "
+
+
+def _tokenizer_in_words(tokenizer: Tokenizer) -> str:
+    if tokenizer.digest is None:
+        return "bytes"
+    return f"{tokenizer.kind}, {tokenizer.size:,} tokens, separator {tokenizer.separator_text}, digest {tokenizer.digest}"
+
+
 def headline(built: Built, identity: RunIdentity | None, status: StoreStatus, segment: int) -> str:
     """What is about to be trained, in a few lines."""
     config, origin, text, facts = built.config, built.origin, built.text, built.facts
@@ -130,7 +146,8 @@ def headline(built: Built, identity: RunIdentity | None, status: StoreStatus, se
     lines = [
         f"BDH with {config.parameters / 1e6:.2f} M parameters, {config.tokens_per_step:,} tokens a step; {facts['bdh.precision']}; "
         f"{facts['bdh.optimizer']}",
-        f"data: {shown(text.root)}, {len(text.files)} files, {text.rows:,} documents; layers: {facts['bdh.layer_form']}, "
+        f"data: {shown(text.root)}, {len(text.files)} files, {text.rows:,} documents; {_tokens_in_words(built)}"
+        f"layers: {facts['bdh.layer_form']}, "
         f"elementwise passes: {facts['bdh.passes']}",
         f"MLflow run {identity.name} ({identity.run_id}) in experiment {identity.experiment}"
         if identity

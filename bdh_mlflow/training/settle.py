@@ -6,6 +6,7 @@ ones do, each field of the configuration says (`config.Role`).
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, incompatible, resolve, role_of
@@ -15,21 +16,31 @@ from bdh_mlflow.model import precision
 from bdh_mlflow.tracking import journal, locate
 from bdh_mlflow.training import processes
 from bdh_mlflow.training.agreement import refuse_for_several
+from bdh_mlflow.training.corpus import with_tokenizer
 from bdh_mlflow.training.origin import Origin, Settled
 from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.trainer import Progress
+from bdh_mlflow.vocabulary import Tokenizer
 
 
 def settle(config: Config, progress: Progress, fork: bool, size: int) -> Settled:
     """Where training begins and with which settings.   Raises InputError for what the checkpoint or the number of processes forbid."""
     machine = precision.machine(precision.pick_device())
-    origin = find_origin(config, machine, progress, fork)
+    config, tokenizer, origin = find_origin(config, machine, progress, fork)
     resolved, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
     refuse_for_several(resolved, size)
-    return Settled(resolved, why, origin)
+    return Settled(resolved, why, origin, tokenizer)
 
 
-def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool) -> Origin:
+class Begun(NamedTuple):
+    """Where training begins.   config: with what the tokenizer settles."""
+
+    config: Config
+    tokenizer: Tokenizer
+    origin: Origin
+
+
+def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool) -> Begun:
     """What training begins from: the configured target, or what this job had reached before its launcher started it again.
 
     Raises ResumeError if this configuration may not go on from there, with both values of each setting.
@@ -40,8 +51,8 @@ def find_origin(config: Config, machine: Machine, progress: Progress, fork: bool
         return _origin_at(str(begun), config, machine, progress, fork=False)
     if job and job.restarted and not begun and (run_id := _mirrored_run_of(job.id, config, progress)):
         return _origin_at(run_id, config, machine, progress, fork=False)
-    origin = _origin_at(config.training.resume_from_checkpoint, config, machine, progress, fork)
-    return dataclasses.replace(origin, begun=begun or None)
+    at = _origin_at(config.training.resume_from_checkpoint, config, machine, progress, fork)
+    return at._replace(origin=dataclasses.replace(at.origin, begun=begun or None))
 
 
 def _folders(config: Config) -> list[Path]:
@@ -58,17 +69,18 @@ def _mirrored_run_of(job: str, config: Config, progress: Progress) -> str | None
         return None
 
 
-def _origin_at(target: str | None, config: Config, machine: Machine, progress: Progress, fork: bool) -> Origin:
+def _origin_at(target: str | None, config: Config, machine: Machine, progress: Progress, fork: bool) -> Begun:
     """What training begins from.   target: in the resume grammar."""
     if not target or target == "none":
         if fork:
             raise ResumeError("--fork needs a checkpoint to fork from: --resume TARGET")
-        return Origin("fresh")
+        return Begun(*with_tokenizer(config, None, progress), Origin("fresh"))
     found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     for note in found.notes:
         progress.note(f"skipped {note}")
+    config, tokenizer = with_tokenizer(config, found.path.parent, progress)
     if found.checkpoint is None:
-        return Origin("warm", found)
+        return Begun(config, tokenizer, Origin("warm", found))
     settings = found.state["config"]
     settings = {**settings, "training": {"layer_form": "reference", **settings["training"]}}  # the only form before there was the setting
     saved = resolve(Config.from_saved(settings, found.path, found.checkpoint.manifest.written_by), machine).config
@@ -103,7 +115,7 @@ def _origin_at(target: str | None, config: Config, machine: Machine, progress: P
         progress.note(
             f"{shown(found.path)} is of format 1: from here on dropout masks are drawn, and gradients summed, otherwise than before"
         )
-    return Origin("forked" if fork else "resumed", found, saved)
+    return Begun(config, tokenizer, Origin("forked" if fork else "resumed", found, saved))
 
 
 def _refused_changes(saved: Config, config: Config, machine: Machine, fork: bool) -> list[Difference]:

@@ -5,6 +5,7 @@ probed, and only then does a run begin. Its ending is logged, whatever happens (
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bdh_mlflow import checkpoint, host
-from bdh_mlflow.checkpoint import BackgroundWriter, Provenance, RunDirectory
+from bdh_mlflow.checkpoint import BackgroundWriter, FileRecord, Provenance, RunDirectory
 from bdh_mlflow.config import Config
 from bdh_mlflow.distributed import ALONE, World
 from bdh_mlflow.errors import ConfigError, SaveError, TrackingError
@@ -71,7 +72,7 @@ def train(
         built = build(world.share(lambda: settle(config, progress, fork, world.size)), progress, world)
         status = probe_by(make_sender, built.config.tracking, built.origin.continues)
         stop.begun = True  # from here on there is a run to end properly
-        run_dir = run_directory(built.origin, checkpoint_dir, built.config)
+        run_dir = run_directory(built.origin, checkpoint_dir, built.config, built.text.tokenizer)
         with contextlib.closing(run_dir):
             return _tracked(built, run_dir, status, progress, stop, make_sender)
 
@@ -122,7 +123,11 @@ def _attach(tracker: Tracker, status: StoreStatus, report: FinalReport) -> None:
 
 def _introduced(tracker: Tracker, built: Built, segment: Segment, source: host.SourceState) -> Provenance:
     """Record what is known of the run before its first step.   Returns what its manifests say of where it comes from."""
-    provenance = Provenance(None, segment.number, source.commit, source.dirty, built.config.digest(), built.text.digest, host.versions())
+    digests, tokenizer = (built.config.digest(), built.text.digest), built.text.tokenizer
+    beside = None
+    if tokenizer.content is not None and tokenizer.file_name is not None:
+        beside = FileRecord(tokenizer.file_name, len(tokenizer.content), hashlib.sha256(tokenizer.content).hexdigest())
+    provenance = Provenance(None, segment.number, source.commit, source.dirty, *digests, host.versions(), beside)
     introduce(tracker, built, segment, provenance, source.patch)
     return provenance
 

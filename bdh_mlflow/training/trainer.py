@@ -110,7 +110,7 @@ class Ending:
 
     reason: str
     step: int
-    val_loss: float | None
+    evaluation: Evaluation | None
     samples: Sequence[Sample]
 
 
@@ -129,6 +129,8 @@ class Parts:
     device: torch.device
     batches: Iterator[Item]
     validation: list[Tensor]
+    bytes_per_token: float
+    """Bytes of text that a token of the validation windows stands for, on average."""
     samples: Callable[[Callable[[], bool]], Sequence[Sample]]
     """Text that the model continues now; empty if it is asked to stop on the way."""
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
@@ -178,8 +180,7 @@ class Trainer:
             if isinstance(error, InputError):
                 raise StoppedError(f"stopped after step {self.step}: {error}") from error
             raise
-        val_loss = self._evaluation.loss if self._evaluation else None
-        return Ending(stop.received.name if stop.received else "finished", self.step, val_loss, self._samples)
+        return Ending(stop.received.name if stop.received else "finished", self.step, self._evaluation, self._samples)
 
     def _train(self) -> None:
         config = self._config
@@ -325,10 +326,11 @@ class Trainer:
         if not math.isfinite(val_loss):
             self._consistent = False
             raise _diverged(step, val_loss, self._saved_step)
-        values = {"val/loss": val_loss, "val/bpb": bits_per_byte(val_loss)}
+        values = {"val/loss": val_loss, "val/bpb": bits_per_byte(val_loss, parts.bytes_per_token)}
         logged_at_ms = parts.tracker.metrics({**values, **observed}, step)
-        self._evaluation, self._evaluated_step = Evaluation(step, val_loss, logged_at_ms), step
+        self._evaluation, self._evaluated_step = Evaluation(step, val_loss, logged_at_ms, parts.bytes_per_token), step
         parts.tracker.metrics({"by_tokens/val_loss": val_loss, "by_tokens/val_bpb": values["val/bpb"]}, self.tokens_seen // 1000)
+        parts.tracker.metrics({"by_bytes/val_bpb": values["val/bpb"]}, int(self.tokens_seen * parts.bytes_per_token) // 1000)
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
         parts.progress.point(values, step)

@@ -31,7 +31,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def new(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.new(tmp_path / "checkpoints", "seed: 1\n", AT)
+    return RunDirectory.new(tmp_path / "checkpoints", {"config.yaml": b"seed: 1\n"}, AT)
 
 
 def names(folder: Path) -> list[str]:
@@ -81,9 +81,9 @@ def test_directory_that_another_process_trains_in_is_refused(tmp_path: Path) -> 
     first = new(tmp_path)
     first.save(state(1), PROVENANCE, None)
     with pytest.raises(ResumeError, match="another process is training this run"):
-        RunDirectory(first.path, "")
+        RunDirectory(first.path, {})
     first.close()
-    RunDirectory(first.path, "").close()
+    RunDirectory(first.path, {}).close()
 
 
 def test_background_write_holds_what_the_state_was_when_it_was_handed_over() -> None:

@@ -43,7 +43,7 @@ def test_store_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch
 
 
 def test_undelivered_journal_is_named_with_the_command_that_delivers_it(store: MlflowClient) -> None:
-    run = RunDirectory(Path("checkpoints/run_20251108_143022"), "")
+    run = RunDirectory(Path("checkpoints/run_20251108_143022"), {})
     records = journal.Journal(run.folder)
     records.append(Tags(tags={}))
     assert "training now" in found("journal").found
@@ -54,7 +54,7 @@ def test_undelivered_journal_is_named_with_the_command_that_delivers_it(store: M
 
 
 def test_journal_that_cannot_be_read_is_named(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunDirectory(Path("checkpoints/run_20251108_143022"), "")
+    run = RunDirectory(Path("checkpoints/run_20251108_143022"), {})
     journal.Journal(run.folder).append(Tags(tags={}))
 
     def denied(folder: Path) -> journal.JournalReader:  # tests may run as root, whom no permission stops

@@ -26,7 +26,7 @@ def test_generate_is_repeatable_and_evaluate_gives_the_logged_loss(store: Mlflow
     assert len(first) > 8
     output = run_cli("evaluate", run.info.run_id, "--batches", "2", *options).output
     logged = dict(history(store, run.info.run_id, "val/loss"))[6]
-    assert f"val/loss {logged:.4f} nats per byte" in output
+    assert f"val/loss {logged:.4f} nats per token" in output
 
 
 def test_batched_prompts_give_the_same_text_and_stop_ends_it(store: MlflowClient, text: Path, tiny: Path) -> None:
@@ -48,7 +48,7 @@ def test_sampling_options_that_make_no_sense_are_refused(wrong: tuple[str, ...],
 def test_prompt_that_is_too_long_is_refused_before_any_output(store: MlflowClient, text: Path, tiny: Path) -> None:
     train(tiny)
     result = run_cli("generate", "latest", "--prompt", "x" * 70_000, "--config", str(tiny))
-    assert (result.exit_code, result.output) == (2, "Error: prompt of 70,000 bytes; at most 65,536 are taken\n")
+    assert (result.exit_code, result.output) == (2, "Error: prompt of 70,000 tokens; at most 65,536 are taken\n")
 
 
 def test_each_line_of_an_interactive_session_is_a_prompt(store: MlflowClient, text: Path, tiny: Path) -> None:

@@ -53,6 +53,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_cached_files": 5,
         "val_fraction": 0.01,
     },
+    "tokenizer": {
+        "type": "byte",
+        "path": None,
+        "name": None,
+        "train_size": None,
+        "separator": None,
+        "lossy": False,
+        "digest": None,
+    },
     "low_precision": {
         "use_fp8": False,
         "use_4bit": True,
@@ -273,6 +282,9 @@ def test_setting_says_whether_a_resume_may_change_it() -> None:
     assert keys_of(Role.ORDER) == {
         "training.block_size",
         "training.seed",
+        "tokenizer.type",
+        "tokenizer.separator",
+        "tokenizer.digest",
         "dataset.text_column",
         "dataset.max_cached_files",
         "dataset.val_fraction",

@@ -16,6 +16,7 @@ from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
 from tests.conftest import documents, write_shards
 from tests.data.test_parquet import all_bytes, opened
+from tests.vocabulary import made
 
 
 def batches(
@@ -48,15 +49,16 @@ def test_each_token_is_predicted_once_per_epoch(tmp_path: Path, lanes: int, bloc
     assert set(targets) == set(expected)
 
 
-def test_one_lane_gives_every_byte_of_an_epoch_exactly_once(tmp_path: Path) -> None:
-    texts = documents(40)
-    write_shards(tmp_path, texts, shards=1, row_group_size=10)
-    text = opened(tmp_path)
-    total = len(all_bytes(text))
+@pytest.mark.parametrize("kind", made.KINDS)
+def test_one_lane_gives_every_token_of_an_epoch_exactly_once(tmp_path: Path, kind: str) -> None:
+    made.written(tmp_path, kind, documents(40), shards=1, row_group_size=10)
+    text = made.opened(tmp_path, kind)
+    tokens = Counter(token for group in text.row_groups for token in text.training_tokens(group).tolist())
+    total = tokens.total()
     windows = [b.tokens[0] for b in batches(text, 3 * total, lanes=1, batch_size=1, block_size=1)]
     targets = [int(window[1]) for window in windows]
     for epoch in range(3):
-        assert Counter(targets[epoch * total : (epoch + 1) * total]) == Counter(all_bytes(text)), epoch
+        assert Counter(targets[epoch * total : (epoch + 1) * total]) == tokens, epoch
 
 
 def test_windows_hold_running_text_across_documents_and_row_groups(tmp_path: Path) -> None:
@@ -67,14 +69,16 @@ def test_windows_hold_running_text_across_documents_and_row_groups(tmp_path: Pat
     assert stream[0] == "\0"
 
 
-@pytest.mark.parametrize("row_group_size", [1, 16])
+@pytest.mark.parametrize(("kind", "row_group_size"), [("byte", 1), ("byte", 16), ("text", 16), ("tokens", 1), ("tokens", 16)])
 @pytest.mark.parametrize("block_size", [8, 100])
-def test_any_position_continues_with_the_batch_that_would_have_followed(tmp_path: Path, row_group_size: int, block_size: int) -> None:
-    write_shards(tmp_path, documents(60), row_group_size=row_group_size)
-    text = opened(tmp_path)
+def test_any_position_continues_with_the_batch_that_would_have_followed(
+    tmp_path: Path, kind: str, row_group_size: int, block_size: int
+) -> None:
+    made.written(tmp_path, kind, documents(60), row_group_size=row_group_size)
+    text = made.opened(tmp_path, kind)
     uninterrupted = batches(text, 40, block_size=block_size)
     for k in range(39):
-        resumed = batches(opened(tmp_path), 2, json.loads(json.dumps(uninterrupted[k].position)), block_size=block_size)
+        resumed = batches(made.opened(tmp_path, kind), 2, json.loads(json.dumps(uninterrupted[k].position)), block_size=block_size)
         assert same(resumed[:1], uninterrupted[k + 1 : k + 2]), k
 
 
@@ -88,10 +92,10 @@ def test_order_depends_on_the_seed_and_differs_between_epochs(tmp_path: Path) ->
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(100))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
-def test_windows_come_in_one_order_whatever_the_batch_size(tmp_path: Path, batch_size: int) -> None:
-    write_shards(tmp_path, documents(60), row_group_size=16)
-    text = opened(tmp_path)
+@pytest.mark.parametrize(("kind", "batch_size"), [("byte", 1), ("byte", 2), ("byte", 3), ("byte", 7), ("byte", 50), ("tokens", 7)])
+def test_windows_come_in_one_order_whatever_the_batch_size(tmp_path: Path, kind: str, batch_size: int) -> None:
+    made.written(tmp_path, kind, documents(60), row_group_size=16)
+    text = made.opened(tmp_path, kind)
     one_by_one = torch.cat([b.tokens for b in batches(text, 400, batch_size=1)])
     at_once = torch.cat([b.tokens for b in batches(text, 400 // batch_size, batch_size=batch_size)])
     assert torch.equal(one_by_one[: len(at_once)], at_once)
@@ -112,9 +116,10 @@ def test_memory_is_that_of_one_row_group_a_lane(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
-def test_order_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    write_shards(tmp_path, documents(60))
-    text = opened(tmp_path)
+@pytest.mark.parametrize("kind", ["byte", "text"])
+def test_order_is_the_same_for_any_number_of_workers(tmp_path: Path, kind: str) -> None:
+    made.written(tmp_path, kind, documents(60))
+    text = made.opened(tmp_path, kind)
     expected = batches(text, 9)
     for workers in (1, 2):
         order = TrainingBatches(text, Order(3, 4, 8, 7), expected[1].position)
@@ -126,7 +131,7 @@ def test_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, ["abc", "def", "ghi"], shards=1, row_group_size=1)
     with pytest.raises(DataError, match=r"does not fill one window of block_size 100; lower training.block_size or add text"):
         batches(opened(tmp_path), 1, block_size=100)
-    with pytest.raises(DataError, match=r"validation text has 4 bytes, block_size 100 needs more; raise dataset.val_fraction"):
+    with pytest.raises(DataError, match=r"validation text has 4 tokens, block_size 100 needs more; raise dataset.val_fraction"):
         opened(tmp_path, val_fraction=0.01).validation_batches(1, 1, 100)
 
 
@@ -146,3 +151,14 @@ def test_processes_share_the_passes_of_each_update_in_blocks(tmp_path: Path, pro
                 assert torch.equal(batch.tokens, straight[passes * update + number].tokens)
             assert batch.position == straight[passes * update + passes - 1].position, "where the next update starts, for every process"
             assert batch.epoch == straight[passes * update + passes - 1].epoch
+
+
+def test_tokens_are_the_same_prepared_and_made_when_they_are_read(tmp_path: Path) -> None:
+    """Windows, positions and epochs; the text is the same documents, so a training may go over from one to the other."""
+    for kind in ("text", "tokens"):
+        made.written(tmp_path / kind, kind, documents(60), row_group_size=16)
+    of_text, prepared = (made.opened(tmp_path / kind, kind, 0.2) for kind in ("text", "tokens"))
+    assert same(batches(of_text, 30), batches(prepared, 30))
+    held_out = [torch.cat(text.validation_batches(8, 4, 8)) for text in (of_text, prepared)]
+    assert torch.equal(*held_out)
+    assert held_out[0].dtype == torch.uint16

@@ -14,10 +14,13 @@ import pytest
 
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data import parquet
+from bdh_mlflow.data.columns import TOKENIZER_KEY
 from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
+from bdh_mlflow.vocabulary import of_content
 from tests.conftest import documents, write_shards
+from tests.vocabulary import made
 
 SPLIT = "5edb1d7e1b5a1bf719844634951b797813951e4185213c271b1e2697b2cee837"
 ORDER = "bc9aabfab6e4735cbb371817142a7a5da06765153dd39804b55bf4795c26ed3a"
@@ -28,7 +31,7 @@ def opened(folder: Path, val_fraction: float = 0.0, column: str = "text") -> Par
 
 
 def all_bytes(text: ParquetText) -> bytes:
-    return b"".join(text.training_bytes(g).tobytes() for g in text.row_groups)
+    return b"".join(text.training_tokens(g).tobytes() for g in text.row_groups)
 
 
 def test_documents_are_followed_by_a_separator_and_empty_ones_leave_nothing(tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_validation_and_training_text_are_disjoint_and_together_everything(tmp_p
     write_shards(tmp_path, texts, shards=1, row_group_size=100)
     text = opened(tmp_path, val_fraction=0.1)
     training = set(all_bytes(text).decode().split("\0")[:-1])
-    validation = {d for g in text.row_groups for d in text.validation_bytes(g).tobytes().decode().split("\0")[:-1]}
+    validation = {d for g in text.row_groups for d in text.validation_tokens(g).tobytes().decode().split("\0")[:-1]}
     assert training | validation == set(texts)
     assert training & validation == set()
     assert 25 < len(validation) < 80
@@ -114,10 +117,10 @@ def test_validation_and_training_text_are_disjoint_and_together_everything(tmp_p
 def test_validation_split_stays_when_files_are_added(tmp_path: Path) -> None:
     write_shards(tmp_path, documents(50), shards=1)
     before = opened(tmp_path, val_fraction=0.2)
-    kept = [before.validation_bytes(g).tobytes() for g in before.row_groups]
+    kept = [before.validation_tokens(g).tobytes() for g in before.row_groups]
     pq.write_table(pa.table({"text": documents(50, seed=1)}), tmp_path / "aa.parquet")
     after = opened(tmp_path, val_fraction=0.2)
-    old = [after.validation_bytes(g).tobytes() for g in after.row_groups if after.files[g.file].name == "part-0.parquet"]
+    old = [after.validation_tokens(g).tobytes() for g in after.row_groups if after.files[g.file].name == "part-0.parquet"]
     assert old == kept
 
 
@@ -125,7 +128,7 @@ def test_two_documents_are_enough_for_a_validation_split(tmp_path: Path) -> None
     write_shards(tmp_path, ["a" * 50, "b" * 50], shards=1)
     text = opened(tmp_path, val_fraction=0.001)
     (group,) = text.row_groups
-    letters = {bytes(set(part.tolist()) - {0}) for part in (text.training_bytes(group), text.validation_bytes(group))}
+    letters = {bytes(set(part.tolist()) - {0}) for part in (text.training_tokens(group), text.validation_tokens(group))}
     assert letters == {b"a", b"b"}
 
 
@@ -134,7 +137,7 @@ def test_validation_batches_are_windows_of_validation_text(tmp_path: Path) -> No
     text = opened(tmp_path, val_fraction=0.3)
     found = text.validation_batches(batches=3, batch_size=4, block_size=8)
     assert [tuple(b.shape) for b in found] == [(4, 9)] * 3
-    held_out = b"".join(text.validation_bytes(g).tobytes() for g in text.row_groups)
+    held_out = b"".join(text.validation_tokens(g).tobytes() for g in text.row_groups)
     assert bytes(found[0][1].tolist()) in held_out
     assert opened(tmp_path, val_fraction=0.0).validation_batches(1, 1, 8) == []
 
@@ -199,7 +202,7 @@ def test_bytes_are_not_copied_into_python_objects(tmp_path: Path) -> None:
     """A row group's bytes come straight from the joined column buffer."""
     write_shards(tmp_path, documents(10), shards=1)
     text = opened(tmp_path)
-    tokens = text.training_bytes(text.row_groups[0])
+    tokens = text.training_tokens(text.row_groups[0])
     assert tokens.dtype == np.uint8
     assert not tokens.flags.owndata
 
@@ -220,7 +223,7 @@ def test_order_and_split_of_an_ordinary_folder_never_change(tmp_path: Path) -> N
     """Values of version 0.2.0: a run begun with it resumes on the same text, in the same order, without its validation text."""
     text = opened(ordinary_folder(tmp_path), val_fraction=0.1)
     assert [entry["file"] for entry in text.manifest] == list(NAMES)
-    held_out = hashlib.sha256(b"".join(text.validation_bytes(g).tobytes() for g in text.row_groups)).hexdigest()
+    held_out = hashlib.sha256(b"".join(text.validation_tokens(g).tobytes() for g in text.row_groups)).hexdigest()
     assert held_out == SPLIT
     batches = iter(TrainingBatches(text, Order(3, 2, 16, 7), None))
     order = hashlib.sha256(b"".join(next(batches).tokens.numpy().tobytes() for _ in range(50))).hexdigest()
@@ -247,7 +250,7 @@ def test_parquet_files_of_any_name_are_read(tmp_path: Path, name: str | bytes) -
     write_shards(tmp_path, documents(20))
     rename(tmp_path / "part-1.parquet", name.encode() if isinstance(name, str) else name)
     text = opened(tmp_path, val_fraction=0.2)
-    read = [part for g in text.row_groups for part in (text.training_bytes(g).tobytes(), text.validation_bytes(g).tobytes())]
+    read = [part for g in text.row_groups for part in (text.training_tokens(g).tobytes(), text.validation_tokens(g).tobytes())]
     assert Counter(b"".join(read).decode().split("\0")[:-1]) == Counter(documents(20))
     assert len(text.digest) == 32
     assert json.loads(text.describe())["digest"] == text.digest
@@ -273,10 +276,10 @@ def test_a_link_to_nothing_is_an_error_rather_than_less_text(tmp_path: Path, nam
 
 def test_files_that_are_not_read_are_noted(tmp_path: Path) -> None:
     write_shards(tmp_path, documents(20))
-    assert opened(tmp_path).note() is None
+    assert list(opened(tmp_path).notes()) == []
     for name in ("a.jsonl", "b.parquet.zst", "c.pq", "d.txt", ".hidden", "_SUCCESS"):
         (tmp_path / name).touch()
-    assert opened(tmp_path).note() == f"{tmp_path}: not read, as only .parquet files are: a.jsonl, b.parquet.zst, c.pq and 1 more"
+    assert list(opened(tmp_path).notes()) == [f"{tmp_path}: not read, as only .parquet files are: a.jsonl, b.parquet.zst, c.pq and 1 more"]
 
 
 def test_a_folder_of_other_files_is_refused_with_what_prepares_them(tmp_path: Path) -> None:
@@ -335,3 +338,69 @@ def test_a_folder_of_an_unfinished_preparation_is_refused(tmp_path: Path) -> Non
     (tmp_path / parquet.UNFINISHED).mkdir()
     with pytest.raises(DataError, match="a preparation is writing here, or one was killed"):
         opened(tmp_path)
+
+
+def tokens_replaced(folder: Path, tokens: list[list[int] | None], kind: pa.DataType) -> None:
+    """One file whose column of tokens holds these lists, as if they were prepared."""
+    schema = pa.schema([("text", pa.string()), ("tokens", kind)], {TOKENIZER_KEY: str(made.of_bpe().digest)})
+    pq.write_table(pa.table({"text": ["def"] * len(tokens), "tokens": pa.array(tokens, kind)}, schema), folder / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind", "message"),
+    [
+        ([[1, 2], [made.SIZE]], pa.list_(pa.uint16()), "a.parquet: row group 0: token 280 in column `tokens`, the tokenizer has 280"),
+        ([[1, 2], [-1]], pa.list_(pa.int32()), "column `tokens` holds list<element: int32>; prepare the folder again"),
+        ([[1, None], [2]], pa.list_(pa.uint16()), "column `tokens` holds list<element: uint16>, some null"),
+    ],
+    ids=["out of range", "signed", "null"],
+)
+def test_prepared_tokens_that_the_tokenizer_does_not_have_are_refused(tmp_path: Path, tokens: Any, kind: pa.DataType, message: str) -> None:
+    tokens_replaced(tmp_path, tokens, kind)
+    text = made.opened(tmp_path, "tokens")
+    with pytest.raises(DataError) as refused:
+        text.training_tokens(text.row_groups[0])
+    assert message in str(refused.value)
+
+
+def test_empty_documents_have_no_tokens_and_no_separator(tmp_path: Path) -> None:
+    tokens_replaced(tmp_path, [[5], None, [], [6, 7]], pa.list_(pa.uint16()))
+    text = made.opened(tmp_path, "tokens")
+    assert text.training_tokens(text.row_groups[0]).tolist() == [5, 0, 6, 7, 0]
+
+
+def test_tokens_of_another_tokenizer_are_not_taken_and_a_line_says_so(tmp_path: Path) -> None:
+    made.written(tmp_path / "text", "text", documents(20))
+    (note,) = made.opened(tmp_path / "text", "text").notes()
+    assert "2 of 2 files hold no tokens, so tokens are made of their text each time it is read" in note
+    made.written(tmp_path / "tokens", "tokens", documents(20))
+    assert list(made.opened(tmp_path / "tokens", "tokens").notes()) == []
+    other = ParquetText(DatasetConfig(parquet_dir=str(tmp_path / "tokens")), tokenizer=of_content("huggingface", made.bpe(270), None, "x"))
+    assert "2 of 2 files hold tokens of another tokenizer" in next(other.notes())
+    group = other.row_groups[0]
+    assert other.training_tokens(group).max() < 270
+
+
+def test_documents_that_are_not_text_or_not_given_back_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([b"ok", b"\xff"])}), tmp_path / "a.parquet")
+    text = made.opened(tmp_path, "text")
+    with pytest.raises(DataError, match=r"a.parquet: row group 0: a document that is not UTF-8; .* tokenizer.type: byte"):
+        text.training_tokens(text.row_groups[0])
+    pq.write_table(pa.table({"text": ["two  spaces"]}), tmp_path / "a.parquet")
+    own = of_content("sentencepiece", made.sentencepiece_model(remove_extra_whitespaces=True), None, "x")
+    folder = DatasetConfig(parquet_dir=str(tmp_path), val_fraction=0)
+    strict, lossy = (ParquetText(folder, tokenizer=own, lossy=lossy) for lossy in (False, True))
+    with pytest.raises(DataError, match=r"does not give back: for 'two  spaces' it gives ' two spaces' back\. .* tokenizer.lossy: true"):
+        strict.training_tokens(strict.row_groups[0])
+    assert own.decode(lossy.training_tokens(lossy.row_groups[0]).tolist()) == " two spaces\u2400"
+
+
+def test_bytes_of_validation_tokens_are_those_of_their_text(tmp_path: Path) -> None:
+    """With windows of one token every token of the validation text is predicted once."""
+    made.written(tmp_path, "tokens", documents(60))
+    counted = {}
+    for kind in ("byte", "tokens"):
+        text = made.opened(tmp_path, kind, 0.2)
+        batches = text.validation_batches(10**6, 1, 1)
+        counted[kind] = text.bytes_per_token(batches) * len(batches)
+    assert counted["tokens"] == pytest.approx(counted["byte"], rel=1e-12)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from bdh_mlflow.data import parquet, prepare, sources
+from bdh_mlflow.data import columns, parquet, prepare, shards, sources
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
 from tests.conftest import documents, write_shards
@@ -27,7 +27,7 @@ def test_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path) -> N
     done = prepare.prepare(str(tmp_path / "book.txt"), tmp_path / "out", "text")
     texts = prepared_texts(tmp_path / "out")
     assert "".join(texts) == content
-    assert done.documents == len(texts) > 2
+    assert done.written.documents == len(texts) > 2
     assert all(t.endswith("\n") for t in texts[:-1])
 
 
@@ -93,18 +93,18 @@ def test_parquet_source_keeps_its_text_column_only(tmp_path: Path) -> None:
 
 
 def test_large_sources_become_several_row_groups_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "ROW_GROUP_BYTES", 100)
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 500)
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 500)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * 40}) + "\n" for _ in range(50)))
     done = prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", "text")
-    assert done.files == len(parquet.parquet_files(tmp_path / "out")) == 4
+    assert done.written.files == len(parquet.parquet_files(tmp_path / "out")) == 4
     assert len(opened(tmp_path / "out").row_groups) == 17
-    assert done.bytes == 2000
+    assert done.written.bytes == 2000
 
 
 def test_standard_library_is_real_python_text(tmp_path: Path) -> None:
     done = prepare.prepare(sources.PYTHON_STDLIB, tmp_path / "out", "text")
-    assert done.bytes > 5_000_000
+    assert done.written.bytes > 5_000_000
     assert any("def namedtuple(" in t for t in prepared_texts(tmp_path / "out"))
 
 
@@ -135,7 +135,7 @@ def test_plain_text_is_cut_at_line_ends_only(tmp_path: Path) -> None:
     assert all(t.endswith("\n") for t in texts)
 
 
-def never_read(source: str, column: str, skipped: object) -> Iterator[str]:
+def never_read(source: str, column: str, skipped: object, meter: object) -> Iterator[str]:
     raise AssertionError("the target is checked before the source is read")
 
 
@@ -195,13 +195,13 @@ def test_any_new_or_empty_folder_takes_the_result_or_keeps_nothing(tmp_path: Pat
     done = prepare.prepare(str(tmp_path / "good.jsonl"), folder, "text")
     assert [p.name for p in folder.iterdir()] == ["part-00000.parquet"]
     (file,) = parquet.parquet_files(folder)
-    assert done.documents == sum(rows for rows, _ in parquet.footer(Path(file), "text")[1]) == 50
+    assert done.written.documents == sum(rows for rows, _ in columns.footer(file, "text").groups) == 50
     assert inode in (None, folder.stat().st_ino), "an existing folder stays the one it was"
 
 
 def test_moving_into_an_existing_folder_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "ROW_GROUP_BYTES", 100)
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 500)
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 500)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * 40}) + "\n" for _ in range(50)))
     (tmp_path / "out").mkdir()
     real, moved = Path.rename, []

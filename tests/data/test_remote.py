@@ -121,15 +121,15 @@ def test_text_is_prepared_into_a_bucket_and_from_one(bucket: str, tmp_path: Path
     for number, text in enumerate(documents(20)):
         (tmp_path / "in" / f"{number:02}.txt").write_text(text)
     done = prepare(str(tmp_path / "in"), place_of(bucket), "text")
-    assert (done.documents, done.files, str(done.folder)) == (20, 1, bucket)
+    assert (done.written.documents, done.written.files, str(done.folder)) == (20, 1, bucket)
     back = prepare(bucket, tmp_path / "out", "text")
-    assert back.documents == 20
+    assert back.written.documents == 20
     assert pq.read_table(tmp_path / "out")["text"].to_pylist() == documents(20)
     with pytest.raises(DataError, match=r"not empty \(it holds part-00000.parquet\)"):
         prepare(str(tmp_path / "in"), place_of(bucket), "text")
     client = stores.s3.client()
     client.upload_file(str(tmp_path / "in" / "00.txt"), BUCKET, f"{bucket.rpartition('/')[2]}/texts/a.txt")
-    assert prepare(f"{bucket}/texts/a.txt", tmp_path / "single", "text").documents == 1
+    assert prepare(f"{bucket}/texts/a.txt", tmp_path / "single", "text").written.documents == 1
     client.put_object(Bucket=BUCKET, Key=f"{bucket.rpartition('/')[2]}/{UNFINISHED}/{UNFINISHED}", Body=b"x")
     with pytest.raises(DataError, match="a preparation is writing here"):
         ParquetText(DatasetConfig(parquet_dir=bucket))

@@ -47,7 +47,7 @@ def test_4bit_file_is_the_model_that_training_evaluated(trained: Path) -> None:
     path = exported(trained, "4bit")
     run, file = (load.load(str(p), Path("checkpoints"), TrackingConfig()) for p in (trained, path))
     assert path.stat().st_size < 0.3 * sum(p.numel() * 4 for p in run.model.parameters())
-    losses = [load.validation_loss(loaded, run.config.dataset, 2) for loaded in (run, file)]
+    losses = [load.validation_loss(loaded, run.config.dataset, 2).loss for loaded in (run, file)]
     assert losses[0] == losses[1]
     assert file.step == 6
     for name in PROJECTIONS:

@@ -11,13 +11,15 @@ from bdh_mlflow.errors import InputError, NonFiniteError
 from bdh_mlflow.inference import generate
 from bdh_mlflow.inference.generate import Loaded, Sampling
 from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.vocabulary import BYTES
 from tests.conftest import tiny_config
 
 
 @pytest.fixture
 def loaded() -> Loaded:
     config = tiny_config()
-    return generate.from_weights(BDH(config.to_bdh_config()).state_dict(), config, {}, Path("x"), 1, ())
+    contents = generate.Contents(BDH(config.to_bdh_config()).state_dict(), config, BYTES, {})
+    return generate.from_weights(contents, Path("x"), 1, ())
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "a\0b", "日本語", "\udcff", "\U0001f600", "x" * 300])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, RunTag
 
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.studies import compare, curves, report
@@ -38,17 +38,42 @@ def test_axes_are_steps_tokens_and_the_time_in_training(store: MlflowClient) -> 
 
 def test_metrics_with_steps_of_their_own_are_placed_on_the_axes_that_fit(store: MlflowClient) -> None:
     run_id = made_run(store, "one", [3.0, 2.0])
-    store.log_batch(run_id, [Metric("by_tokens/val_loss", 1.0, BEGAN_MS, 4), Metric("system/cpu", 1.0, BEGAN_MS, 7)])
-    (run,) = compare.read([run_id], TrackingConfig(), ("by_tokens/val_loss", "system/cpu")).runs
+    own = [
+        Metric("by_tokens/val_loss", 1.0, BEGAN_MS, 4),
+        Metric("by_bytes/val_bpb", 1.0, BEGAN_MS, 6),
+        Metric("system/cpu", 1.0, BEGAN_MS, 7),
+    ]
+    store.log_batch(run_id, own, tags=[RunTag("bdh.bytes_per_token", "3.0")])
+    comparison = compare.read([run_id], TrackingConfig(), ("by_tokens/val_loss", "by_bytes/val_bpb", "system/cpu"))
+    (run,) = comparison.runs
+    assert report.axes(comparison) == ("step", "tokens", "bytes of text", "active hours")
 
     def places(metric: str) -> list[list[float] | None]:
-        found = [run.axis(axis, metric) for axis in ("step", "tokens")]
+        found = [run.axis(axis, metric) for axis in ("step", "tokens", "bytes of text")]
         return [None if place is None else place.tolist() for place in found]
 
-    assert places("train/loss") == [[1, 2], [16, 32]]
-    assert places("by_tokens/val_loss") == [None, [4000]]
-    assert places("system/cpu") == [None, None]
+    assert places("train/loss") == [[1, 2], [16, 32], [48, 96]]
+    assert places("by_tokens/val_loss") == [None, [4000], [12000]]
+    assert places("by_bytes/val_bpb") == [None, [2000], [6000]]
+    assert places("system/cpu") == [None, None, None]
     assert len(report.plots(compare.read([run_id], TrackingConfig(), ("system/cpu",)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("tags", "params", "expected"),
+    [
+        ({}, {}, 1.0),
+        ({}, {"tokenizer__type": "huggingface"}, 0.0),
+        ({"bdh.bytes_per_token": "many"}, {}, 0.0),
+        ({"bdh.bytes_per_token": "nan"}, {}, 0.0),
+    ],
+    ids=["before vocabularies", "not told", "no number", "not finite"],
+)
+def test_bytes_of_a_token_are_what_the_run_says(store: MlflowClient, tags: dict[str, str], params: dict[str, Any], expected: float) -> None:
+    run_id = made_run(store, "one", [3.0, 2.0], tags, **params)
+    ((run,)) = compare.read([run_id], TrackingConfig()).runs
+    assert run.bytes_per_token == expected
+    assert (run.axis("bytes of text", "train/loss") is None) is (expected == 0.0)
 
 
 @pytest.mark.parametrize("table", ["{", '{"data": 3}', '{"columns": [], "data": [["<script>", "p", "w"]]}', "[]", "null"])

@@ -73,7 +73,7 @@ def test_line_that_a_kill_cut_short_is_skipped_and_the_next_is_intact(tmp_path: 
 
 
 def test_reader_follows_the_folder_when_it_becomes_the_run_directory(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "checkpoints" / "run_20251108_143022", "")
+    run = RunDirectory(tmp_path / "checkpoints" / "run_20251108_143022", {})
     made = appended(run.folder, 1)
     reader = JournalReader(run.folder)
     run.make()

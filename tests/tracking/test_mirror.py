@@ -133,7 +133,7 @@ def test_best_checkpoint_of_all_runs_is_one_query(store: MlflowClient, tmp_path:
     (model,) = store.search_logged_models([experiment.experiment_id], "name = 'bdh-step-3'")
     assert {(m.key, m.value, m.dataset_name) for m in model.metrics or []} == {
         ("val/loss", 1.75, "text (validation)"),
-        ("val/bpb", bits_per_byte(1.75), "text (validation)"),
+        ("val/bpb", bits_per_byte(1.75, 1.0), "text (validation)"),
     }
     assert len(store.get_metric_history(runs[1].run_id, "val/loss")) == 3  # linked, not logged a second time
 

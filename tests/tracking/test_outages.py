@@ -173,7 +173,7 @@ def whole(store: MlflowClient, tracked: TrackedRun, number: int) -> None:
     assert [run.info.run_id for run in runs] == [tracked.run_id], number
     (run,) = runs
     assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "1"}), number
-    for key, value in (("train/loss", 1.0), ("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0))):
+    for key, value in (("train/loss", 1.0), ("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0, 1.0))):
         assert history(store, tracked.run_id, key) == [(1, value)], (number, key)
     folder = f"checkpoints/{tracked.directory.path.name}"
     assert run.data.tags["bdh.latest_checkpoint"] == run.data.tags["bdh.best_checkpoint"] == f"{folder}/checkpoint_1.pt", number
@@ -181,7 +181,7 @@ def whole(store: MlflowClient, tracked: TrackedRun, number: int) -> None:
     assert files == {"config.yaml", "checkpoint_1.json", "checkpoint_1.pt"}, number
     models = store.search_logged_models([run.info.experiment_id], f"source_run_id = '{tracked.run_id}'")
     assert [(m.name, str(m.status)) for m in models] == [("bdh-step-1", "READY")], number
-    assert {(m.key, m.value) for m in models[0].metrics or []} == {("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0))}, number
+    assert {(m.key, m.value) for m in models[0].metrics or []} == {("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0, 1.0))}, number
     assert len(run.inputs.dataset_inputs) == 1, number
     rows = json.loads(load_text(f"runs:/{tracked.run_id}/samples.json"))["data"]
     assert [row[0] for row in rows] == [1], number

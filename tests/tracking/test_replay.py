@@ -66,7 +66,7 @@ def test_replayed_evaluation_of_a_checkpoint_is_there_once_though_files_are_quic
     again = TrackedRun(tmp_path, path=tracked.directory.path, patience=replace(HURRY, database_exit_s=30.0), number=2)
     again.save(1, 2.0)
     assert again.close() == 0
-    for key, value in (("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0))):
+    for key, value in (("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0, 1.0))):
         assert history(store, run_id, key) == [(1, value)]
     (model,) = store.search_logged_models([store.get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'")
-    assert {(m.key, m.value) for m in model.metrics or []} == {("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0))}
+    assert {(m.key, m.value) for m in model.metrics or []} == {("val/loss", 2.0), ("val/bpb", bits_per_byte(2.0, 1.0))}

@@ -69,7 +69,8 @@ class TrackedRun:
         **fields: Any,
     ) -> None:
         self.notes: list[str] = []
-        self.directory = RunDirectory(path, "seed: 1\n") if path else RunDirectory.new(folder / "checkpoints", "seed: 1\n", AT)
+        files = {"config.yaml": b"seed: 1\n"}
+        self.directory = RunDirectory(path, files) if path else RunDirectory.new(folder / "checkpoints", files, AT)
 
         def start(folder: Callable[[], Path], uri: str, on_message: OnMessage) -> ThreadSender | SubprocessSender:
             if process:
@@ -94,7 +95,7 @@ class TrackedRun:
 
     def evaluate(self, step: int, loss: float) -> Evaluation:
         """Points of the validation curves, as the trainer logs them."""
-        at_ms = self.tracker.metrics({"val/loss": loss, "val/bpb": bits_per_byte(loss)}, step)
+        at_ms = self.tracker.metrics({"val/loss": loss, "val/bpb": bits_per_byte(loss, 1.0)}, step)
         return Evaluation(step, loss, at_ms)
 
     def losses(self, *steps: int, of: Callable[[int], float] = float) -> None:

@@ -165,6 +165,7 @@ def bench(
         "device": CPU,
         "batches": batches or items(),
         "validation": [item.tokens for item, _ in zip(items(5000), range(3), strict=False)],
+        "bytes_per_token": 1.0,
         "samples": lambda stopped: SAMPLES,
         "observed": lambda: nullcontext({"seen": 1.0}),
         "peak_tokens_per_s": 1e6,

@@ -30,7 +30,7 @@ class Unseen:
 
 def resumed(tiny: Path, machine: Machine, *settings: str) -> Origin:
     config = Config.from_yaml(tiny, ["training.resume_from_checkpoint=latest", *settings])
-    return find_origin(config, machine, Unseen(), fork=False)
+    return find_origin(config, machine, Unseen(), fork=False).origin
 
 
 def test_debug_may_come_and_go_although_nothing_is_compiled_under_it(

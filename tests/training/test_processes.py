@@ -232,7 +232,7 @@ def test_no_process_outlives_a_killed_rank_0(store: MlflowClient, four: Path, tm
 def test_a_run_that_another_job_trains_is_refused(store: MlflowClient, four: Path) -> None:
     assert train(four, 1, "--training.max_iters", "3").exit_code == 0
     (folder,) = checkpoint.list_all(Path("checkpoints"))
-    held = RunDirectory(folder, (folder / "config.yaml").read_text())
+    held = RunDirectory(folder, {"config.yaml": (folder / "config.yaml").read_bytes()})
     try:
         result = train(four, 2, "--resume", "latest")
     finally:

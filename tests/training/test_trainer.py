@@ -25,7 +25,9 @@ def test_things_happen_at_their_frequencies_and_at_the_last_step() -> None:
     assert b.log.written == [(SAMPLES, 5), (SAMPLES, 10)]
     assert b.saved_steps == [6, 10]
     assert b.log.steps == list(range(1, 11))
-    assert ending == Ending("finished", 10, b.log.values_of("val/loss")[-1], SAMPLES)
+    assert ending.evaluation is not None
+    assert ending.evaluation.loss == b.log.values_of("val/loss")[-1]
+    assert ending == Ending("finished", 10, ending.evaluation, SAMPLES)
 
 
 def test_checkpoint_of_an_evaluated_step_knows_its_validation_loss() -> None:

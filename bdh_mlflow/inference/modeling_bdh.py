@@ -1,0 +1,182 @@
+"""BDH for Hugging Face transformers: this file is copied into exported folders and runs there, without the package it comes from.
+
+The same layer, with the same weights, is applied `n_layer` times. Attention has no softmax and keys that are its queries, so what a token
+needs of all earlier ones is a state (H, N, D) a layer: `generate` carries it along, at a cost per token that does not grow. Padding on the
+left is left out of it by the attention mask; rotations depend on distances only.
+
+B rows, T tokens, V vocabulary, D n_embd, H n_head, N neurons a head.   Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
+INIT_STD = 0.02
+CHUNK = 128  # tokens whose scores are computed at once; earlier ones are in the state
+CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+"""What this version of transformers calls the state."""
+
+
+class BDHConfig(PretrainedConfig):
+    """Shape of the network, in the published names."""
+
+    model_type = "bdh"
+
+    def __init__(
+        self,
+        n_layer: int = 6,
+        n_embd: int = 256,
+        dropout: float = 0.1,
+        n_head: int = 4,
+        mlp_internal_dim_multiplier: int = 128,
+        vocab_size: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        self.n_layer, self.n_embd, self.n_head = n_layer, n_embd, n_head
+        self.dropout, self.mlp_internal_dim_multiplier, self.vocab_size = dropout, mlp_internal_dim_multiplier, vocab_size
+        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = n_embd, n_layer, n_head
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+
+class BDHState:
+    """What is remembered of the tokens so far.   position: how many there were.   layers: (B, H, N, D) each, None before the first."""
+
+    is_compileable = False
+
+    def __init__(self, layers: int) -> None:
+        self.position = 0
+        self.layers: list[Tensor | None] = [None] * layers
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens so far."""
+        return self.position
+
+    def reorder_cache(self, rows: Tensor) -> "BDHState":
+        """Rows of the batch in another order, as beam search wants them."""
+        self.layers = [None if state is None else state.index_select(0, rows) for state in self.layers]
+        return self
+
+
+class BDHForCausalLM(PreTrainedModel, GenerationMixin):
+    """The network.   Parameters: embed.weight (V, D), encoder and encoder_v (H, D, N), decoder (H * N, D), lm_head (D, V)."""
+
+    config_class = BDHConfig
+    base_model_prefix = ""
+    _is_stateful = True  # a state cannot be taken back by some tokens, as speculative decoding would need
+
+    def __init__(self, config: BDHConfig) -> None:
+        super().__init__(config)
+        heads, width = config.n_head, config.n_embd
+        self.neurons = config.mlp_internal_dim_multiplier * width // heads
+        self.embed = nn.Embedding(config.vocab_size, width)
+        self.encoder = nn.Parameter(torch.empty(heads, width, self.neurons))
+        self.encoder_v = nn.Parameter(torch.empty(heads, width, self.neurons))
+        self.decoder = nn.Parameter(torch.empty(heads * self.neurons, width))
+        self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                nn.init.normal_(parameter, std=INIT_STD)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding of tokens."""
+        self.embed = value
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: BDHState | None = None,
+        past_key_values: BDHState | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits for the token after each position.
+
+        input_ids: (B, T), of which the last ones belong to the mask's (B, S >= T), 0 where there is padding.   labels: (B, T) ids, shifted
+        here; -100 does not count.   cache: state of the tokens before, also under its older name `past_key_values`.
+        """
+        state = cache if cache is not None else past_key_values
+        keep = use_cache is True or state is not None
+        state = state if state is not None else BDHState(self.config.n_layer)
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        if mask is not None and bool((mask != 0).all()):
+            mask = None
+        outs = []
+        for start in range(0, input_ids.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            more = keep or start + CHUNK < input_ids.shape[1]
+            outs.append(self._chunk(input_ids[:, part], None if mask is None else mask[:, part], state, more))
+        logits = torch.cat(outs, dim=1) @ self.lm_head
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **({CACHE: state} if keep else {}))
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Only the tokens that the state does not know yet."""
+        state = next((kwargs[name] for name in ("cache", "past_key_values") if isinstance(kwargs.get(name), BDHState)), None)
+        if state is not None:
+            input_ids = input_ids[:, state.position :]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: state, "use_cache": use_cache is not False}
+
+    def _chunk(self, ids: Tensor, mask: Tensor | None, state: BDHState, more: bool) -> Tensor:
+        """All layers for the next tokens (B, T).   more: others will follow, so the state takes these in.   Returns (B, T, D), normed."""
+        x = _norm(self.embed(ids))
+        cos, sin = self._rotations(torch.arange(state.position, state.position + ids.shape[1], device=ids.device))
+        for depth in range(self.config.n_layer):
+            xs = F.relu(x.unsqueeze(1) @ self.encoder)
+            if mask is not None:
+                xs = xs * mask[:, None, :, None].to(xs.dtype)
+            q, memory = _rotated(xs, cos, sin), state.layers[depth]
+            attended = (q @ q.mT).tril(diagonal=-1) @ x.unsqueeze(1)
+            if memory is not None:
+                attended = attended + q @ memory
+            if more:
+                taken_in = q.mT @ x.unsqueeze(1)
+                state.layers[depth] = taken_in if memory is None else memory + taken_in
+            gated = xs * F.relu(_norm(attended) @ self.encoder_v)
+            gated = F.dropout(gated, self.config.dropout, training=self.training)
+            x = _norm(x + _norm(gated.transpose(1, 2).flatten(2) @ self.decoder))
+        if more:
+            state.position += ids.shape[1]
+        return x
+
+    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, N / 2), fp32, computed in full turns modulo 1 as the published code does."""
+        pair = torch.arange(0, self.neurons, 2, dtype=torch.float32, device=positions.device)
+        turns = positions.float().unsqueeze(1) * (1.0 / (ROPE_THETA ** (pair / self.neurons)) / (2 * math.pi))
+        angle = (turns % 1) * (2 * math.pi)
+        return torch.cos(angle), torch.sin(angle)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """LayerNorm without gain or bias, in fp32 at least."""
+    return F.layer_norm(x if x.dtype is torch.float64 else x.float(), x.shape[-1:]).to(x.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neurons 2i and 2i + 1 turned by their token's position."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
