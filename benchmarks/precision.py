@@ -135,7 +135,7 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
     state = checkpoint.load(saved.path)
     weights = state["model_state_dict"]
     kind: Any = "4bit" if state["config"]["low_precision"]["use_4bit"] else "safetensors"
-    source = export.Source(state, Config.from_dict(state["config"]), BYTES, saved.manifest.val_loss)
+    source = export.Source(weights, state["step"], Config.from_dict(state["config"]), BYTES, saved.manifest.val_loss)
     written = export.write(folder / f"weights{export.SUFFIX}", source, kind)
     each = optim.state_bytes(state["optimizer_state_dict"]) / sum(t.numel() for t in weights.values())
     return Result(saved.manifest.val_loss, statistics.median(p.value for p in points), each, written.bytes, saved.path)

@@ -329,7 +329,7 @@ WRONG = {  # a tree that breaks every rule: files, and after `#!` in a line whic
         import sys
         from typing import TYPE_CHECKING
         if TYPE_CHECKING:
-            from bdh_mlflow.training.trainer import T  #! tracking must not import training
+            from bdh_mlflow.training.parts import T  #! tracking must not import training
         command = [sys.executable, "-m", "bdh_mlflow.tracking.sender"]  #! must not import bdh_mlflow.tracking.sender
         other = ["python", "-m", "bdh_mlflow", "sync"]  #! tracking must not import cli
         """,

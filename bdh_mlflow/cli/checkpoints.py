@@ -1,5 +1,6 @@
 """The group `bdh-mlflow checkpoints`: list, verify, pull, export and register them."""
 
+import dataclasses
 import functools
 import os
 import shlex
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from bdh_mlflow.cli.common import config_option, print_table, read_config
+from bdh_mlflow.cli.common import config_option, ema_option, print_table, read_config
 from bdh_mlflow.errors import CheckpointError, InputError, ResumeError
 from bdh_mlflow.files import shown
 
@@ -155,8 +156,9 @@ def checkpoints_pull(target: str, config_path: str) -> None:
     help="One file of weights packed in 4 bits or float32, or a folder for Hugging Face transformers.",
 )
 @click.option("--output", "-o", type=click.Path(), help="File or folder to write; default: beside the checkpoint.")
+@ema_option
 @config_option
-def checkpoints_export(target: str, kind: "Format | Literal['huggingface']", output: str | None, config_path: str) -> None:
+def checkpoints_export(target: str, kind: "Format | Literal['huggingface']", output: str | None, ema: bool, config_path: str) -> None:
     """Write the model of TARGET (given as for --resume) to one safetensors file, or to a folder for Hugging Face transformers.
 
     `generate` and `evaluate` take such a file in place of a run. Transformers opens the folder with trust_remote_code=True, without this
@@ -167,27 +169,28 @@ def checkpoints_export(target: str, kind: "Format | Literal['huggingface']", out
     config = read_config(config_path)
     found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
     if kind == "huggingface":
-        _export_folder(found, output)
+        _export_folder(found, output, ema)
     else:
-        _export_file(found, kind, output)
+        _export_file(found, kind, output, ema)
 
 
-def _export_folder(found: "ResolvedCheckpoint", output: str | None) -> None:
+def _export_folder(found: "ResolvedCheckpoint", output: str | None, ema: bool) -> None:
     from bdh_mlflow.inference import huggingface, load
 
-    loaded = load.of_checkpoint(found)
+    loaded = load.of_checkpoint(found, ema)
     assert found.checkpoint is not None, "it was loaded"
     folder = Path(output) if output else found.path.with_suffix(".huggingface")
-    size = huggingface.write(folder, loaded, found.checkpoint.manifest)
+    manifest = found.checkpoint.manifest
+    size = huggingface.write(folder, loaded, dataclasses.replace(manifest, val_loss=None, val_bpb=None) if ema else manifest)
     click.echo(f"{shown(folder)}: {size / 1e6:.2f} MB of step {found.checkpoint.manifest.step}; weights, tokenizer, code and a model card")
     opened = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     click.echo(f'Next: python -c "from transformers import AutoModelForCausalLM; print({opened})"')
 
 
-def _export_file(found: "ResolvedCheckpoint", kind: "Format", output: str | None) -> None:
+def _export_file(found: "ResolvedCheckpoint", kind: "Format", output: str | None, ema: bool) -> None:
     from bdh_mlflow.inference import export
 
-    source = export.Source.of(found)
+    source = export.Source.of(found, ema)
     assert found.checkpoint is not None, "a source has a configuration"
     path = Path(output) if output else export.default_path(found.checkpoint, kind)
     if path.suffix != export.SUFFIX:

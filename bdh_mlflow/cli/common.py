@@ -136,12 +136,15 @@ def exit_stopped_early(ctx: click.Context, stop: "StopRequest") -> NoReturn:
     ctx.exit(128 + (int(stop.received) if isinstance(stop.received, signal.Signals) else signal.SIGINT))
 
 
-def load_model(target: str, config_path: str) -> "Loaded":
+ema_option = click.option("--ema", is_flag=True, help="The moving average of the weights that the run kept (training.ema_decay).")
+
+
+def load_model(target: str, config_path: str, average: bool) -> "Loaded":
     """The model that a target names (same grammar as `--resume`); prints each file that was skipped to standard error."""
     from bdh_mlflow.inference import load
 
     config = read_config(config_path)
-    loaded = load.load(target, Path(config.training.checkpoint_dir), config.tracking)
+    loaded = load.load(target, Path(config.training.checkpoint_dir), config.tracking, average=average)
     for note in loaded.notes:
         click.echo(note, err=True)
     return loaded

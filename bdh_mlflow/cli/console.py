@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bdh_mlflow.cli.output import Unfailing, console_on
-from bdh_mlflow.training.trainer import Progress as TrainingProgress
+from bdh_mlflow.training.parts import Progress as TrainingProgress
 
 
 class PlainLines:

@@ -209,7 +209,7 @@ def _journals(config: Config) -> Iterator[Finding]:
 
 
 def _machine(config: Config) -> Iterator[Finding]:
-    device = precision.pick_device()
+    device = precision.pick_device(config.training.device)
     yield Finding("device", f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     found = list(problems(config))
     for problem in found:

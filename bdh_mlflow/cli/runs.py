@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, load_model, place, print_table, read_config
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, ema_option, load_model, place, print_table, read_config
 from bdh_mlflow.config.places import is_bucket
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import shown
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 @config_option
 @click.option("--data", "folder", metavar="DIR", help="Folder of parquet files; the one it was trained on if not given.")
 @click.option("--batches", type=click.IntRange(1), help="Validation batches to use; as many as the training used if not given.")
+@ema_option
 @click.option("--log/--no-log", default=True, show_default=True, help="Log the result to the MLflow run, under eval/.")
-def evaluate(run: str, config_path: str, folder: str | None, batches: int | None, log: bool) -> None:
+def evaluate(run: str, config_path: str, folder: str | None, batches: int | None, ema: bool, log: bool) -> None:
     """Measure the loss of RUN on validation text.
 
     Prints it also in bits per byte, and logs both to the run's MLflow run if it has one. RUN is given as for `generate`.
     """
     from bdh_mlflow.inference import load
 
-    loaded = load_model(run, config_path)
+    loaded = load_model(run, config_path, ema)
     dataset = loaded.config.dataset
     if folder is not None:
         dataset = dataclasses.replace(dataset, parquet_dir=place(folder))
@@ -45,7 +46,7 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
     click.echo(f"{loaded.path}: step {loaded.step}")
     click.echo(f"val/loss {measured.loss:.4f} nats per token, val/bpb {measured.bits_per_byte:.4f} on {dataset.parquet_dir}")
     if log and loaded.run_id is not None:
-        names = load.record(loaded, measured, read_config(config_path).tracking)
+        names = load.record(loaded, measured, read_config(config_path).tracking, "_ema" * ema)
         click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}")
 
 
@@ -63,8 +64,9 @@ def evaluate(run: str, config_path: str, folder: str | None, batches: int | None
 )
 @click.option("--stop", default="", help="Text after which generation ends.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the sampling; the same seed gives the same text.")
+@ema_option
 @click.option("--interactive", is_flag=True, help="Read one prompt per line until the end of input (Ctrl-D).")
-def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **sampling: Any) -> None:
+def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **how_to: Any) -> None:
     """Continue a prompt with the model of RUN.
 
     RUN is latest, a path, a run id, RUN:N for its step N, an exported file, models:/NAME@ALIAS or another artifact URI. Without --prompt
@@ -76,6 +78,7 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
         raise click.UsageError("--interactive asks for prompts itself; give it without --prompt")
     if prompts.count("-") > 1:
         raise click.UsageError("standard input can be one --prompt only")
+    ema, sampling = how_to.pop("ema"), how_to
     if any(value != value for value in sampling.values()):
         raise click.UsageError("--temperature and --top-p must be numbers")
     how = generate.Sampling(**sampling)
@@ -83,11 +86,11 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
     if reads and (sys.stdin is None or sys.stdin.closed):  # `<&-`
         raise click.UsageError("standard input is closed; give --prompt TEXT")
     if interactive:
-        _converse(load_model(run, config_path), max_new_tokens, how)
+        _converse(load_model(run, config_path, ema), max_new_tokens, how)
         return
     piped = not prompts and not sys.stdin.isatty()
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ("-" if piped else "",)]
-    loaded = load_model(run, config_path)
+    loaded = load_model(run, config_path, ema)
     if len(texts) > 1:
         for text, written in zip(texts, generate.write_all(loaded, texts, max_new_tokens, how), strict=True):
             click.echo(f"{text}{written}\n")

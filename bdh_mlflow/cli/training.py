@@ -28,9 +28,9 @@ from bdh_mlflow.files import shown
 if TYPE_CHECKING:
     from bdh_mlflow.distributed import World
     from bdh_mlflow.tracking.tracker import MakeSender
+    from bdh_mlflow.training.parts import Ending
     from bdh_mlflow.training.start import Outcome
     from bdh_mlflow.training.stop import StopRequest
-    from bdh_mlflow.training.trainer import Ending
 
 
 @click.command(cls=TrainingCommand, context_settings=ACCEPTS_SETTINGS)

@@ -87,6 +87,9 @@ INCOMPATIBLE = tuple(
         ),
         ("training.strategy", "fsdp", "low_precision.use_fp8", (True,), "its scales follow the passes of one process; set it to false"),
         ("low_precision.use_4bit_optimizer", True, "low_precision.optimizer_bits", (32, 8), "set one of them; null leaves it to the other"),
+        ("training.optimizer", "muon", "low_precision.optimizer_bits", (8, 4), "torch's Muon has states of 32 bits; set it to 32"),
+        ("training.optimizer", "muon", "low_precision.use_4bit_optimizer", (True,), "torch's Muon has states of 32 bits; set it to false"),
+        ("training.strategy", "fsdp", "training.optimizer", ("muon",), "it needs whole matrices; set it to adamw"),
     )
 )
 """Every other combination of number formats, layer form, compilation and strategy works."""
@@ -208,7 +211,8 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain values, section by section."""
-        return {section.name: dataclasses.asdict(getattr(self, section.name)) for section in dataclasses.fields(self)}
+        tree = {section.name: dataclasses.asdict(getattr(self, section.name)) for section in dataclasses.fields(self)}
+        return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for name, values in tree.items()}
 
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted key, tags one by one."""
@@ -369,6 +373,11 @@ def _consistency(config: Config) -> Iterable[Problem]:
         yield Problem("scheduler.decay_steps", f"{scheduler.decay_steps} is not above scheduler.warmup_steps {scheduler.warmup_steps}")
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
+    if training.ema_decay and training.strategy == "fsdp":
+        yield Problem(
+            "training.ema_decay",
+            f"{training.ema_decay} cannot be combined with training.strategy fsdp: it needs whole weights; set it to 0",
+        )
     yield from _tokenizer_problems(config)
     yield from incompatible(config)
     if config.training.recompute is True and config.low_precision.use_fp8 and not config.fp8.emulate:

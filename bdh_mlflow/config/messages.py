@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from bdh_mlflow.config.settings import SECTIONS, NotEmpty, Refused, declared
+from bdh_mlflow.config.settings import SECTIONS, Accepted, NotEmpty, Refused, declared
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
 
@@ -85,9 +85,13 @@ def _describe(kind: Any) -> str:
         return " | ".join(_describe(a) for a in args)
     if origin is Literal:
         return " | ".join(str(a) for a in args)
+    if origin is Annotated and (words := next((a.words for a in args if isinstance(a, Accepted)), None)):
+        return words
     if origin is Annotated:
         limits = [words for bound in args[1:] for words in _limits(bound)]
         return " ".join([_describe(args[0]), *([" and ".join(limits)] if limits else [])])
+    if origin is tuple:
+        return f"a list of {len(args)}, each a {_describe(args[0])}"
     if origin is dict:
         return "mapping of text to text"
     return {int: "whole number", float: "number", str: "text", bool: "true | false", types.NoneType: "null"}[kind]

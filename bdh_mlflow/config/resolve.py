@@ -20,7 +20,7 @@ RESUMED = "as in the resumed run"
 
 
 class Machine(NamedTuple):
-    """Where training runs.   device: "cpu" or "cuda".   free_bytes: of the device's memory."""
+    """Where training runs.   device: "cpu", "cuda" or "mps".   free_bytes: of the device's memory."""
 
     device: str
     free_bytes: int

@@ -36,6 +36,12 @@ def _decimal(value: object) -> object:
     return value
 
 
+class Accepted(NamedTuple):
+    """What a text may be, in words, where its type does not say it."""
+
+    words: str
+
+
 class NotEmpty(NamedTuple):
     """Marks text that must hold something. (pydantic's own min_length refuses names of files that are not UTF-8.)"""
 
@@ -78,6 +84,15 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
     return tags
 
 
+DEVICES = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps")
+
+
+def _device(value: str) -> str:
+    if not DEVICES.fullmatch(value):
+        raise ValueError
+    return value
+
+
 class Place(enum.Enum):
     """What kind of place a text names: made absolute once, when a configuration is read (see `places`)."""
 
@@ -93,6 +108,7 @@ Count = Annotated[Int, Field(ge=1)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
+Betas = tuple[Fraction, Fraction]
 Text = Annotated[str, NotEmpty(), AfterValidator(_something)]
 
 
@@ -146,11 +162,19 @@ class TrainingConfig:
     max_iters: Annotated[Count, Role.FREE] = 3000
     """Optimizer updates in the whole run."""
     learning_rate: Positive = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
+    optimizer: Annotated[Literal["adamw", "muon"], Role.SHAPE] = "adamw"
+    """adamw: for all parameters; muon: torch's Muon, scaled to AdamW, for the three projections, and adamw for the others."""
+    betas: Betas = (0.9, 0.999)
+    """Decay of AdamW's averages of gradients and of their squares."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    grad_clip_z: NonNegative = 0.0
+    """ZClip: clip norms more than so many standard deviations above those before, too; 0 is off, 2.5 the paper's (arXiv:2504.02507)."""
+    ema_decay: Fraction = 0.0
+    """Decay of a moving average of the weights, which is saved, and evaluated beside them; 0 keeps none."""
     seed: Annotated[Int, Field(ge=0, lt=2**63), Role.ORDER] = 1337
     """Seed of weights, dropout and data order."""
     log_freq: Annotated[Count, Role.FREE] = 100
@@ -167,6 +191,8 @@ class TrainingConfig:
     """Newest checkpoints to keep besides the best one, here and in the mirror; null keeps all."""
     resume_from_checkpoint: Annotated[Text | None, Role.FREE] = None
     """What to continue: latest, a path, a run id, runs:/ID[/checkpoints/...], RUN:N (its step N) or an artifact URI; null: a new run."""
+    device: Annotated[str, Accepted("auto | cpu | cuda | cuda:N | mps"), AfterValidator(_device), Role.FREE] = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is a GPU, else the CPU; generate and evaluate always choose so."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: auto compiles on CUDA only; blocked layers on a CPU have their passes in C++ instead."""
     layer_form: Literal["auto", "blocked", "reference"] = "auto"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,29 +57,44 @@ class ExportedModel:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to export.   state: its contents.   config, tokenizer: its own.   val_loss: nats per token, None if not evaluated."""
+    """A checkpoint to export.   config, tokenizer: its own.   val_loss: nats per token, None if it was not evaluated."""
 
-    state: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    step: int
     config: Config
     tokenizer: Tokenizer
     val_loss: float | None
 
     @classmethod
-    def of(cls, found: ResolvedCheckpoint) -> "Source":
-        """What a target stands for.   Raises InputError for weights without a configuration, ConfigError without its tokenizer."""
+    def of(cls, found: ResolvedCheckpoint, average: bool = False) -> "Source":
+        """What a target stands for.   average: of the weights, instead of them.
+
+        Raises InputError for weights without a configuration or an average, ConfigError without its tokenizer.
+        """
         if found.checkpoint is None or "format" not in found.state:
             raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
         manifest = found.checkpoint.manifest
         own = Config.from_saved(found.state["config"], found.path, manifest.written_by)
-        return cls(found.state, own, find(own.tokenizer, found.path.parent), manifest.val_loss)
+        tokenizer = find(own.tokenizer, found.path.parent)
+        return cls(weights_of(found, average), manifest.step, own, tokenizer, None if average else manifest.val_loss)
+
+
+def weights_of(found: ResolvedCheckpoint, average: bool) -> dict[str, Tensor]:
+    """The weights of a checkpoint, or their moving average.   Raises InputError where none was kept."""
+    if not average:
+        weights: dict[str, Tensor] = found.state["model_state_dict"]
+        return weights
+    if not (kept := found.state.get("ema_state_dict")):
+        raise InputError(f"{found.path}: holds no average of the weights; training.ema_decay keeps one")
+    return dict(kept)
 
 
 def write(path: Path, source: Source, kind: Format) -> ExportResult:
     """Export a checkpoint's contents; an older file is replaced only by a complete one.   Raises SaveError."""
-    state, config = source.state, source.config
+    config = source.config
     tensors: dict[str, Tensor] = {}
     quantised = packed = 0
-    for name, weight in state["model_state_dict"].items():
+    for name, weight in source.weights.items():
         if kind == "4bit" and name in PROJECTIONS:
             formats = config.low_precision
             parts = fourbit.pack_4bit(weight.float(), formats.quantization_type, formats.use_double_quant)
@@ -88,7 +103,7 @@ def write(path: Path, source: Source, kind: Format) -> ExportResult:
             packed += sum(t.numel() * t.element_size() for t in parts.values())
         else:
             tensors[name] = weight.float().contiguous()
-    facts = {"format": kind, "version": __version__, "config": config.to_dict(), "step": state["step"], "val_loss": source.val_loss}
+    facts = {"format": kind, "version": __version__, "config": config.to_dict(), "step": source.step, "val_loss": source.val_loss}
     header = json.dumps(facts, sort_keys=True)
     metadata = {HEADER: header, DIGEST: digest(header, tensors)}
     if source.tokenizer.content is not None:  # its own digest is in the configuration

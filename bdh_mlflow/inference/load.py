@@ -29,26 +29,31 @@ from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.vocabulary.find import find
 
 
-def load(target: str, checkpoint_dir: Path, config: TrackingConfig) -> Loaded:
+def load(target: str, checkpoint_dir: Path, config: TrackingConfig, *, average: bool = False) -> Loaded:
     """The model of a run or checkpoint (as for `--resume`), of an exported file, or a registered one (models:/NAME@ALIAS).
 
-    Raises ResumeError or CheckpointError.
+    average: the moving average of a checkpoint's weights instead of them. Raises InputError, ResumeError or CheckpointError.
     """
+    if average and (target.endswith(export.SUFFIX) or target.startswith("models:/")):
+        raise InputError(f"{target}: holds one set of weights; --ema is of checkpoints")
     if target.endswith(export.SUFFIX):
         return generate.from_file(Path(target))
     locator = locate.Locator(checkpoint_dir, config)
     if target.startswith("models:/") and (registered := _registered(target, locator)):
         return registered
-    return of_checkpoint(locator.find(target))
+    return of_checkpoint(locator.find(target), average)
 
 
-def of_checkpoint(found: ResolvedCheckpoint) -> Loaded:
-    """The model of a checkpoint.   Raises CheckpointError for weights without a configuration, ConfigError without its tokenizer."""
+def of_checkpoint(found: ResolvedCheckpoint, average: bool = False) -> Loaded:
+    """The model of a checkpoint.   average: as for `load`.
+
+    Raises CheckpointError for weights without a configuration, InputError without an average, ConfigError without its tokenizer.
+    """
     if found.checkpoint is None or "format" not in found.state:
         raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
     own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
     tokenizer = find(own.tokenizer, found.path.parent)
-    contents = generate.Contents(found.state["model_state_dict"], own, tokenizer, found.state.get("precision_state_dict", {}))
+    contents = generate.Contents(export.weights_of(found, average), own, tokenizer, found.state.get("precision_state_dict", {}))
     step, notes = found.checkpoint.manifest.step, tuple(f"skipped {note}" for note in found.notes)
     return dataclasses.replace(generate.from_weights(contents, found.path, step, notes), run_id=found.run_id)
 
@@ -92,15 +97,17 @@ def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> Mea
     return Measured(loss, bits_per_byte(loss, text.bytes_per_token(windows)), text)
 
 
-def record(loaded: Loaded, measured: Measured, config: TrackingConfig) -> list[str]:
+def record(loaded: Loaded, measured: Measured, config: TrackingConfig, suffix: str = "") -> list[str]:
     """Log an evaluation to the model's run, at the checkpoint's step and with its dataset.   Returns the names of the metrics.
+
+    suffix: of those names, for other weights than the checkpoint's own.
 
     Raises TrackingError.
     """
     assert loaded.run_id is not None, "the caller checks that there is a run"
     text = measured.text
     name = re.sub(r"[^\w.-]", "_", text.root.name)
-    values = {f"eval/{name}_loss": measured.loss, f"eval/{name}_bpb": measured.bits_per_byte}
+    values = {f"eval/{name}_loss{suffix}": measured.loss, f"eval/{name}_bpb{suffix}": measured.bits_per_byte}
     client, now_ms = store.connect(config), int(1000 * time.time())
     with store.reported(f"run {loaded.run_id}: the evaluation cannot be logged"):
         client.log_batch(loaded.run_id, [Metric(key, value, now_ms, loaded.step) for key, value in values.items()], synchronous=True)

@@ -174,7 +174,7 @@ class BDH(nn.Module):
         finally:
             handle.remove()
             counted, self._activity = self._activity, None
-        counts = summed(torch.stack([torch.stack(activity) for activity in counted]).double().cpu()).float()
+        counts = summed(torch.stack([torch.stack(activity) for activity in counted]).cpu().double()).float()
         tokens = int(summed(torch.tensor(self._counted_tokens, dtype=torch.float64)))
         for depth, activity in enumerate(counts):
             for name, each in zip(layer.Activity._fields, activity, strict=True):

@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bdh_mlflow.files import first_line
+
 BLOCK = 64  # weights sharing one scale; the default of bitsandbytes and of QLoRA
 PIECE = 2**17  # weights rounded at a time on a CPU: half a MiB of float32, what its caches hold
 BINS = 4096  # between 0 and 1; a bin is narrower than half the smallest distance between two rounding bounds (fp4: 1/192)
@@ -50,6 +52,15 @@ class FourBitView:
             self._cache[name] = cached
         quantised: Tensor = _StraightThrough.apply(parameter, cached[2])  # type: ignore[no-untyped-call]
         return quantised
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why weights cannot be rounded on a device; None if they can."""
+    try:
+        round_to_4bit(torch.ones(8, 64, device=device), "nf4", True)
+    except Exception as error:  # each backend raises its own kinds
+        return first_line(error)
+    return None
 
 
 def round_to_4bit(weight: Tensor, quantization_type: str, double_quant: bool) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bdh_mlflow import host
-from bdh_mlflow.config import Config, LowPrecisionConfig, Machine, Problem
+from bdh_mlflow.config import Config, LowPrecisionConfig, Machine, Problem, resolve
 from bdh_mlflow.files import first_line
 from bdh_mlflow.model import (
     fourbit,
@@ -30,9 +30,21 @@ from bdh_mlflow.model.fp8 import Fp8
 GEMM_PEAK_S = 0.15
 
 
-def pick_device() -> torch.device:
-    """CUDA's current device where there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of `training.device`, if it is there; auto and what is not: CUDA's current device where there is one, else the CPU."""
+    if why_device_unavailable(name) or name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def why_device_unavailable(name: str) -> str | None:
+    """Why nothing can be computed on a device of this machine; None if it can.   name: as in `training.device`."""
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    if number and int(number) >= (devices := torch.cuda.device_count()):
+        return f"this machine has {devices} CUDA device{'s' if devices > 1 else ''}, numbered from 0"
+    return f"torch {torch.__version__} finds no Apple GPU" if kind == "mps" and not torch.backends.mps.is_available() else None
 
 
 def machine(device: torch.device) -> Machine:
@@ -46,7 +58,12 @@ def machine(device: torch.device) -> Machine:
 
 def problems(config: Config) -> Iterable[Problem]:
     """Configured number formats and compilation that this machine or these versions cannot do."""
-    settings, device = config.low_precision, pick_device()
+    settings, device = config.low_precision, pick_device(config.training.device)
+    if reason := why_device_unavailable(config.training.device):
+        yield Problem("training.device", f"{config.training.device} cannot be used: {reason}; auto takes what is there")
+        return
+    if device.type == "mps":
+        yield from _mps_problems(config)
     if settings.use_fp8:
         yield from _fp8_problems(config, device)
     if settings.use_4bit and importlib.util.find_spec("bitsandbytes") is None:
@@ -146,19 +163,39 @@ def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
     while time.perf_counter() - began < GEMM_PEAK_S or best_s == math.inf:
         started = time.perf_counter()
         torch.mm(left, right, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best_s = min(best_s, time.perf_counter() - started)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # this is not the training's memory
     return 2 * side**3 / best_s
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def _described(device: torch.device) -> str:
     if device.type != "cuda":
-        return "cpu"
+        return device.type
     major, minor = torch.cuda.get_device_capability(device)
     return f"{device} has CUDA capability {major}.{minor} ({torch.cuda.get_device_name(device)})"
+
+
+def _mps_problems(config: Config) -> Iterable[Problem]:
+    """What Apple's GPU does not carry. Nothing of it was run on such a machine."""
+    bits = resolve(config).config.low_precision.optimizer_bits
+    if config.low_precision.compute_dtype == "float16":
+        yield Problem("low_precision.compute_dtype", "float16 on mps: sums over the neurons overflow there; bfloat16 or float32 may work")
+    if config.training.layer_form == "blocked":
+        yield Problem("training.layer_form", "blocked on mps: its passes are for CPU and CUDA; set it to auto or reference")
+    if bits in (8, 4):
+        yield Problem("low_precision.optimizer_bits", f"{bits} on mps: its library has no kernels for it; set it to 32")
+    if config.low_precision.use_4bit and (reason := fourbit.why_unavailable(torch.device("mps"))):
+        yield Problem("low_precision.use_4bit", f"true on mps: bitsandbytes cannot round weights there ({reason}); set it to false")
 
 
 def _fp8_problems(config: Config, device: torch.device) -> Iterable[Problem]:

@@ -53,9 +53,9 @@ from bdh_mlflow.tracking import journal, store
 from bdh_mlflow.tracking.sender_process import SubprocessSender
 from bdh_mlflow.tracking.tracker import MakeSender
 from bdh_mlflow.training import processes, start
+from bdh_mlflow.training.parts import Progress
 from bdh_mlflow.training.problems import problems
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Progress
 
 FOLDER = "sweeps"
 METRIC = "val/loss"

@@ -37,6 +37,8 @@ PARTS = {
     "scheduler": "scheduler_state_dict",
     "scaler": "scaler_state_dict",
     "number formats": "precision_state_dict",
+    "average of the weights": "ema_state_dict",
+    "clipping": "zclip_state_dict",
     "data position": "data_position",
     "tokens seen": "tokens_seen",
     "metric accumulators": "accumulators",
@@ -190,7 +192,7 @@ def _last_state(config: Config, steps: int) -> dict[str, Any]:
 
 def _compare_states(uninterrupted: dict[str, Any], interrupted: dict[str, Any]) -> Iterator[Row]:
     for what, key in PARTS.items():
-        yield Row(what, bitwise_difference(uninterrupted[key], interrupted[key]))
+        yield Row(what, bitwise_difference(uninterrupted.get(key), interrupted.get(key)))
 
 
 def _compare_curves(client: MlflowClient) -> Iterator[Row]:

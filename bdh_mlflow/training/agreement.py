@@ -20,6 +20,11 @@ def refuse_for_several(config: Config, processes: int) -> None:
             f"low_precision.use_fp8: true cannot be combined with {processes} processes: its scales follow the passes of one process. "
             f"Train it with one process, or with compute_dtype: bfloat16"
         )
+    if processes > 1 and config.training.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"training.device: {config.training.device} cannot be combined with {processes} processes, which have a GPU each or share the "
+            f"CPU; set it to auto, cuda or cpu"
+        )
     passes, batch_size = config.training.gradient_accumulation_steps, config.training.batch_size
     if passes % processes == 0:
         return

@@ -22,10 +22,13 @@ from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.text import Sample
 from bdh_mlflow.training import optim, strategy
 from bdh_mlflow.training.agreement import refuse_differences
+from bdh_mlflow.training.average import WeightAverage
+from bdh_mlflow.training.clipping import Clipping
 from bdh_mlflow.training.corpus import open_together
 from bdh_mlflow.training.origin import Origin, Settled, load_warm, position_of
+from bdh_mlflow.training.parts import Parts, Progress, Saver, Tracker
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Parts, Progress, Saver, Tracker, Trainer
+from bdh_mlflow.training.trainer import Trainer
 from bdh_mlflow.vocabulary import Tokenizer
 
 PROMPTS, PROMPT_TOKENS = 3, 48  # pieces of validation text that samples continue
@@ -58,7 +61,8 @@ class Built:
 
 def build(settled: Settled, progress: Progress, world: World) -> Built:
     """Everything up to the first batch, on each rank.   Raises InputError for whatever configuration, machine or data do not allow."""
-    config, origin, device = settled.config, settled.origin, precision.pick_device()
+    config, origin = settled.config, settled.origin
+    device = precision.pick_device(config.training.device)
     refuse_differences(config, world)
     runs = Precision.from_config(config, device)
     text = open_together(config, settled.tokenizer, progress, world)
@@ -104,6 +108,7 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         model=built.network,
         optimizer=built.optimizer,
         strategy=held,
+        clip=Clipping(held.clip, config.training.grad_clip, config.training.grad_clip_z),
         schedule=optim.LearningRate(config.training.learning_rate, config.scheduler),
         scaler=built.runs.scaler(),
         autocast=built.runs.autocast,
@@ -117,6 +122,7 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         bytes_per_token=built.text.bytes_per_token(built.validation),
         observed=lambda: built.network.observed(world.sum_exact),
         peak_tokens_per_s=_peak_flops(built) / bdh.useful_flops(built.network.config, config.training.block_size),
+        average=WeightAverage(built.network, config.training.ema_decay) if config.training.ema_decay else None,
         saver=saver,
         tracker=tracker,
         progress=progress,
@@ -128,6 +134,8 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         trainer.load_state_dict(built.origin.state)
         for group in built.optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
             group["weight_decay"] = config.training.weight_decay
+            if "betas" in group:
+                group["betas"] = tuple(config.training.betas)
     return trainer
 
 
@@ -161,21 +169,28 @@ def build_network(
     network.use(training.layer_form, training.compile)
     if sharded := is_sharded(config, world):
         strategy.shard(network, world, device)
-    optimizer = optim.build_optimizer(network.parameters(), training, bits)
+    projections = [network.get_parameter(name) for name in bdh.PROJECTIONS] if training.optimizer == "muon" else []
+    optimizer = optim.build_optimizer(network.parameters(), training, bits, projections)
     form_why, compile_why = (why.get(f"training.{key}", "as configured") for key in ("layer_form", "compile"))
     in_cpp, passes = native.serving(runs.dtype, device) if training.layer_form == "blocked" else (None, "PyTorch")
     if in_cpp and training.compile:
         compile_why = "blocked layers on a CPU have their elementwise passes in C++"
     facts = {
-        "bdh.device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "bdh.device": _device_name(device),
         "bdh.precision": runs.prepare(network, bdh.PROJECTIONS, optimizer),
-        "bdh.optimizer": optim.described(list(network.parameters()), bits),
+        "bdh.optimizer": optim.described(list(network.parameters()), bits, projections),
         "bdh.layer_form": f"{training.layer_form} ({form_why}; {_activations(config, why)})",
         "bdh.passes": passes,
         "bdh.strategy": f"FSDP2, {world.size} shares" if sharded else "every process holds everything",
         "bdh.compiled": f"{'yes' if training.compile and not in_cpp else 'no'} ({compile_why})",
     }
     return network, optimizer, facts
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or "cpu" if device.type == "cpu" else f"{device.type}, {platform.processor() or platform.machine()}"
 
 
 def is_sharded(config: Config, world: World) -> bool:

@@ -14,7 +14,7 @@ from bdh_mlflow.distributed import Report, World
 from bdh_mlflow.errors import ConfigError, DataError
 from bdh_mlflow.files import atomic_write, reason_of, shown
 from bdh_mlflow.text import printable
-from bdh_mlflow.training.trainer import Progress
+from bdh_mlflow.training.parts import Progress
 from bdh_mlflow.vocabulary import BYTES, Tokenizer
 from bdh_mlflow.vocabulary.find import find, missing
 from bdh_mlflow.vocabulary.learn import learn_bpe

@@ -19,9 +19,9 @@ from bdh_mlflow.tracking.tracker import NullTracker
 from bdh_mlflow.training import nodes, processes
 from bdh_mlflow.training.build import build, build_trainer
 from bdh_mlflow.training.origin import Settled
+from bdh_mlflow.training.parts import Ending
 from bdh_mlflow.training.silent import SILENT
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Ending
 
 
 def follow(world: World, stop: StopRequest, parquet_dir: str | None = None) -> Ending:

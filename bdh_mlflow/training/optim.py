@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bdh_mlflow import host
 from bdh_mlflow.config import Config, Problem, SchedulerConfig, TrainingConfig, resolve
 from bdh_mlflow.errors import CheckpointError
+from bdh_mlflow.training.muon import Muon
 
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as improvement; torch's ReduceLROnPlateau
 SMALLEST_QUANTISED = 4096  # elements; both libraries keep smaller tensors' states in fp32
@@ -50,25 +51,35 @@ def problems(config: Config) -> Iterable[Problem]:
         )
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], training: TrainingConfig, bits: int = 32) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], training: TrainingConfig, bits: int = 32, projections: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """AdamW over all parameters (every parameter of BDH is a matrix, so weight decay spares none), as the published training does.
 
-    bits: of its states. 32 is torch's, fused; 8 bitsandbytes' AdamW8bit (arXiv:2110.02861); 4 torchao's AdamW4bit (arXiv:2309.01507).
+    projections: what Muon updates, where it is configured.   bits: of AdamW's states.
+
+    32 is torch's, fused; 8 bitsandbytes' AdamW8bit (arXiv:2110.02861); 4 torchao's AdamW4bit (arXiv:2309.01507).
     """
-    lr, decay = training.learning_rate, training.weight_decay
+    given: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay, "betas": tuple(training.betas)}
+    if training.optimizer == "muon":
+        return Muon(parameters, projections, **given)
     if bits == 32:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(parameters, fused=True, **given)
     if bits == 8:
         with _quiet():
             kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
-        optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, weight_decay=decay)
+        optimizer: torch.optim.Optimizer = kind(parameters, **given)
     else:
-        optimizer = _adamw_4bit()(parameters, lr=lr, weight_decay=decay, block_size=BLOCK_4BIT)
+        optimizer = _adamw_4bit()(parameters, block_size=BLOCK_4BIT, **given)
     return optimizer
 
 
-def described(parameters: Sequence[Tensor], bits: int) -> str:
-    """A sentence about what runs, counted."""
+def described(parameters: Sequence[Tensor], bits: int, projections: Sequence[Tensor] = ()) -> str:
+    """A sentence about what runs, counted.   projections: what Muon updates."""
+    if projections:
+        matrices, total = sum(p.numel() for p in projections), sum(p.numel() for p in parameters)
+        each = (4 * matrices + 8 * (total - matrices)) / total
+        return f"Muon for {len(projections)} of {len(parameters)} parameters (torch), AdamW for the others, {each:.2f} bytes a parameter"
     if bits == 32:
         return "AdamW with 32-bit states (torch, fused), 8.00 bytes a parameter"
     low = [p.numel() for p in parameters if _quantised(p.numel(), bits)]

@@ -15,7 +15,7 @@ from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
-from bdh_mlflow.training.trainer import Progress
+from bdh_mlflow.training.parts import Progress
 from bdh_mlflow.vocabulary import Tokenizer
 
 

@@ -23,9 +23,9 @@ from bdh_mlflow.tracking.status import StoreStatus, overruled
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
 from bdh_mlflow.training import nodes, processes
 from bdh_mlflow.training.build import Built, is_sharded
+from bdh_mlflow.training.parts import Ending
 from bdh_mlflow.training.passes import reduction
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Ending
 from bdh_mlflow.vocabulary import Tokenizer
 
 

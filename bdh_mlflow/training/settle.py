@@ -18,14 +18,14 @@ from bdh_mlflow.training import processes
 from bdh_mlflow.training.agreement import refuse_for_several
 from bdh_mlflow.training.corpus import with_tokenizer
 from bdh_mlflow.training.origin import Origin, Settled
+from bdh_mlflow.training.parts import Progress
 from bdh_mlflow.training.problems import problems
-from bdh_mlflow.training.trainer import Progress
 from bdh_mlflow.vocabulary import Tokenizer
 
 
 def settle(config: Config, progress: Progress, fork: bool, size: int) -> Settled:
     """Where training begins and with which settings.   Raises InputError for what the checkpoint or the number of processes forbid."""
-    machine = precision.machine(precision.pick_device())
+    machine = precision.machine(precision.pick_device(config.training.device))
     config, tokenizer, origin = find_origin(config, machine, progress, fork)
     resolved, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
     refuse_for_several(resolved, size)

@@ -24,12 +24,12 @@ from bdh_mlflow.tracking.status import StoreStatus
 from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training.build import Built, build, build_trainer
 from bdh_mlflow.training.origin import run_directory
+from bdh_mlflow.training.parts import Ending, Progress
 from bdh_mlflow.training.passes import peak_gib
 from bdh_mlflow.training.report import FinalReport, headline, introduce, numerical_differences, report_ending, segment_of, system_metrics
 from bdh_mlflow.training.saving import save_into
 from bdh_mlflow.training.settle import settle
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Ending, Progress
 
 
 @dataclass(frozen=True)

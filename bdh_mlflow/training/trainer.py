@@ -10,139 +10,24 @@ non-finite loss, and those in the middle of an update, are not good.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from bdh_mlflow.config import TrainingConfig
-from bdh_mlflow.distributed import ALONE, Report, World
+from bdh_mlflow.distributed import Report
 from bdh_mlflow.errors import InputError, NonFiniteError, SaveError, StoppedError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
 from bdh_mlflow.training.evaluate import evaluate
 from bdh_mlflow.training.interval import Interval
-from bdh_mlflow.training.passes import Item, Passes
-from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.strategy import Strategy
+from bdh_mlflow.training.parts import Ending, Parts, State
+from bdh_mlflow.training.passes import Passes
 
-State = dict[str, Any]
 REMEDY = "Lower training.learning_rate, set training.grad_clip or use compute_dtype: float32; training.debug: true finds the operation"
 SMALLEST_LOSS_SCALE = 1.0  # below this float16 gradients overflow without scaling: the run has diverged
-
-
-class Schedule(Protocol):
-    """Learning rate by step."""
-
-    def at(self, step: int) -> float:
-        """Rate of the update after `step` others."""
-
-    def observe(self, val_loss: float) -> None:
-        """Take note of a validation loss."""
-
-    def state_dict(self) -> State:
-        """What `at` cannot compute from the step."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue from `state`."""
-
-
-class Stateful(Protocol):
-    """Something whose state the next update depends on."""
-
-    def state_dict(self) -> State:
-        """All of it."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue from `state`."""
-
-
-class NumberFormats(Stateful, Protocol):
-    """State of the number formats, FP8 scales for instance, which every pass changes."""
-
-    def savepoint(self) -> Callable[[], None]:
-        """Called between updates: the function returned brings back the state of now. As cheap as the formats allow."""
-
-
-class Tracker(Protocol):
-    """Receives the points and samples of the run. Calls return at once and never fail."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> int:
-        """Points of several curves.   Returns their time stamp, Unix time in ms."""
-
-    def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """What the model writes."""
-
-
-class Saver(Protocol):
-    """Writes checkpoints in the background. An error of one save is raised by the next call."""
-
-    def save(self, state: State, evaluation: Evaluation | None) -> None:
-        """Save what `state` holds now; it may change as soon as this returns.   evaluation: of this very step, if there was one."""
-
-    def check(self) -> None:
-        """Raise what went wrong since the last call."""
-
-    def finish(self) -> None:
-        """Wait until everything is saved."""
-
-
-class Progress(Protocol):
-    """Shows the training to a user."""
-
-    def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """An update was made."""
-
-    def point(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics were logged."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended without failing: `finished`, or what stopped it (SIGTERM, pruned)."""
-
-    reason: str
-    step: int
-    evaluation: Evaluation | None
-    samples: Sequence[Sample]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything the loop works with."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    strategy: Strategy
-    """What each process holds of the two, and how gradients are added up."""
-    schedule: Schedule
-    scaler: torch.amp.GradScaler
-    autocast: Callable[[], AbstractContextManager[Any]]
-    formats: NumberFormats
-    device: torch.device
-    batches: Iterator[Item]
-    validation: list[Tensor]
-    bytes_per_token: float
-    """Bytes of text that a token of the validation windows stands for, on average."""
-    samples: Callable[[Callable[[], bool]], Sequence[Sample]]
-    """Text that the model continues now; empty if it is asked to stop on the way."""
-    observed: Callable[[], AbstractContextManager[dict[str, float]]]
-    """Around an evaluation: further metrics of the model, complete at its end."""
-    peak_tokens_per_s: float
-    """Speed if the machine did nothing but the model's useful arithmetic, at the fastest rate measured on it; 100 % of perf/mfu_pct."""
-    saver: Saver
-    tracker: Tracker
-    progress: Progress
-    stop: StopRequest = field(default_factory=StopRequest)
-    world: World = ALONE
-    """The processes that train together; the batches handed in are those of this one's passes."""
 
 
 class Trainer:
@@ -156,8 +41,7 @@ class Trainer:
         self.tokens_seen = 0
         self._position: State | None = None
         self._loss: float | None = None
-        self._grad_norm = 0.0
-        self._peak_gib = 0.0
+        self._grad_norm = self._peak_gib = 0.0
         self._interval = Interval()
         self._saved_step: int | None = None
         self._consistent = True  # what state_dict gives is a step, and may be saved
@@ -218,6 +102,7 @@ class Trainer:
             "scheduler_state_dict": parts.schedule.state_dict(),
             "scaler_state_dict": parts.scaler.state_dict(),
             "precision_state_dict": parts.formats.state_dict(),
+            **{key: part.state_dict() for key, part in parts.extras()},
             "data_position": self._position,
             "loss": self._loss,
             "accumulators": self._interval.state_dict(),
@@ -232,6 +117,8 @@ class Trainer:
         if state["scaler_state_dict"]:  # empty where the loss was not scaled, as before a fork to float16
             parts.scaler.load_state_dict(state["scaler_state_dict"])
         parts.formats.load_state_dict(state.get("precision_state_dict", {}))  # empty without FP8; older checkpoints have none
+        for key, part in parts.extras():
+            part.load_state_dict(state.get(key, {}))  # empty where it is used from here on, by a fork
         self.step = self._saved_step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self._evaluated_step = state["evaluated_step"]
@@ -259,7 +146,7 @@ class Trainer:
         started = time.perf_counter()
         done = self._passes.compute(self.step)
         parts.scaler.unscale_(parts.optimizer)
-        norm = parts.strategy.clip(self._config.grad_clip or float("inf"))
+        norm = parts.clip()
         *numbers, grad_norm = torch.cat([*done.summed, norm.unsqueeze(0)]).tolist()  # the loop waits for the device here, once an update
         passes, loss = self._config.gradient_accumulation_steps, 0.0
         for value in numbers[:passes]:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
@@ -282,6 +169,8 @@ class Trainer:
             self.step += 1
             self._loss, self._grad_norm = loss, grad_norm
             self._interval.add_loss(loss)
+            if parts.average is not None:
+                parts.average.update(self.step)
         self._consistent = True
         return tokens / elapsed_s if applied else None
 
@@ -317,20 +206,16 @@ class Trainer:
 
     def _evaluate(self) -> None:
         parts, step = self._parts, self.step
-        if not parts.validation:
+        values = _measured(parts, self._stopped)
+        if values is None:
             return
-        with parts.strategy.whole(), parts.observed() as observed:
-            val_loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, self._stopped, parts.world)
-        if val_loss is None:
-            return
+        val_loss = values["val/loss"]
         if not math.isfinite(val_loss):
             self._consistent = False
             raise _diverged(step, val_loss, self._saved_step)
-        values = {"val/loss": val_loss, "val/bpb": bits_per_byte(val_loss, parts.bytes_per_token)}
-        logged_at_ms = parts.tracker.metrics({**values, **observed}, step)
+        logged_at_ms = parts.tracker.metrics(values, step)
         self._evaluation, self._evaluated_step = Evaluation(step, val_loss, logged_at_ms, parts.bytes_per_token), step
-        parts.tracker.metrics({"by_tokens/val_loss": val_loss, "by_tokens/val_bpb": values["val/bpb"]}, self.tokens_seen // 1000)
-        parts.tracker.metrics({"by_bytes/val_bpb": values["val/bpb"]}, int(self.tokens_seen * parts.bytes_per_token) // 1000)
+        _log_by_amount(parts, values, self.tokens_seen)
         if step % self._config.test_freq == 0:
             parts.schedule.observe(val_loss)
         parts.progress.point(values, step)
@@ -365,6 +250,34 @@ class Trainer:
 
     def _stopped(self) -> bool:
         return self._parts.stop.received is not None
+
+
+def _measured(parts: Parts, stopped: Callable[[], bool]) -> dict[str, float] | None:
+    """Metrics of an evaluation, of the moving average of the weights too if there is one.
+
+    None without validation text, and if it is asked to stop on the way.
+    """
+    if not parts.validation:
+        return None
+
+    def loss_of(name: str) -> dict[str, float] | None:
+        loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, stopped, parts.world)
+        return None if loss is None else {f"val/loss{name}": loss, f"val/bpb{name}": bits_per_byte(loss, parts.bytes_per_token)}
+
+    with parts.strategy.whole(), parts.observed() as observed:
+        values = loss_of("")
+    if values is None or parts.average is None:
+        return values and {**values, **observed}
+    with parts.average.in_place():
+        averaged = loss_of("_ema")
+    return averaged and {**values, **averaged, **observed}
+
+
+def _log_by_amount(parts: Parts, values: Mapping[str, float], tokens_seen: int) -> None:
+    """The points of an evaluation once more, with thousands of tokens and of bytes of text for steps."""
+    by_tokens = {"by_tokens/val_loss": values["val/loss"], "by_tokens/val_bpb": values["val/bpb"]}
+    parts.tracker.metrics(by_tokens, tokens_seen // 1000)
+    parts.tracker.metrics({"by_bytes/val_bpb": values["val/bpb"]}, int(tokens_seen * parts.bytes_per_token) // 1000)
 
 
 def _passes(parts: Parts, config: TrainingConfig) -> Passes:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bdh_mlflow import host
-from bdh_mlflow.config import Config, LowPrecisionConfig
+from bdh_mlflow.config import Config, LowPrecisionConfig, Machine, resolve
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.model import (
     precision,
@@ -51,7 +51,7 @@ def test_fp8_without_a_capable_device_is_refused_with_what_was_requested() -> No
     [((8, 0), "cuda:0 has CUDA capability 8.0"), ((9, 0), "needs Transformer Engine, which cannot be imported")],
 )
 def test_fp8_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], message: str) -> None:
-    monkeypatch.setattr(precision, "pick_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(precision, "pick_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
@@ -106,3 +106,47 @@ def test_bf16_forward_on_cuda_is_finite() -> None:
     idx = torch.randint(0, 256, (2, 9), device="cuda")
     with runs.autocast():
         assert torch.isfinite(model(idx, idx)[1])
+
+
+def complaints(*settings: str) -> list[str]:
+    return [str(problem) for problem in precision.problems(Config.from_dict({}, settings))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a CUDA device")
+def test_a_device_that_is_not_here_is_refused_with_what_is() -> None:
+    version = torch.__version__
+    assert complaints("training.device=cuda") == [
+        f"training.device: cuda cannot be used: torch {version} finds no CUDA device; auto takes what is there"
+    ]
+    assert complaints("training.device=mps") == [
+        f"training.device: mps cannot be used: torch {version} finds no Apple GPU; auto takes what is there"
+    ]
+    assert complaints("training.device=cpu") == complaints() == []
+    assert precision.pick_device("mps") == precision.pick_device("cuda:1") == precision.pick_device() == torch.device("cpu")
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert precision.pick_device("cuda:1") == torch.device("cuda:1")
+    assert precision.pick_device("cuda") == precision.pick_device() == torch.device("cuda:0")
+    assert precision.pick_device("cpu") == torch.device("cpu")
+    assert precision.why_device_unavailable("cuda:2") == "this machine has 2 CUDA devices, numbered from 0"
+
+
+def test_what_apples_gpu_does_not_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can be told without one: the operations themselves were not run."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert precision.pick_device("mps") == torch.device("mps")
+    found = complaints(
+        "training.device=mps", "training.layer_form=blocked", "low_precision.compute_dtype=float16", "low_precision.optimizer_bits=8"
+    )
+    assert [line.partition(":")[0] for line in found[:4]] == [
+        "low_precision.compute_dtype",
+        "training.layer_form",
+        "low_precision.optimizer_bits",
+        "low_precision.use_4bit",
+    ]
+    settled = resolve(Config.from_dict({}, ["training.device=mps", "low_precision.use_4bit=false"]), Machine("mps", 2**33)).config
+    assert (settled.training.layer_form, settled.training.compile) == ("reference", False)

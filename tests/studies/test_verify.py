@@ -45,6 +45,10 @@ def verified(config: Config, tmp_path: Path, *, steps: int = 12, interruptions: 
         {"training": {"gradient_accumulation_steps": 3}, "scheduler": {"type": "cosine", "warmup_steps": 2}},
         {"low_precision": FP8, "fp8": {"emulate": True, "amax_history_len": 4}},
         {"scheduler": PLATEAU, "training": {"learning_rate": 0.5}},
+        {
+            "low_precision": {"compute_dtype": "float32", "use_4bit": True},
+            "training": {"optimizer": "muon", "betas": [0.8, 0.9], "grad_clip_z": 0.5, "ema_decay": 0.9},
+        },
     ],
     ids=lambda sections: ",".join(f"{k}={v}" for values in sections.values() for k, v in values.items()),
 )
@@ -75,6 +79,8 @@ def test_the_number_of_processes_may_change_at_each_interruption(text: Path, tmp
         ("scheduler_state_dict", {"scheduler": NEVER_BETTER, "training": {"learning_rate": 1e-9}}, 12, "scheduler"),
         ("scaler_state_dict", {"low_precision": {"compute_dtype": "float16", "use_4bit": False}}, 12, "scaler"),
         ("precision_state_dict", {"low_precision": FP8, "fp8": {"emulate": True}}, 12, "number formats"),
+        ("ema_state_dict", {"training": {"ema_decay": 0.9}}, 12, "average of the weights"),
+        ("zclip_state_dict", {"training": {"grad_clip_z": 0.5}}, 12, "clipping"),
         ("data_position", {}, 12, "data position"),
         ("tokens_seen", {}, 12, "tokens seen"),
         ("accumulators", {"training": {"log_freq": 3}}, 26, "curve train/loss"),

@@ -13,9 +13,11 @@ from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.distributed import ALONE
 from bdh_mlflow.errors import SaveError
 from bdh_mlflow.text import Evaluation, Sample
+from bdh_mlflow.training.clipping import Clipping
+from bdh_mlflow.training.parts import Parts
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.strategy import Replicated
-from bdh_mlflow.training.trainer import Parts, Trainer
+from bdh_mlflow.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -169,11 +171,13 @@ def bench(
         "samples": lambda stopped: SAMPLES,
         "observed": lambda: nullcontext({"seen": 1.0}),
         "peak_tokens_per_s": 1e6,
+        "average": None,
         "saver": disk,
         "tracker": log,
         "progress": log,
         "stop": stop,
     }
     given = {**defaults, **(parts or {})}
-    given.setdefault("strategy", Replicated(model, given["optimizer"], given.get("world", ALONE)))
+    strategy = given.setdefault("strategy", Replicated(model, given["optimizer"], given.get("world", ALONE)))
+    given.setdefault("clip", Clipping(strategy.clip, config.grad_clip, config.grad_clip_z))
     return Bench(Trainer(Parts(**given), config), model, log, disk, stop, rate)

@@ -1,5 +1,6 @@
 """Learning-rate schedules against values computed by hand; states of few bits, counted."""
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
@@ -184,3 +185,53 @@ def test_model_too_small_for_few_bits_is_refused() -> None:
     small = {"n_embd": 8, "n_head": 1, "mlp_internal_dim_multiplier": 4}
     (problem,) = optim.problems(Config.from_dict({"model": small, "low_precision": {"optimizer_bits": 8}}))
     assert "those of this model have 256 and 2048" in problem.message
+
+
+def muon(own: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return build_optimizer(own, TrainingConfig(optimizer="muon", learning_rate=0.02, betas=(0.8, 0.95)), projections=own[:2])
+
+
+def matrices() -> list[nn.Parameter]:
+    """A projection of two heads, one that is a matrix, and a parameter that Muon leaves to AdamW."""
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((2, 8, 16), (32, 8), (10, 8))]
+
+
+def test_muon_updates_each_head_as_torch_does_a_matrix_and_the_rest_by_adamw() -> None:
+    own, others = matrices(), matrices()
+    heads = [nn.Parameter(head.detach().clone()) for head in others[0]]
+    theirs = [
+        torch.optim.Muon([*heads, others[1]], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others[2:], lr=0.02, weight_decay=0.1, betas=(0.8, 0.95), fused=True),
+    ]
+    optimizer = muon(own)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for parameter, other in zip(own, others, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+            other.grad = parameter.grad.clone()
+        for head, gradient in zip(heads, others[0].grad, strict=True):
+            head.grad = gradient.clone()
+        for each in (optimizer, *theirs):
+            each.step()
+    assert torch.equal(own[0], torch.stack([head.detach() for head in heads]))
+    assert torch.equal(own[1], others[1])
+    assert torch.equal(own[2], others[2])
+    said = optim.described(own, 32, own[:2])
+    bytes_each = optim.state_bytes(optimizer.state_dict()) / sum(p.numel() for p in own)
+    assert said == f"Muon for 2 of 3 parameters (torch), AdamW for the others, {bytes_each:.2f} bytes a parameter"
+
+
+def test_muon_continues_to_the_bit() -> None:
+    straight = matrices()
+    optimizer = muon(straight)
+    updated(straight, optimizer, range(3))
+    state = optim.named_state(optimizer, nn.ParameterList(straight))
+    saved, weights = copy.deepcopy(state), [p.detach().clone() for p in straight]
+    assert [list(each) for each in saved["state"].values()] == [["momentum_buffer"]] * 2 + [["step", "exp_avg", "exp_avg_sq"]]
+    updated(straight, optimizer, range(3, 6))
+    again = [nn.Parameter(weight) for weight in weights]
+    optimizer = muon(again)
+    optim.load_named_state(optimizer, nn.ParameterList(again), saved)
+    updated(again, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(again, straight, strict=True))

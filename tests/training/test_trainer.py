@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.text import Sample
+from bdh_mlflow.training.parts import Ending
 from bdh_mlflow.training.passes import seed_pass
 from bdh_mlflow.training.stop import StopRequest
-from bdh_mlflow.training.trainer import Ending
 from tests.training.bench import SAMPLES, Bench, Item, Toy, bench, items
 
 
