@@ -163,6 +163,44 @@ def data_vocabulary(folder: str, size: int | None, out: str | None, named: str |
     )
 
 
+@data.command("search")
+@click.argument("pattern")
+@click.argument("folder")
+@column_option
+@click.option("--ignore-case", "-i", is_flag=True, help="Capital and small letters are alike.")
+@click.option("--context", default=40, show_default=True, type=click.IntRange(0), help="Bytes shown on either side of a match.")
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(0), help="Documents shown, each with its first match; 0: counts alone."
+)
+def data_search(pattern: str, folder: str, column: str, ignore_case: bool, context: int, limit: int) -> None:
+    """Find a regular expression (RE2) in the documents of the parquet files in FOLDER.
+
+    Shows the first match of each document with what stands around it, then how many there are.
+    """
+    from bdh_mlflow.data.parquet import ParquetText
+    from bdh_mlflow.data.search import Pattern, search
+
+    text, counts, total = ParquetText(_dataset(folder, column, 0.0)), dict[str, list[int]](), [0, 0, 0]
+    for found in search(text, Pattern(pattern, ignore_case, context), limit):
+        for hit in found.hits:
+            place = click.style(f"{hit.file}:{hit.row}", fg="magenta")
+            times = f" ({hit.times:,} times)" if hit.times > 1 else ""
+            match = click.style(_one_line(hit.match), fg="red", bold=True)
+            click.echo(f"{place}{times}: {_one_line(hit.before)}{match}{_one_line(hit.after)}")
+        amounts = found.times, found.matching, found.documents
+        counts[found.file] = [a + b for a, b in zip(counts.get(found.file, [0, 0, 0]), amounts, strict=True)]
+        total = [a + b for a, b in zip(total, amounts, strict=True)]
+    if len(counts) > 1:
+        print_table(
+            ["file", "matches", "documents with it", "documents"], [[name, *(f"{n:,}" for n in each)] for name, each in counts.items()]
+        )
+    click.echo(f"{total[0]:,} matches in {total[1]:,} of {total[2]:,} documents")
+
+
+def _one_line(text: str) -> str:
+    return printable(text.replace("\r", "\u240d").replace("\n", "\u2424").replace("\t", " "))
+
+
 def _described(tokenizer: "Tokenizer", training: "Usage", validation: "Usage | None") -> list[list[str]]:
     held_out = [["bytes per token, validation text", f"{validation.bytes_per_token:.3f}"]] if validation and validation.tokens else []
     unused = int((training.counts == 0).sum())

@@ -102,6 +102,7 @@ for _command in (
     studies.compare,
     runs.evaluate,
     runs.generate,
+    studies.embeddings,
     runs.sync,
     runs.doctor,
     checkpoints.checkpoints,

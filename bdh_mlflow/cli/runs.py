@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +100,55 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
 
 
 def _converse(loaded: "Loaded", max_new_tokens: int, how: "Sampling") -> None:
-    """Continue each line of input until it ends. Every prompt is independent of the ones before."""
-    click.echo(f"{loaded.path}, step {loaded.step}. Each line is a prompt; Ctrl-D ends.", err=True)
+    """Continue each line of input until it ends. Every prompt is independent of the ones before.
+
+    A line that is `settings` shows how it is sampled, with `name=value` pairs behind it changes that; `reset` takes the changes back.
+    """
+    click.echo(
+        f"{loaded.path}, step {loaded.step}. Each line is a prompt; `settings` shows how it is continued, `settings temperature=0.5 "
+        f"top_k=20` changes it, `reset` takes that back; Ctrl-D ends.",
+        err=True,
+    )
+    first = max_new_tokens, how
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        word, _, rest = prompt.partition(" ")
+        if prompt == "reset" or word == "settings":
+            try:
+                max_new_tokens, how = first if word == "reset" else _changed(max_new_tokens, how, rest)
+            except InputError as error:
+                click.echo(f"Error: {error}", err=True)
+            shown_now = {"max_new_tokens": max_new_tokens, **dataclasses.asdict(how)}
+            click.echo("  ".join(f"{name}={value}" for name, value in shown_now.items()), err=True)
+            continue
         try:
             _stream(loaded, prompt, max_new_tokens, how)
         except InputError as error:
             click.echo(f"Error: {error}", err=True)
+
+
+def _changed(max_new_tokens: int, how: "Sampling", text: str) -> "tuple[int, Sampling]":
+    """Settings after `name=value` pairs of a line.   Raises InputError for one that is not taken."""
+    accepted: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int, "top_p": float, "seed": int, "stop": str}
+    for pair in shlex.split(text):
+        name, equals, value = pair.partition("=")
+        if not equals or name not in (*accepted, "max_new_tokens"):
+            raise InputError(f"{pair}: accepted: {', '.join(f'{each}=...' for each in (*accepted, 'max_new_tokens'))}")
+        try:
+            number = None if value == "none" else accepted.get(name, int)(value)
+        except ValueError:
+            raise InputError(f"{name}: {value}; accepted: a number, or none") from None
+        if name == "max_new_tokens":
+            if number is None or number < 1:
+                raise InputError(f"max_new_tokens: {value}; accepted: 1 or more")
+            max_new_tokens = number
+        else:
+            changed: dict[str, Any] = {name: number}
+            how = dataclasses.replace(how, **changed)
+    return max_new_tokens, how
 
 
 def _stream(loaded: "Loaded", prompt: str, max_new_tokens: int, how: "Sampling") -> None:

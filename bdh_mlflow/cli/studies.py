@@ -1,4 +1,4 @@
-"""Commands about several trainings: compare, sweep, verify-resume."""
+"""Commands that study trainings: compare, sweep, verify-resume, embeddings."""
 
 import functools
 import re
@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +16,9 @@ from bdh_mlflow.cli.common import (
     Launch,
     config_option,
     dotted_options,
+    ema_option,
     exit_stopped_early,
+    load_model,
     print_table,
     processes_option,
     read_config,
@@ -28,6 +31,7 @@ from bdh_mlflow.errors import InputError
 from bdh_mlflow.files import reason_of
 
 SHOWN_RUNS = 8  # columns of runs that a terminal holds
+SHOWN_TOKENS = 8  # with the longest vectors, and with the shortest
 
 
 @click.command()
@@ -169,3 +173,37 @@ def verify_resume(
         click.echo(f"Not exact: {', '.join(different)}")
         ctx.exit(1)
     click.echo(f"Exact: {len(rows)} of {len(rows)} rows equal to the bit")
+
+
+@click.command()
+@click.argument("run")
+@config_option
+@click.option("--token", "tokens", multiple=True, metavar="TEXT", help="Show the tokens nearest to this one; repeatable.")
+@click.option("--nearest", default=6, show_default=True, type=click.IntRange(1), help="How many of them.")
+@click.option("--out", type=click.Path(dir_okay=False), help="PNG file of the map; by default embeddings_STEP.png.")
+@click.option("--log/--no-log", default=True, show_default=True, help="Also store the map among the run's artifacts.")
+@ema_option
+def embeddings(run: str, config_path: str, tokens: tuple[str, ...], nearest: int, ema: bool, **written: Any) -> None:
+    """Look at the tokens of RUN: the lengths of their vectors, which are near each other, and a map of all of them.
+
+    RUN is given as for `generate`. Without --token the tokens with the longest and the shortest vectors are shown.
+    """
+    from bdh_mlflow.studies.embeddings import FOLDER, Embeddings, log
+
+    path = Path(written["out"]) if written["out"] else None
+    if path is not None and (path.suffix != ".png" or not path.absolute().parent.is_dir()):
+        raise InputError(f"--out {path}: accepted: the name of a .png file in a folder that exists")
+    loaded = load_model(run, config_path, ema)
+    look = Embeddings(loaded.model.embed.weight, loaded.tokenizer)
+    if tokens:
+        chosen = [look.token_of(token) for token in tokens]
+    else:
+        by_length = sorted(look.ids, key=lambda token: -look.norms[token])
+        chosen = list(dict.fromkeys([*by_length[:SHOWN_TOKENS], *by_length[-SHOWN_TOKENS:]]))
+    print_table(["token", "id", "length", f"nearest {nearest}, and their cosines"], look.table(chosen, nearest))
+    path = path or Path(f"embeddings_{loaded.step}.png")
+    path.write_bytes(look.picture())
+    click.echo(f"{path}: a map of {len(look.ids):,} tokens of step {loaded.step}")
+    if written["log"] and loaded.run_id is not None:
+        log(path, loaded.run_id, read_config(config_path).tracking)
+        click.echo(f"Stored among the artifacts of run {loaded.run_id}: {FOLDER}/{path.name}")

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+from bdh_mlflow.config.former import FORMER
 from bdh_mlflow.config.settings import SECTIONS, Accepted, NotEmpty, Refused, declared
 from bdh_mlflow.errors import ConfigError
 from bdh_mlflow.files import nearest
@@ -43,6 +44,10 @@ def documentation() -> list[tuple[str, str, str, str]]:
 def explain(section: str, key: str, value: object, reason: str = "") -> str:
     """What is wrong with a value: what was found and what is accepted.   reason: what a rule for this type says."""
     fields = SECTIONS[section].__pydantic_fields__
+    if (former := FORMER.get(f"{section}.{key}")) is not None:
+        now = f"it is now {former.successor}" if former.successor else "there is none here"
+        reason = f" ({former.reason})" if former.reason else ""
+        return f"a key of an earlier program: {now}{reason}; bdh-mlflow config migrate FILE rewrites all of them"
     if key not in fields:
         return f"unknown key{nearest(key, fields)}"
     known = [r.reason for r in typing.get_args(declared(section, key)) if isinstance(r, Refused) and r.value == value]

@@ -112,6 +112,14 @@ Betas = tuple[Fraction, Fraction]
 Text = Annotated[str, NotEmpty(), AfterValidator(_something)]
 
 
+def _schedule(value: object) -> object:
+    """The other spellings of a schedule: any case, and none for a rate that stays."""
+    if value is None:
+        return "constant"
+    word = value.strip().lower() if isinstance(value, str) else value
+    return "constant" if word in ("none", "off") else word
+
+
 class Role(enum.Enum):
     """What a setting decides, and so who may change it. A field whose type names no role is TRAJECTORY."""
 
@@ -209,8 +217,8 @@ class TrainingConfig:
 class SchedulerConfig:
     """Learning rate as a function of the step."""
 
-    type: Literal["constant", "cosine", "linear", "exponential", "plateau"] = "constant"
-    """Shape after warm-up."""
+    type: Annotated[Literal["constant", "cosine", "linear", "exponential", "plateau"], BeforeValidator(_schedule)] = "constant"
+    """Shape after warm-up; none and null are constant."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     """Updates in which the rate rises linearly from 0 to its peak."""
     decay_steps: Count | None = None

@@ -26,19 +26,31 @@ def with_tokenizer(config: Config, run_dir: Path | None, progress: Progress) -> 
     run_dir: of the run that goes on, where a copy of its tokenizer is. Raises ConfigError, where they contradict each other too.
     """
     if config.tokenizer.type == "byte":
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=config.vocab_size)), BYTES
+        return with_vocabulary_size(config), BYTES
     if (file := missing(config.tokenizer, run_dir)) is not None:
         _train(file, config, progress)
     tokenizer = find(config.tokenizer, run_dir)
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.size:
-        named = config.tokenizer.name or shown(config.tokenizer.path or "")
-        raise ConfigError(
-            f"model.vocab_size: {size:,} is less than the {tokenizer.size:,} tokens of the tokenizer {named}; null follows the tokenizer"
-        )
-    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.size)
     settled = dataclasses.replace(config.tokenizer, digest=tokenizer.digest, separator=tokenizer.separator_text)
-    return dataclasses.replace(config, model=model, tokenizer=settled), tokenizer
+    return dataclasses.replace(_sized(config, tokenizer.size), tokenizer=settled), tokenizer
+
+
+def with_vocabulary_size(config: Config) -> Config:
+    """The configuration with the size that its tokenizer has, or will have once it is trained; for what needs no more of it.
+
+    Raises ConfigError as `with_tokenizer` does.
+    """
+    settings = config.tokenizer
+    if settings.type == "byte":
+        return _sized(config, config.vocab_size)
+    return _sized(config, settings.train_size if missing(settings) and settings.train_size else find(settings).size)
+
+
+def _sized(config: Config, tokens: int) -> Config:
+    size = config.model.vocab_size
+    if size is not None and size < tokens:
+        named = config.tokenizer.name or shown(config.tokenizer.path or "")
+        raise ConfigError(f"model.vocab_size: {size:,} is less than the {tokens:,} tokens of the tokenizer {named}; null follows it")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size or tokens))
 
 
 def _train(file: Path, config: Config, progress: Progress) -> None:

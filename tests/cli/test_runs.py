@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.tracking.mirrored import MirrorReader
-from tests.conftest import history, only_run, run_cli, train
+from tests.conftest import history, only_run, run_cli, thread_sender, train
 
 
 def test_generate_is_repeatable_and_evaluate_gives_the_logged_loss(store: MlflowClient, text: Path, tiny: Path) -> None:
@@ -121,3 +121,48 @@ def test_store_of_the_configuration_wins_over_the_environment_in_every_command(
         assert list(mirror.download(uri, folder).rglob("*.safetensors")), uri
     absent = train(tiny, resume="models:/absent/1")
     assert (absent.exit_code, "Registered Model with name=absent not found" in absent.output) == (2, True), absent.output
+
+
+def test_sampling_is_changed_and_reset_between_prompts(store: MlflowClient, text: Path, tiny: Path) -> None:
+    assert train(tiny, "training.max_iters=3", "training.ema_decay=0.5").exit_code == 0
+    lines = [
+        "settings temperature=0 max_new_tokens=5",
+        "def ",
+        "def ",
+        "reset",
+        "settings top_k=none stop=x seed=3",
+        "settings top=1",
+        "settings top_k=a",
+    ]
+    command = ["generate", "latest", "--interactive", "--max-new-tokens", "7", "--config", str(tiny)]
+    result = CliRunner().invoke(cli, command, input="\n".join(lines) + "\n", obj=thread_sender)
+    assert result.exit_code == 0, result.output
+    said = result.output.splitlines()
+    states = [line for line in said if line.startswith("max_new_tokens=")]
+    assert states[0] == "max_new_tokens=5  temperature=0.0  top_k=50  top_p=None  seed=None  stop="
+    assert states[1] == "max_new_tokens=7  temperature=0.8  top_k=50  top_p=None  seed=None  stop="
+    assert states[2] == states[3] == states[4] == "max_new_tokens=7  temperature=0.8  top_k=None  top_p=None  seed=3  stop=x"
+    assert [line for line in said if line.startswith("Error: ")] == [
+        "Error: top=1: accepted: temperature=..., top_k=..., top_p=..., seed=..., stop=..., max_new_tokens=...",
+        "Error: top_k: a; accepted: a number, or none",
+    ]
+    greedy = run_cli("generate", "latest", "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "5", "--config", str(tiny)).output
+    assert result.output.count(greedy.removesuffix("\n")) == 2
+
+
+def test_the_average_of_the_weights_is_another_model(store: MlflowClient, text: Path, tiny: Path) -> None:
+    config = ("--config", str(tiny))
+    assert train(tiny, "training.max_iters=3", "training.ema_decay=0.5").exit_code == 0
+    run = only_run(store)
+    ((_, averaged),) = history(store, run.info.run_id, "val/loss_ema")
+    output = run_cli("evaluate", "latest", "--ema", *config).output
+    assert f"val/loss {averaged:.4f} " in output
+    assert history(store, run.info.run_id, "eval/text_loss_ema")[0][1] == averaged
+    exported = run_cli(
+        "checkpoints", "export", "latest", "--format", "safetensors", "-o", "mean.safetensors", "--ema", "--config", str(tiny)
+    )
+    assert exported.exit_code == 0, exported.output
+    assert f"val/loss {averaged:.4f} " in run_cli("evaluate", "mean.safetensors", *config).output
+    assert "holds one set of weights" in run_cli("evaluate", "mean.safetensors", "--ema", *config).output
+    assert train(tiny, "training.max_iters=1", "tracking.experiment=other").exit_code == 0
+    assert "holds no average of the weights; training.ema_decay keeps one" in run_cli("evaluate", "latest", "--ema", *config).output

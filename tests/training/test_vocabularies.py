@@ -92,7 +92,7 @@ def test_another_tokenizer_is_refused_on_resume_and_a_fork_reads_from_the_beginn
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((*BPE[:2],), "model.vocab_size: 256 is less than the 280 tokens of the tokenizer own/made.json; null follows the tokenizer"),
+        ((*BPE[:2],), "model.vocab_size: 256 is less than the 280 tokens of the tokenizer own/made.json; null follows it"),
         ((BPE[0], BPE[2]), "tokenizer.path: null, and so is tokenizer.name: tokenizer.type huggingface needs one of them"),
         (("tokenizer.path=own/made.json",), "tokenizer.path: "),
         ((*BPE, "tokenizer.name=gpt2"), "tokenizer.name: gpt2 besides tokenizer.path"),
