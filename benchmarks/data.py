@@ -1,4 +1,4 @@
-"""What the data pipeline costs, as ratios in one process: `python benchmarks/data.py [--files 1000] [--megabytes 10]`.
+"""What the data pipeline costs, as ratios in one process: `python benchmarks/data.py [--files 1000] [--megabytes 10] [--tokens]`.
 
 1. Bytes a second of training batches, against pyarrow reading the same column, and against a simple loader that reads a whole row group
    for every sample.
@@ -6,6 +6,9 @@
 3. Time to the first batch at position 0 and in the middle of an epoch.
 4. The same text in an S3 store 0, 20 and 200 ms away (`scripts/team.py` says what that needs): MB of text a second, first batch at both
    positions, and the share of its time that a training of 100,000 tokens a second waits for text.
+
+--tokens: 1 and 2 with a vocabulary instead (a byte-level BPE of 4,096): tokens prepared beside the text, against pyarrow reading their
+column, and made while the text is read; what one and all cores prepare in a second.
 """
 
 import argparse
@@ -26,8 +29,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdh_mlflow.config import DatasetConfig
+from bdh_mlflow.data.columns import TOKENS
 from bdh_mlflow.data.order import Batch, Order, Position, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.data.prepare import prepare
+from bdh_mlflow.data.shards import Tokenizing
+from bdh_mlflow.data.usage import training_texts
+from bdh_mlflow.vocabulary import of_content
+from bdh_mlflow.vocabulary.learn import learn_bpe
 from scripts import team
 from scripts.relay import Relay
 
@@ -36,6 +45,7 @@ DOCUMENT_BYTES = 3000  # about FineWeb's mean
 ROW_GROUP_ROWS = 1000  # FineWeb's
 ROUNDS = 3
 TOKENS_PER_S, WATCHED_S = 100_000, 60
+VOCABULARY = 4096
 
 
 def main() -> None:
@@ -43,10 +53,14 @@ def main() -> None:
     options.add_argument("--files", type=int, default=1000)
     options.add_argument("--megabytes", type=float, default=10.0, help="text in one file")
     options.add_argument("--dir", help="where the data is made; a temporary folder if not given")
+    options.add_argument("--tokens", action="store_true", help="with a vocabulary")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
         one = Path(folder) / "one"
         write(one / "0.parquet", int(given.megabytes * 1e6) * 8)  # large enough to time
+        if given.tokens:
+            with_vocabulary(one, Path(folder), given.files, int(given.megabytes * 1e6))
+            return
         throughput(opened(one))
         many = Path(folder) / "many"
         write(many / "0000.parquet", int(given.megabytes * 1e6))
@@ -96,6 +110,48 @@ def throughput(text: ParquetText) -> None:
     print(f"ours / row group per sample: {middle['ours'] / middle['row_group_per_sample']:,.0f} (required: at least 100)")
 
 
+def with_vocabulary(one: Path, home: Path, files: int, size: int) -> None:
+    """Prepared and made on the fly; then memory over many files."""
+    tokenizer = of_content("huggingface", learn_bpe(training_texts(opened(one)), VOCABULARY), None, "benchmark")
+    cores = len(os.sched_getaffinity(0))
+    for processes in dict.fromkeys((1, cores)):
+        started = time.perf_counter()
+        target = home / f"tokens-{processes}"
+        done = prepare(str(one), target, "text", tokenizing=Tokenizing(tokenizer, processes)).written
+        seconds = time.perf_counter() - started
+        print(
+            f"prepared by {processes}: {done.bytes / 1e6 / seconds:.1f} MB of text a second, {done.bytes / done.tokens:.2f} bytes a token"
+        )
+    text = ParquetText(DatasetConfig(parquet_dir=str(target), val_fraction=0.01), tokenizer=tokenizer)
+    on_the_fly = ParquetText(DatasetConfig(parquet_dir=str(one), val_fraction=0.01), tokenizer=tokenizer)
+
+    def pyarrow_alone() -> int:
+        count = 0
+        for file in text.files:
+            with pq.ParquetFile(file) as opened_file:
+                for i in range(opened_file.num_row_groups):
+                    count += len(opened_file.read_row_group(i, columns=[TOKENS]).column(TOKENS).combine_chunks().flatten())
+        return count
+
+    def tokens_of(source: ParquetText, until: float) -> int:
+        return sum(b.tokens.numel() for b in itertools.takewhile(lambda b: b.epoch < until, batches(source)))
+
+    rates: dict[str, list[float]] = {"pyarrow alone": [], "prepared": []}
+    for _ in range(ROUNDS):
+        rates["pyarrow alone"].append(rate(pyarrow_alone))
+        rates["prepared"].append(rate(lambda: tokens_of(text, 0.95)))
+    middle = {name: statistics.median(values) for name, values in rates.items()} | {"on the fly": rate(lambda: tokens_of(on_the_fly, 0.3))}
+    for name, value in middle.items():
+        print(f"{name}: {value / 1e6:,.2f} M tokens a second, {value * done.bytes / done.tokens / 1e6:,.1f} MB of text")
+    print(f"prepared / pyarrow alone: {middle['prepared'] / middle['pyarrow alone']:.2f}")
+    small, many = home / "small", home / "many"
+    write(small / "0.parquet", size)
+    prepare(str(small), many, "text", tokenizing=Tokenizing(tokenizer, cores))
+    for i in range(1, files):
+        os.link(many / "part-00000.parquet", many / f"copy-{i:04d}.parquet")
+    memory(ParquetText(DatasetConfig(parquet_dir=str(many), val_fraction=0.01), tokenizer=tokenizer))
+
+
 def first_batch(text: ParquetText) -> None:
     middle = next(b.position for b in batches(text) if b.epoch > 0.02)
     middle["next_unit"] += len(text.row_groups) // 2
@@ -116,7 +172,7 @@ def first_batch(text: ParquetText) -> None:
 
 def memory(text: ParquetText) -> None:
     process = psutil.Process()
-    largest = max(len(text.training_tokens(g)) for g in text.row_groups[:20])
+    largest = max(text.training_tokens(g).nbytes for g in text.row_groups[:20])
     before = process.memory_info().rss
     marks = iter(range(1, 11))
     mark = next(marks)

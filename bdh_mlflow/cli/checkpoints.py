@@ -76,11 +76,11 @@ def _list_mirrored(target: str | None, config_path: str, best: bool) -> None:
     tracking = read_config(config_path).tracking
     locator = locate.Locator(Path(), tracking)
     found = locator.mirror.search(locator.mirrored(target)[0] if target else None, best)
-    rows = [[m.uri, str(m.step), "" if m.val_loss is None else f"{m.val_loss:.4f}", m.run_name] for m in found]
+    rows = [[m.uri, str(m.step), *("" if v is None else f"{v:.4f}" for v in (m.val_loss, m.val_bpb)), m.run_name] for m in found]
     if not rows:
         where = target or f"experiment {tracking.experiment}"
         raise InputError(f"{where}: no mirrored checkpoints{' with a validation loss' if best else ''}")
-    print_table(["checkpoint", "step", "val/loss", "run"], rows)
+    print_table(["checkpoint", "step", "val/loss", "val/bpb", "run"], rows)
 
 
 @checkpoints.command("verify")

@@ -111,6 +111,7 @@ def data_inspect(folder: str, column: str, val_fraction: float, named: str | Non
         ["row groups", f"{len(text.row_groups):,}"],
         ["documents", f"{text.rows:,}"],
         ["digest", text.digest],
+        *([["tokens of", ", ".join(sorted(text.prepared_for))]] if text.prepared_for else []),
         ["first row group", f"{first.rows:,} documents, {len(training):,} training and {len(validation):,} validation {unit}"],
         ["begins", text.tokenizer.decode(training[:200].tolist())],
     ]

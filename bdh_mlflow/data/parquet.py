@@ -97,6 +97,11 @@ class ParquetText:
         return self._decoded(group, self._chosen(group, self.read_documents(group), validation=False))
 
     @property
+    def prepared_for(self) -> set[str]:
+        """Digests of the tokenizers whose tokens the files hold."""
+        return {digest for digest in self._tokens_of if digest is not None}
+
+    @property
     def separator(self) -> Ids:
         """The token between documents, alone."""
         return np.array([self.tokenizer.separator], self.tokenizer.dtype)

@@ -129,6 +129,9 @@ class Space(BaseModel):
         for key, choice in self.parameters.items():
             if key.startswith(SET_BY_THE_SWEEP):
                 yield Problem(f"parameters.{key}", "is the same for all trials, or set by the sweep; it cannot be searched")
+            elif key.startswith("tokenizer."):
+                reason = "trials are judged by val/loss, in nats per token of one vocabulary; train each by itself, and compare them"
+                yield Problem(f"parameters.{key}", reason)
             elif key in self.settings:
                 yield Problem(f"settings.{key}", "is among the parameters as well")
             elif wrong := next((problem for value in choice.examples() if (problem := problem_of(key, value))), None):

@@ -29,7 +29,7 @@ from bdh_mlflow.tracking.run_store import RunStore
 LARGE_BYTES = 50_000_000  # from here on a failed upload is worth a word about limits
 SAME_HOST_UPLOAD_BYTES_PER_S = 32e6  # to a server on this machine, which receives and writes with the cores that train
 MODEL_TYPE = "bdh-checkpoint"
-VAL_LOSS = "val/loss"
+VAL_LOSS, VAL_BPB = "val/loss", "val/bpb"
 
 
 @dataclass

@@ -21,7 +21,7 @@ from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.artifacts import Artifacts
-from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_LOSS
+from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_BPB, VAL_LOSS
 from bdh_mlflow.tracking.records import JOB
 from bdh_mlflow.tracking.resolved import GRAMMAR
 
@@ -38,11 +38,14 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True)
 class MirroredCheckpoint:
-    """A mirrored checkpoint.   uri: what `--resume` takes.   val_loss: nats per token, None if it was not evaluated."""
+    """A mirrored checkpoint.   uri: what `--resume` takes.   val_loss: nats per token, None if it was not evaluated.   val_bpb: the same in
+    bits per byte of text, by which runs of different vocabularies compare.
+    """
 
     uri: str
     step: int
     val_loss: float | None
+    val_bpb: float | None
     run_name: str
 
 
@@ -144,14 +147,14 @@ class MirrorReader:
                 if experiment is None:
                     raise InputError(f"experiment {config.experiment}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
                 experiment_id = experiment.experiment_id
-            order = {"order_by": [{"field_name": f"metrics.{VAL_LOSS}", "ascending": True}]} if best or run_id is None else {}
+            order = {"order_by": [{"field_name": f"metrics.{VAL_BPB}", "ascending": True}]} if best or run_id is None else {}
             found = [m for m in store.models_of(client, experiment_id, MODEL_TYPE, run_id, **order) if str(m.status) == "READY"]
             names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}
         rows = [_row(m, names.get(m.source_run_id or "", "")) for m in found]
         if run_id and not best:
             return sorted(rows, key=lambda row: row.step)
-        ordered = sorted(rows, key=lambda row: math.inf if row.val_loss is None else row.val_loss)
-        return [row for row in ordered if row.val_loss is not None][:1] if best else ordered
+        ordered = sorted(rows, key=lambda row: math.inf if row.val_bpb is None else row.val_bpb)
+        return [row for row in ordered if row.val_bpb is not None][:1] if best else ordered
 
 
 def _place(client: MlflowClient, uri: str) -> str:
@@ -164,7 +167,10 @@ def _place(client: MlflowClient, uri: str) -> str:
 
 
 def _row(model: LoggedModel, run_name: str) -> MirroredCheckpoint:
-    values = [m.value for m in model.metrics or [] if m.key == VAL_LOSS]
-    loss = values[0] if values and 0 < values[0] < sys.float_info.max else None  # 0: NaN, as version 0.2.0 logged it
+    def last(key: str) -> float | None:
+        values = [m.value for m in model.metrics or [] if m.key == key]
+        return values[0] if values and 0 < values[0] < sys.float_info.max else None  # 0: NaN, as version 0.2.0 logged it
+
     step = store.whole_number((model.params or {}).get("step"))
-    return MirroredCheckpoint((model.tags or {}).get("bdh.checkpoint", model.name or ""), step, loss, run_name)
+    uri = (model.tags or {}).get("bdh.checkpoint", model.name or "")
+    return MirroredCheckpoint(uri, step, last(VAL_LOSS), last(VAL_BPB), run_name)

@@ -30,6 +30,8 @@ def with_tokenizer(config: Config, run_dir: Path | None, progress: Progress) -> 
     if (file := missing(config.tokenizer, run_dir)) is not None:
         _train(file, config, progress)
     tokenizer = find(config.tokenizer, run_dir)
+    if run_dir is not None and config.tokenizer.path is not None and not Path(config.tokenizer.path).exists():
+        progress.note(f"{shown(config.tokenizer.path)} (tokenizer.path) is not here: taking the copy in {shown(run_dir)}")
     settled = dataclasses.replace(config.tokenizer, digest=tokenizer.digest, separator=tokenizer.separator_text)
     return dataclasses.replace(_sized(config, tokenizer.size), tokenizer=settled), tokenizer
 

@@ -24,6 +24,7 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 NO_TEXT = "\u2400"
 """What is shown for a token that stands for no text: a visible NUL."""
 CUT_CHARACTERS = 2**18  # longer texts are encoded in parts: libraries keep some hundred bytes for each token until a text is done
+BATCH_CHARACTERS = 2**20  # encoded at once, by all cores
 SHOWN = 40  # characters of a text in a message
 
 
@@ -126,10 +127,10 @@ class _OfLibrary(Tokenizer):
 
     def encode_all(self, texts: Sequence[str]) -> Encoded:
         parts = [self._parts(text) for text in texts]
-        encoded = iter(self._encode([part for each in parts for part in each]))
-        rows = [list(itertools.chain.from_iterable(itertools.islice(encoded, len(each)))) for each in parts]
-        lengths = np.array(list(map(len, rows)), np.int64)
-        return Encoded(np.fromiter(itertools.chain.from_iterable(rows), self.dtype, int(lengths.sum())), lengths)
+        encoded = list(self._in_batches([part for each in parts for part in each]))
+        sizes = iter(map(len, encoded))
+        lengths = np.array([sum(itertools.islice(sizes, len(each))) for each in parts], np.int64)
+        return Encoded(np.concatenate(encoded) if encoded else np.empty(0, self.dtype), lengths)
 
     def losses(self, texts: Sequence[str], encoded: Encoded) -> Iterator[str]:
         end = 0
@@ -138,6 +139,17 @@ class _OfLibrary(Tokenizer):
             given, raw = b"".join(map(self.pieces.__getitem__, encoded.ids[start:end].tolist())), text.encode()
             if given not in (raw, self._lead + raw):
                 yield _difference(text, given.decode(errors="replace"))
+
+    def _in_batches(self, parts: Sequence[str]) -> Iterator[Ids]:
+        """Ids of each part; what a library keeps of a text besides is gone before the next batch is begun."""
+        start = 0
+        while start < len(parts):
+            end, characters = start, 0
+            while end < len(parts) and (end == start or characters + len(parts[end]) <= BATCH_CHARACTERS):
+                characters += len(parts[end])
+                end += 1
+            yield from [np.array(ids, self.dtype) for ids in self._encode(parts[start:end])]
+            start = end
 
     def _parts(self, text: str) -> list[str]:
         """A text, or where that gives the same back, a long one cut behind line ends."""

@@ -160,6 +160,7 @@ def test_signal_ends_a_sweep_after_a_checkpoint(
         ({"parameters": {"model.dropout": {"choices": [0.1], "step": 1}}}, "not both"),
         ({"parameters": {"training.checkpoint_dir": {"choices": ["a", "b"]}}}, "training.checkpoint_dir: is the same for all trials"),
         ({"parameters": {"tracking.experiment": {"choices": ["a", "b"]}}}, "tracking.experiment: is the same for all trials"),
+        ({"parameters": {"tokenizer.path": {"choices": ["a", "b"]}}}, "tokenizer.path: trials are judged by val/loss, in nats per token"),
         ({"settings": {"model.n_layer": 1}}, "settings.model.n_layer: is among the parameters as well"),
     ],
 )
