@@ -179,6 +179,8 @@ def _export_folder(found: "ResolvedCheckpoint", output: str | None, ema: bool) -
 
     loaded = load.of_checkpoint(found, ema)
     assert found.checkpoint is not None, "it was loaded"
+    if output and "://" in output:
+        raise InputError(f"--output {output}: a folder on this machine is written; copy it there afterwards")
     folder = Path(output) if output else found.path.with_suffix(".huggingface")
     manifest = found.checkpoint.manifest
     size = huggingface.write(folder, loaded, dataclasses.replace(manifest, val_loss=None, val_bpb=None) if ema else manifest)

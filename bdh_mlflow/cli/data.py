@@ -32,6 +32,7 @@ tokenizer_option = click.option(
     metavar="FILE",
     help="tokenizer.json, SentencePiece model, folder with one, huggingface:NAME or tiktoken:NAME.",
 )
+separator_option = click.option("--separator", help="Token between two documents; the one by which the tokenizer ends a text if not given.")
 column_option = click.option("--column", default="text", show_default=True, help="Column of the documents.")
 val_fraction_option = click.option("--val-fraction", default=0.01, show_default=True, help="Share of the documents kept for validation.")
 
@@ -46,9 +47,11 @@ def data() -> None:
 @click.argument("folder")
 @click.option("--column", default="text", show_default=True, help="Field or column of jsonl, json and parquet sources, and of the result.")
 @tokenizer_option
-@click.option("--separator", help="Token between two documents; the one by which the tokenizer ends a text if not given.")
+@separator_option
 @click.option("--lossy", is_flag=True, help="Keep documents that the tokenizer does not give back exactly.")
-@click.option("--processes", type=click.IntRange(1), help="Processes that make tokens; one for each core if not given.")
+@click.option(
+    "--processes", type=click.IntRange(1), help="Processes that make tokens; if not given one for each core but the one that writes."
+)
 def data_prepare(source: str, folder: str, column: str, named: str | None, **making: Any) -> None:
     """Turn SOURCE into parquet files in FOLDER.
 
@@ -68,7 +71,7 @@ def data_prepare(source: str, folder: str, column: str, named: str | None, **mak
     tokenizing = None
     if named is not None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        tokenizing = Tokenizing(_tokenizer(named, making["separator"]), making["processes"] or cores, making["lossy"])
+        tokenizing = Tokenizing(_tokenizer(named, making["separator"]), making["processes"] or max(1, cores - 1), making["lossy"])
     elif any(making.values()):
         raise click.UsageError("--lossy, --separator and --processes are of --tokenizer")
     source, folder = place(source), place(folder)
@@ -84,11 +87,12 @@ def data_prepare(source: str, folder: str, column: str, named: str | None, **mak
     if len(done.skipped) > SHOWN_SKIPPED:
         click.echo(f"... and {len(done.skipped) - SHOWN_SKIPPED} more")
     written, settings = done.written, {"dataset.parquet_dir": shown(done.folder)}
+    settings |= {"dataset.text_column": printable(column)} if column != "text" else {}
     click.echo(f"{shown(done.folder)}: {_amount(written)} in {written.files} files")
     if tokenizing is not None and named is not None:
         kept = f"; {written.lossy:,} documents are not given back exactly" if written.lossy else "; every document is given back exactly"
         click.echo(f"{written.tokens:,} tokens, {written.bytes / max(1, written.tokens):.3f} bytes each{kept}")
-        settings |= _settings(tokenizing.tokenizer, named)
+        settings |= _settings(tokenizing.tokenizer, named, making["separator"]) | ({"tokenizer.lossy": "true"} if making["lossy"] else {})
     click.echo(f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, settings)}")
 
 
@@ -97,12 +101,13 @@ def data_prepare(source: str, folder: str, column: str, named: str | None, **mak
 @column_option
 @val_fraction_option
 @tokenizer_option
-def data_inspect(folder: str, column: str, val_fraction: float, named: str | None) -> None:
+@separator_option
+def data_inspect(folder: str, column: str, val_fraction: float, named: str | None, separator: str | None) -> None:
     """Show what the parquet files in FOLDER hold and how training would split them."""
     from bdh_mlflow.data.parquet import ParquetText
     from bdh_mlflow.vocabulary import BYTES
 
-    text = ParquetText(_dataset(folder, column, val_fraction), tokenizer=_tokenizer(named, None) if named else BYTES, lossy=True)
+    text = ParquetText(_dataset(folder, column, val_fraction), tokenizer=_tokenizer(named, separator) if named else BYTES, lossy=True)
     first = text.row_groups[0]
     training, validation = text.training_tokens(first), text.validation_tokens(first)
     unit = "tokens" if named else "bytes"
@@ -125,9 +130,10 @@ def data_inspect(folder: str, column: str, val_fraction: float, named: str | Non
 @click.option("--size", type=click.IntRange(1), help="Train a byte-level BPE of so many tokens.")
 @click.option("--out", "-o", type=click.Path(dir_okay=False), help="File to write it to (tokenizer.json).")
 @tokenizer_option
+@separator_option
 @column_option
 @val_fraction_option
-def data_vocabulary(folder: str, size: int | None, out: str | None, named: str | None, column: str, val_fraction: float) -> None:
+def data_vocabulary(folder: str, size: int | None, out: str | None, named: str | None, **how: Any) -> None:
     """Train a vocabulary on the training text in FOLDER, or look at what a given one makes of it.
 
     Shows bytes per token on training and validation text, how much of the vocabulary occurs, and its longest and most frequent tokens.
@@ -141,15 +147,18 @@ def data_vocabulary(folder: str, size: int | None, out: str | None, named: str |
         raise click.UsageError("give --size and --out to train one, or --tokenizer to look at one")
     if size is not None and size < LEAST:
         raise click.UsageError(f"--size {size}: at least {LEAST}: the 256 bytes, a separator and one token that joins two of them")
-    dataset, status = _dataset(folder, column, val_fraction), console_on(sys.stderr)
+    val_fraction, separator = how["val_fraction"], how["separator"]
+    dataset, status = _dataset(folder, how["column"], val_fraction), console_on(sys.stderr)
     if size is not None and out is not None:
+        if Path(out).exists():
+            raise InputError(f"--out {shown(out)}: there already; give another name or remove it first")
         if not Path(out).absolute().parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {Path(out).parent}")
         with status.status("training a vocabulary"):
             atomic_write(Path(out), learn_bpe(training_texts(ParquetText(dataset)), size))
         named = out
     assert named is not None, "one of the two was given"
-    tokenizer = _tokenizer(named, None)
+    tokenizer = _tokenizer(named, separator)
     if size is not None and tokenizer.size < size:
         click.echo(f"The text gives {tokenizer.size:,} tokens, not {size:,}: no more pairs occur in it")
     text = ParquetText(dataset, tokenizer=tokenizer, lossy=True)
@@ -159,9 +168,8 @@ def data_vocabulary(folder: str, size: int | None, out: str | None, named: str |
     print_table(["longest", "bytes", "times", "most frequent", "share"], _tokens(tokenizer, training))
     if out is not None:
         click.echo(f"{shown(out)}: digest {tokenizer.digest}")
-    click.echo(
-        f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, {'dataset.parquet_dir': shown(text.root), **_settings(tokenizer, named)})}"
-    )
+    settings = {"dataset.parquet_dir": shown(text.root), **_settings(tokenizer, named, separator)}
+    click.echo(f"Next: {Launch.of_this_process().train(DEFAULT_CONFIG, settings)}")
 
 
 @data.command("search")
@@ -246,11 +254,12 @@ def _tokenizer(named: str, separator: str | None) -> "Tokenizer":
     return find.of_file(Path(place(named)), separator)
 
 
-def _settings(tokenizer: "Tokenizer", named: str) -> dict[str, str]:
+def _settings(tokenizer: "Tokenizer", named: str, separator: str | None) -> dict[str, str]:
     """Settings of a training with it."""
     kind, _, name = named.partition(":")
-    named_by = ("name", name) if kind in ("huggingface", "tiktoken") and not Path(named).exists() else ("path", named)
-    return {"tokenizer.type": tokenizer.kind, f"tokenizer.{named_by[0]}": named_by[1], "model.vocab_size": "null"}
+    key, value = ("name", name) if kind in ("huggingface", "tiktoken") and not Path(named).exists() else ("path", named)
+    settings = {"tokenizer.type": tokenizer.kind, f"tokenizer.{key}": printable(value), "model.vocab_size": "null"}
+    return settings | ({"tokenizer.separator": separator} if separator else {})
 
 
 def _amount(written: "Written") -> str:

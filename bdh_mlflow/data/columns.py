@@ -28,6 +28,10 @@ TOKENIZER_KEY = b"bdh.tokenizer"
 """Under which a parquet file says whose tokens it holds: the digest of the tokenizer."""
 
 
+LOSSY_KEY = b"bdh.lossy"
+"""Says that documents were prepared although the tokenizer does not give them back."""
+
+
 class RowGroup(NamedTuple):
     """Place of a row group.   file: index among the sorted files.   number: in the file.   first_row: number in the file.   rows: count."""
 
@@ -50,12 +54,13 @@ def separated(ids: Ids, lengths: npt.NDArray[np.int64], separator: Ids) -> Ids:
 
 class Footer(NamedTuple):
     """What the end of a parquet file says.   bytes: of the file.   groups: rows and uncompressed bytes of each row group.   tokens_of:
-    digest of the tokenizer whose tokens are in it.
+    digest of the tokenizer whose tokens are in it.   lossy: some may not give their text back.
     """
 
     bytes: int
     groups: list[tuple[int, int]]
     tokens_of: str | None
+    lossy: bool
 
 
 def footer(file: AnyPath, column: str) -> Footer:
@@ -68,13 +73,14 @@ def footer(file: AnyPath, column: str) -> Footer:
             schema, metadata = opened.schema_arrow, opened.metadata
     except Exception as error:  # damaged bytes make pyarrow raise almost anything
         raise DataError(f"{shown(file)}: not a readable parquet file: {first_line(error)}") from None
-    return Footer(size, described(file, schema, metadata, column), tokenizer_of(schema))
+    return Footer(size, described(file, schema, metadata, column), *tokens_in(schema))
 
 
-def tokenizer_of(schema: pa.Schema) -> str | None:
-    """Digest of the tokenizer whose tokens a file holds, None if it holds none."""
-    digest = (schema.metadata or {}).get(TOKENIZER_KEY)
-    return digest.decode(errors="replace") if digest is not None and TOKENS in schema.names else None
+def tokens_in(schema: pa.Schema) -> tuple[str | None, bool]:
+    """Digest of the tokenizer whose tokens a file holds, None if it holds none; and whether some may not give their text back."""
+    metadata = schema.metadata or {}
+    digest = metadata.get(TOKENIZER_KEY) if TOKENS in schema.names else None
+    return (digest.decode(errors="replace"), LOSSY_KEY in metadata) if digest is not None else (None, False)
 
 
 def described(file: AnyPath, schema: pa.Schema, metadata: pq.FileMetaData, column: str) -> list[tuple[int, int]]:
@@ -144,7 +150,7 @@ class Reader:
         metadata = self._footers[file] = remote.patiently(lambda: pq.read_metadata(self._opened(file)), file, self._say, remote.START_S)
         assert file.bytes is not None, "it was listed"
         schema = metadata.schema.to_arrow_schema()
-        return Footer(file.bytes, described(file, schema, metadata, self._column), tokenizer_of(schema))
+        return Footer(file.bytes, described(file, schema, metadata, self._column), *tokens_in(schema))
 
     def _opened(self, file: RemotePath) -> Any:
         if file not in self._open:
@@ -169,6 +175,8 @@ def read_column(file: AnyPath, number: int, column: str) -> pa.ChunkedArray:
 def token_lists(file: AnyPath, group: RowGroup, lists: pa.ChunkedArray, size: int) -> pa.LargeListArray:
     """A column of token lists, checked.   size: ids of the tokenizer. Raises DataError for damaged pages and ids that there are not."""
     where = f"{shown(file)}: row group {group.number}"
+    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+        raise DataError(f"{where}: column `{TOKENS}` holds {lists.type}, no lists; prepare the folder again")
     try:
         found = lists.cast(pa.large_list(lists.type.value_type)).combine_chunks()
         found = found.chunk(0) if isinstance(found, pa.ChunkedArray) else found

@@ -11,8 +11,10 @@
 Knows text only through `ParquetText`, and the model only as a block size.
 """
 
+import atexit
 import functools
 import itertools
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -101,8 +103,11 @@ def training_loader(batches: TrainingBatches, loader: DataLoaderConfig, cuda: bo
             "multiprocessing_context": "spawn",
             "worker_init_fn": _leave_signals_to_the_trainer,
         }
-    pin = loader.pin_memory and cuda
-    return iter(DataLoader(batches, batch_size=None, num_workers=loader.num_workers, pin_memory=pin, **workers))
+    pin, before = loader.pin_memory and cuda, set(multiprocessing.active_children())
+    loaded = iter(DataLoader(batches, batch_size=None, num_workers=loader.num_workers, pin_memory=pin, **workers))
+    for worker in set(multiprocessing.active_children()) - before:
+        atexit.register(worker.kill)  # before multiprocessing asks them to end, by a signal that they do not mind, and waits for that
+    return loaded
 
 
 class _Lane:

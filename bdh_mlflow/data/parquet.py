@@ -136,9 +136,9 @@ class ParquetText:
 
     def bytes_per_token(self, batches: list[Tensor]) -> float:
         """Bytes of text that a predicted token of windows (B, T + 1) stands for, on average; bits per byte are counted by them."""
-        targets = [batch[:, 1:].numpy() for batch in batches]
-        tokens = sum(each.size for each in targets)
-        return sum(map(self.tokenizer.bytes_of, targets)) / tokens if tokens else 1.0
+        windows = [batch.numpy() for batch in batches]
+        tokens = sum(each[:, 1:].size for each in windows)
+        return sum(map(self.tokenizer.bytes_of_targets, windows)) / tokens if tokens else 1.0
 
     def read_documents(self, group: RowGroup) -> pa.LargeBinaryArray:
         """All documents of a row group, training and validation, as bytes; some may be null or empty.   Raises DataError."""
@@ -157,8 +157,10 @@ class ParquetText:
         )
 
     def _index(self) -> None:
-        for number, (file, (size, groups, tokens_of)) in enumerate(zip(self.files, self._reader.footers(self.files), strict=True)):
+        for number, (file, (size, groups, tokens_of, lossy)) in enumerate(zip(self.files, self._reader.footers(self.files), strict=True)):
             self._tokens_of.append(tokens_of)
+            if lossy and self._is_ours(tokens_of) and not self._lossy:
+                raise DataError(f"{shown(file)}: prepared with --lossy, and this does not accept it; set tokenizer.lossy: true")
             first = 0
             for i, (rows, _) in enumerate(groups):
                 if rows:
@@ -188,7 +190,7 @@ class ParquetText:
                 f"{shown(self.files[group.file])}: row group {group.number}: a document that the tokenizer does not give back: {lost}. "
                 f"Use a tokenizer that keeps text as it is, or accept what is lost with tokenizer.lossy: true"
             )
-        return separated(*encoded, self.separator)
+        return separated(encoded.ids, encoded.lengths[encoded.lengths > 0], self.separator)
 
     def _chosen(self, group: RowGroup, documents: pa.LargeBinaryArray, *, validation: bool) -> pa.LargeBinaryArray:
         """The training or the validation documents of a row group that are not empty."""

@@ -19,7 +19,7 @@ from bdh_mlflow.data import remote, shards, sources
 from bdh_mlflow.data.folder import held, kind_of, list_files
 from bdh_mlflow.data.parquet import UNFINISHED
 from bdh_mlflow.data.remote import AnyPath, RemotePath
-from bdh_mlflow.data.shards import Layout, Tokenizing, Written
+from bdh_mlflow.data.shards import CutShortError, Layout, Tokenizing, Written
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import reason_of, shown, try_lock
 from bdh_mlflow.text import printable
@@ -148,7 +148,7 @@ def _unfinished(folder: Path, there: bool, resumable: bool) -> Iterator[Path]:
                 other, partial = partial, None
                 raise DataError(f"{shown(folder)}: another preparation is writing here ({shown(other)})")
             yield partial
-        except (KeyboardInterrupt, SystemExit, OSError):
+        except (KeyboardInterrupt, SystemExit, OSError, CutShortError):
             if resumable and partial is not None and any(partial.iterdir()):
                 partial = None
             raise

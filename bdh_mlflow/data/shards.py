@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdh_mlflow.data.columns import TOKENIZER_KEY, TOKENS
+from bdh_mlflow.data.columns import LOSSY_KEY, TOKENIZER_KEY, TOKENS
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import atomic_write
 from bdh_mlflow.host import ENDING_SIGNALS
@@ -65,12 +65,13 @@ class Layout:
             return pa.schema([text])
         tokenizer = self.tokenizing.tokenizer
         tokens = pa.field(TOKENS, pa.list_(pa.from_numpy_dtype(tokenizer.dtype)))
-        return pa.schema([text, tokens], {TOKENIZER_KEY: str(tokenizer.digest)})
+        lossy = {LOSSY_KEY: "true"} if self.tokenizing.lossy else {}
+        return pa.schema([text, tokens], {TOKENIZER_KEY: str(tokenizer.digest), **lossy})
 
-    def key(self) -> dict[str, str | None]:
+    def key(self) -> dict[str, str | bool | None]:
         """What must be the same for a preparation that goes on."""
-        digest = self.tokenizing.tokenizer.digest if self.tokenizing is not None else None
-        return {"source": self.source, "column": self.column, "tokenizer": digest}
+        digest, lossy = (self.tokenizing.tokenizer.digest, self.tokenizing.lossy) if self.tokenizing is not None else (None, False)
+        return {"source": self.source, "column": self.column, "tokenizer": digest, "lossy": lossy}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Written:
     tokens: int = 0
     lossy: int = 0
     sha256: str = ""
+
+
+class CutShortError(DataError):
+    """Ended by something outside of the text, so that what is finished is as good as before."""
 
 
 OnProgress = Callable[[Written], None]
@@ -197,7 +202,9 @@ def _encoded_by_others(groups: Iterator[list[str]], tokenizing: Tokenizing) -> I
             first, result = waiting.popleft()
             yield _Group(first, *result.result())
     except BrokenProcessPool:
-        raise DataError("a process that makes tokens was killed (by lack of memory?); give fewer --processes") from None
+        raise CutShortError(
+            "a process that makes tokens was killed (by lack of memory?); what is finished stays: give fewer --processes"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -211,9 +218,13 @@ _of_this_process: list[Tokenizer] = []
 
 
 def _begin(tokenizer: Tokenizer) -> None:
-    """In a process that makes tokens: it ends with the one that started it, which alone minds signals, and uses one core."""
+    """In a process that makes tokens: it ends with the one that started it, which alone minds Ctrl-C and the like, and uses one core.
+
+    SIGTERM ends it: that is how a pool ends those that are left when one has died.
+    """
     for number in ENDING_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "of a pool"
 

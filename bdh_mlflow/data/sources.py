@@ -327,7 +327,7 @@ def _document(record: Any, column: str, place: str) -> Iterator[str]:
 
 
 def _from_parquet(file: AnyPath, column: str, meter: Meter) -> Iterator[str]:
-    size, groups, _ = columns.footer(file, column)
+    size, groups, *_ = columns.footer(file, column)
     for number, (rows, _) in enumerate(groups):
         meter.move(size * number / len(groups))
         for document in columns.read_row_group(file, number, column, rows):

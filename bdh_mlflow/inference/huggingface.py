@@ -43,23 +43,29 @@ def write(folder: Path, loaded: Loaded, manifest: Manifest) -> int:
         raise InputError(f"{shown(folder)}: there already, and not an empty folder; give another name or remove it first")
     texts = {
         "config.json": _json(_config(loaded)),
-        "generation_config.json": _json({"eos_token_id": loaded.tokenizer.separator, "pad_token_id": loaded.tokenizer.separator}),
+        "generation_config.json": _json(_special(loaded)),
         "tokenizer.json": tokenizer_json(loaded.tokenizer).decode(),
         "tokenizer_config.json": _json(_tokenizer_config(loaded)),
         f"{CODE}.py": resources.files("bdh_mlflow.inference").joinpath(f"{CODE}.py").read_text(encoding="utf-8"),
         "README.md": card(loaded, manifest),
     }
+    there = folder.is_dir()  # a current folder or a mount point cannot be replaced
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:50]}.", suffix=".partial", dir=folder.absolute().parent))
+        beside = folder if there else folder.absolute().parent
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.absolute().name[:50]}.", suffix=".partial", dir=beside))
         try:
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
             save_file(_weights(loaded), partial / WEIGHTS, metadata={"format": "pt"})
             (partial / WEIGHTS).chmod(0o644)
             size = sum(file.stat().st_size for file in partial.iterdir())
-            partial.chmod(0o755)
-            partial.replace(folder)
+            if there:
+                for file in sorted(partial.iterdir()):
+                    file.rename(folder / file.name)
+            else:
+                partial.chmod(0o755)
+                partial.replace(folder)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(partial)
@@ -135,11 +141,15 @@ def _config(loaded: Loaded) -> Mapping[str, Any]:
         "architectures": ["BDHForCausalLM"],
         "auto_map": {"AutoConfig": f"{CODE}.BDHConfig", "AutoModelForCausalLM": f"{CODE}.BDHForCausalLM"},
         **vars(model),
-        "eos_token_id": loaded.tokenizer.separator,
-        "pad_token_id": loaded.tokenizer.separator,
+        **_special(loaded),
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
+
+
+def _special(loaded: Loaded) -> Mapping[str, int]:
+    """The separator begins a text, ends it and fills up."""
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), loaded.tokenizer.separator)
 
 
 def _tokenizer_config(loaded: Loaded) -> Mapping[str, Any]:

@@ -50,6 +50,7 @@ class BDHState:
     """What is remembered of the tokens so far.   position: how many there were.   layers: (B, H, N, D) each, None before the first."""
 
     is_compileable = False
+    is_linear = (True,)  # what transformers asks of a cache that it need not cut to size
 
     def __init__(self, layers: int) -> None:
         self.position = 0
@@ -70,6 +71,7 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = BDHConfig
     base_model_prefix = ""
+    accepts_loss_kwargs = True  # `num_items_in_batch`: transformers' Trainer then leaves the mean over accumulated batches to the loss
     _is_stateful = True  # a state cannot be taken back by some tokens, as speculative decoding would need
 
     def __init__(self, config: BDHConfig) -> None:
@@ -96,6 +98,12 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the embedding of tokens."""
         self.embed = value
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """The vocabulary stays as it was trained: `embed` and `lm_head` would have to grow together.   Raises ValueError."""
+        if new_num_tokens in (None, self.config.vocab_size):
+            return self.embed
+        raise ValueError(f"the vocabulary of this model stays at {self.config.vocab_size} tokens")
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -108,13 +116,23 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
         cache: BDHState | None = None,
         past_key_values: BDHState | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position.
 
         input_ids: (B, T), of which the last ones belong to the mask's (B, S >= T), 0 where there is padding.   labels: (B, T) ids, shifted
         here; -100 does not count.   cache: state of the tokens before, also under its older name `past_key_values`.
+
+        logits_to_keep: of the last tokens only; 0 for all.   num_items_in_batch: labels that the loss is a mean over; those of this call if
+        not given. Raises ValueError for no tokens, and for what this model does not have.
         """
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            raise ValueError("hidden states and attentions are not given back: there is one layer, applied again and again, and no softmax")
+        if input_ids.shape[1] == 0:
+            raise ValueError("no tokens: a text begins with the separator, bos_token_id")
         state = cache if cache is not None else past_key_values
         keep = use_cache is True or state is not None
         state = state if state is not None else BDHState(self.config.n_layer)
@@ -126,11 +144,16 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
             part = slice(start, start + CHUNK)
             more = keep or start + CHUNK < input_ids.shape[1]
             outs.append(self._chunk(input_ids[:, part], None if mask is None else mask[:, part], state, more))
-        logits = torch.cat(outs, dim=1) @ self.lm_head
+        logits = torch.cat(outs, dim=1)[:, -logits_to_keep:] @ self.lm_head
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **({CACHE: state} if keep else {}))
+            if logits_to_keep:
+                raise ValueError("labels need the logits of all tokens")
+            mean = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction=mean)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **({CACHE: state} if keep else {}))
+        return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any
@@ -139,7 +162,8 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
         state = next((kwargs[name] for name in ("cache", "past_key_values") if isinstance(kwargs.get(name), BDHState)), None)
         if state is not None:
             input_ids = input_ids[:, state.position :]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: state, "use_cache": use_cache is not False}
+        asked = {CACHE: state, "use_cache": use_cache is not False, "logits_to_keep": 1}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **asked}
 
     def _chunk(self, ids: Tensor, mask: Tensor | None, state: BDHState, more: bool) -> Tensor:
         """All layers for the next tokens (B, T).   more: others will follow, so the state takes these in.   Returns (B, T, D), normed."""

@@ -32,6 +32,8 @@ def with_tokenizer(config: Config, run_dir: Path | None, progress: Progress) -> 
     tokenizer = find(config.tokenizer, run_dir)
     if run_dir is not None and config.tokenizer.path is not None and not Path(config.tokenizer.path).exists():
         progress.note(f"{shown(config.tokenizer.path)} (tokenizer.path) is not here: taking the copy in {shown(run_dir)}")
+    if config.tokenizer.train_size not in (None, tokenizer.size):
+        progress.note(f"the tokenizer has {tokenizer.size:,} tokens; tokenizer.train_size is for a file that is missing")
     settled = dataclasses.replace(config.tokenizer, digest=tokenizer.digest, separator=tokenizer.separator_text)
     return dataclasses.replace(_sized(config, tokenizer.size), tokenizer=settled), tokenizer
 

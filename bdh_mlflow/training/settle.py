@@ -115,6 +115,8 @@ def _origin_at(target: str | None, config: Config, machine: Machine, progress: P
         progress.note(
             f"{shown(found.path)} is of format 1: from here on dropout masks are drawn, and gradients summed, otherwise than before"
         )
+    if saved.tokenizer.digest != config.tokenizer.digest:  # of a fork
+        progress.note("fork: another tokenizer than the checkpoint's: its weights know other texts under these ids")
     return Begun(config, tokenizer, Origin("forked" if fork else "resumed", found, saved))
 
 

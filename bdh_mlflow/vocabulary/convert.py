@@ -1,7 +1,9 @@
 """Any tokenizer as a tokenizer.json, which opens without this package: bytes, SentencePiece and tiktoken as what `tokenizers` runs.
 
 What is made gives the same ids as the tokenizer itself; `tokenizer_json` compares them on text of many kinds and refuses where they differ.
-One thing does: where a text spells out a control token of a SentencePiece model (`</s>`), `tokenizers` takes it for that token.
+Three things do: where a text spells out a control token or a byte piece of a SentencePiece model (`</s>`, `<0x41>`), `tokenizers` takes it
+for that; in a vocabulary of bytes NUL, which is the separator, is left out of a text; decoding leaves out the space that encoding has put
+first.
 """
 
 import base64

@@ -12,13 +12,18 @@ LARGEST_FILE = 2**28  # bytes; no tokenizer is as large, and a checkpoint named 
 
 
 def find(config: TokenizerConfig, run_dir: Path | None = None) -> Tokenizer:
-    """The tokenizer of a configuration.   run_dir: of the run that goes on, whose copy serves where `path` or `name` is not here.
+    """The tokenizer of a configuration.   run_dir: of a run, whose copy is taken where it has the configured digest, and where `path` or
+    `name` is not here.
 
     Raises ConfigError for one that is missing, of another kind, damaged, or not the one whose digest is configured.
     """
     if config.type == "byte":
         return BYTES
     kept = run_dir / FILE_NAMES[config.type] if run_dir is not None else None
+    if config.digest is not None and kept is not None and kept.is_file():
+        own = of_content(config.type, read(kept), config.separator, shown(kept))
+        if own.digest == config.digest:
+            return own
     try:
         where, content = _content(config)
     except ConfigError:

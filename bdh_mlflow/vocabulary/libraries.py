@@ -8,16 +8,18 @@ import base64
 import contextlib
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bdh_mlflow.errors import ConfigError
+from bdh_mlflow.errors import ConfigError, DataError
 from bdh_mlflow.files import first_line, nearest
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 """Names under which tokenizers have a token that ends a text."""
 NO_LOG = 4  # SentencePiece writes to standard error what it raises as well
+MOST_IDS = 2**24  # a list of as many is made of the ids
+BOM = b"\xef\xbb\xbf"
 TIKTOKEN_KEYS = ("name", "pat_str", "mergeable_ranks", "special_tokens")
 
 
@@ -43,10 +45,10 @@ def huggingface(content: bytes, where: str) -> Library:
     tree = _json(content, where, "huggingface")
     if not isinstance(tree.get("model"), Mapping):
         raise _other_kind(content, where, "huggingface", "it has no `model`")
-    if (tree["model"].get("dropout") or 0) > 0:
+    if tree["model"].get("dropout") not in (None, 0):
         raise ConfigError(f"{where}: its BPE drops merges at random (dropout {tree['model']['dropout']}), so texts have no fixed tokens")
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        tokenizer = tokenizers.Tokenizer.from_str(content.removeprefix(BOM).decode())
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{where}: damaged, or of a later version of `tokenizers`: {first_line(error)}") from None
     tokenizer.no_truncation()
@@ -54,6 +56,7 @@ def huggingface(content: bytes, where: str) -> Library:
     tokenizer.encode_special_tokens = True  # a text that spells `<|endoftext|>` out is text
     vocabulary, added = tokenizer.get_vocab(True), tokenizer.get_added_tokens_decoder()
     bytes_of = _bytes_by_decoder(tree.get("decoder"), where)
+    _check_highest(max(vocabulary.values(), default=-1), where)
     pieces = [b""] * (1 + max(vocabulary.values(), default=-1))
     for token, number in vocabulary.items():
         pieces[number] = bytes_of(token) if number not in added else b"" if added[number].special else token.encode()
@@ -62,7 +65,8 @@ def huggingface(content: bytes, where: str) -> Library:
         pieces[vocabulary[unknown]] = b""  # stands for text that is lost
 
     def encode(texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        return [each.ids for each in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _reported(where):
+            return [each.ids for each in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     joins = "ByteLevel" in [step.get("type") for step in _steps(tree.get("decoder"))] and not _prefixes(tree.get("pre_tokenizer"))
     return Library(pieces, encode, tokenizer.token_to_id, ENDS, joins)
@@ -91,7 +95,8 @@ def sentencepiece(content: bytes, where: str) -> Library:
         return number if 0 <= number < count and processor.id_to_piece(number) == name else None
 
     def encode(texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        ids: Sequence[Sequence[int]] = processor.encode(list(texts), out_type=int)
+        with _reported(where):
+            ids: Sequence[Sequence[int]] = processor.encode(list(texts), out_type=int)
         return ids
 
     own = [processor.id_to_piece(number) for number in (processor.eos_id(), processor.bos_id()) if number >= 0]
@@ -108,21 +113,23 @@ def tiktoken(content: bytes, where: str) -> Library:
         special = {str(name): int(number) for name, number in tree["special_tokens"].items()}
         if not ranks:
             raise ValueError("an empty vocabulary")
+        _check_highest(max((*ranks.values(), *special.values())), where)
         encoding = library.Encoding(str(tree["name"]), pat_str=str(tree["pat_str"]), mergeable_ranks=ranks, special_tokens=special)
         pieces = [b""] * (1 + max((*ranks.values(), *special.values())))
         for token, rank in ranks.items():
             pieces[rank] = token
         encoding.encode_ordinary("a")
+    except (KeyboardInterrupt, ConfigError):
+        raise
     except BaseException as error:  # what the library's Rust raises is no Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise ConfigError(f"{where}: damaged: {first_line(error)}") from None
 
     def find(name: str) -> int | None:
         return special.get(name, ranks.get(name.encode()))
 
     def encode(texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        return [encoding.encode_ordinary(text) for text in texts]
+        with _reported(where):
+            return [encoding.encode_ordinary(text) for text in texts]
 
     return Library(pieces, encode, find, ENDS, joins=True)
 
@@ -139,7 +146,7 @@ def kind_of_content(content: bytes) -> str | None:
     if content[:1] == b"\n":
         return "sentencepiece"
     try:
-        tree = json.loads(content)
+        tree = json.loads(content.removeprefix(BOM))
     except (ValueError, RecursionError):
         return None
     if isinstance(tree, Mapping) and "mergeable_ranks" in tree:
@@ -199,6 +206,22 @@ def tiktoken_content(name: str, pattern: str, ranks: Mapping[bytes, int], specia
     return json.dumps(tree, indent=0).encode()
 
 
+@contextlib.contextmanager
+def _reported(where: str) -> Iterator[None]:
+    """Whatever a library raises for a text, as one DataError; what its Rust raises is no Exception, and cannot be pickled."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{where}: this tokenizer cannot encode a text: {first_line(error)}") from None
+
+
+def _check_highest(highest: int, where: str) -> None:
+    if highest >= MOST_IDS:
+        raise ConfigError(f"{where}: an id of {highest:,}: no vocabulary has as many tokens (accepted: below {MOST_IDS:,})")
+
+
 def _steps(part: Any) -> list[Mapping[str, Any]]:
     """The steps of a decoder or pre-tokenizer, sequences flattened."""
     if not isinstance(part, Mapping):
@@ -249,7 +272,7 @@ def byte_letters() -> dict[str, int]:
 
 def _json(content: bytes, where: str, kind: str) -> Mapping[str, Any]:
     try:
-        tree = json.loads(content)
+        tree = json.loads(content.removeprefix(BOM))
     except (ValueError, RecursionError) as error:
         raise _other_kind(content, where, kind, f"it is not JSON: {first_line(error)}") from None
     if not isinstance(tree, Mapping):

@@ -50,6 +50,7 @@ class Tokenizer:
     separator = 0
     separator_text: str | None = None
     pieces: Sequence[bytes] = (b"", *(bytes([byte]) for byte in range(1, BYTE_VALUES)))
+    _lead = b""  # what encoding puts before a text
 
     def __reduce__(self) -> Any:
         return "BYTES"
@@ -63,7 +64,7 @@ class Tokenizer:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of text by id, (size,). The separator counts as one, in every vocabulary, so that bits per byte compare."""
         lengths = np.array([len(piece) for piece in self.pieces], np.int64)
-        lengths[self.separator] = max(1, lengths[self.separator])
+        lengths[self.separator] = 1
         return lengths
 
     def encode(self, text: str) -> list[int]:
@@ -93,6 +94,11 @@ class Tokenizer:
     def bytes_of(self, ids: npt.NDArray[Any]) -> int:
         """How many bytes of text ids stand for, separators included."""
         return int(np.bincount(ids.reshape(-1), minlength=self.size)[: self.size] @ self.lengths)
+
+    def bytes_of_targets(self, windows: npt.NDArray[Any]) -> int:
+        """How many bytes of text the predicted tokens of windows (B, T + 1) stand for; what encoding puts before a document is none."""
+        begins = (windows[:, :-1] == self.separator) & (windows[:, 1:] != self.separator)
+        return self.bytes_of(windows[:, 1:]) - len(self._lead) * int(begins.sum())
 
     def _visible(self, token: int) -> bytes:
         piece = self.pieces[token] if 0 <= token < self.size else b""
@@ -137,7 +143,7 @@ class _OfLibrary(Tokenizer):
         for text, length in zip(texts, encoded.lengths.tolist(), strict=True):
             start, end = end, end + length
             given, raw = b"".join(map(self.pieces.__getitem__, encoded.ids[start:end].tolist())), text.encode()
-            if given not in (raw, self._lead + raw):
+            if given != self._lead * bool(raw) + raw:
                 yield _difference(text, given.decode(errors="replace"))
 
     def _in_batches(self, parts: Sequence[str]) -> Iterator[Ids]:

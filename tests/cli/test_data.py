@@ -43,3 +43,50 @@ def test_inspect_names_the_files_that_training_does_not_read(tmp_path: Path) -> 
     (tmp_path / "text" / "more.jsonl").touch()
     assert "text: not read, as only .parquet files are: more.jsonl" in run_cli("data", "inspect", "text").output
     assert run_cli("data", "inspect", "a\0b").exit_code == 2
+
+
+def test_a_vocabulary_is_trained_looked_at_and_used(tmp_path: Path) -> None:
+    write_shards(tmp_path / "texts", documents(80))
+    made_by = run_cli("data", "vocabulary", "texts", "--size", "270", "--out", "own.json", "--val-fraction", "0.2")
+    assert made_by.exit_code == 0, made_by.output
+    for part in (
+        "bytes per token, training text",
+        "bytes per token, validation text",
+        "% of the tokens occur",
+        "most frequent",
+        "own.json: digest ",
+    ):
+        assert part in made_by.output
+    assert "--set tokenizer.path=own.json --set model.vocab_size=null" in made_by.output.splitlines()[-1]
+    again = run_cli("data", "vocabulary", "texts", "--tokenizer", "own.json", "--val-fraction", "0.2")
+    assert again.output.splitlines()[:10] == made_by.output.splitlines()[:10]
+    parquet = (tmp_path / "texts" / "part-0.parquet").read_bytes()
+    taken = run_cli("data", "vocabulary", "texts", "--size", "270", "--out", "texts/part-0.parquet")
+    assert (taken.exit_code, "there already; give another name" in taken.output) == (2, True)
+    assert (tmp_path / "texts" / "part-0.parquet").read_bytes() == parquet
+    words = ("--tokenizer", "own.json", "--separator", "return", "--lossy", "--processes", "1")
+    prepared = run_cli("data", "prepare", "texts", "out", *words)
+    assert prepared.exit_code == 0, prepared.output
+    assert "bytes each; every document is given back exactly" in prepared.output
+    assert "--set tokenizer.separator=return --set tokenizer.lossy=true" in prepared.output.splitlines()[-1]
+    assert "tokens of" in run_cli("data", "inspect", "out", "--tokenizer", "own.json").output
+    with_separator = run_cli("data", "inspect", "texts", "--tokenizer", "own.json", "--separator", "return")
+    assert (with_separator.exit_code, "digest" in with_separator.output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("vocabulary", "texts"), "give --size and --out to train one, or --tokenizer to look at one"),
+        (("vocabulary", "texts", "--size", "256", "--out", "x.json"), "--size 256: at least 258"),
+        (("vocabulary", "texts", "--size", "300", "--out", "no/x.json"), "--out no/x.json: there is no folder no"),
+        (("prepare", "texts", "out", "--lossy"), "--lossy, --separator and --processes are of --tokenizer"),
+        (("prepare", "texts", "out", "--tokenizer", "none.json"), "none.json: no such file"),
+        (("prepare", "texts", "out", "--tokenizer", "tiktoken:gpt3"), "gpt3: no encoding of tiktoken; did you mean `gpt2`?"),
+    ],
+)
+def test_words_about_vocabularies_that_make_no_sense_are_refused(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    write_shards(tmp_path / "texts", documents(20))
+    result = run_cli("data", *words)
+    assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]

@@ -1,6 +1,8 @@
 """The order of batches: every token once an epoch, resumable at any position, the same for any number of workers."""
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data import parquet
@@ -162,3 +165,11 @@ def test_tokens_are_the_same_prepared_and_made_when_they_are_read(tmp_path: Path
     held_out = [torch.cat(text.validation_batches(8, 4, 8)) for text in (of_text, prepared)]
     assert torch.equal(*held_out)
     assert held_out[0].dtype == torch.uint16
+
+
+@pytest.mark.slow  # a process with workers, to its very end
+def test_a_training_with_workers_ends(store: MlflowClient, text: Path, tiny: Path) -> None:
+    """They mind no signals, so whoever waits until one has ended them waits for ever."""
+    words = [sys.executable, "-m", "bdh_mlflow", "train", "--config", str(tiny), "--set", "dataloader.num_workers=2"]
+    done = subprocess.run(words, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr

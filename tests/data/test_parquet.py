@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from bdh_mlflow.config import DatasetConfig
-from bdh_mlflow.data import parquet
+from bdh_mlflow.data import parquet, prepare
 from bdh_mlflow.data.columns import TOKENIZER_KEY
 from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
+from bdh_mlflow.data.shards import Tokenizing
 from bdh_mlflow.errors import DataError
-from bdh_mlflow.vocabulary import of_content
+from bdh_mlflow.vocabulary import BYTES, of_content
 from tests.conftest import documents, write_shards
 from tests.vocabulary import made
 
@@ -351,9 +352,10 @@ def tokens_replaced(folder: Path, tokens: list[list[int] | None], kind: pa.DataT
     [
         ([[1, 2], [made.SIZE]], pa.list_(pa.uint16()), "a.parquet: row group 0: token 280 in column `tokens`, the tokenizer has 280"),
         ([[1, 2], [-1]], pa.list_(pa.int32()), "column `tokens` holds list<element: int32>; prepare the folder again"),
+        (["ab", "c"], pa.string(), "column `tokens` holds string, no lists; prepare the folder again"),
         ([[1, None], [2]], pa.list_(pa.uint16()), "column `tokens` holds list<element: uint16>, some null"),
     ],
-    ids=["out of range", "signed", "null"],
+    ids=["out of range", "signed", "no lists", "null"],
 )
 def test_prepared_tokens_that_the_tokenizer_does_not_have_are_refused(tmp_path: Path, tokens: Any, kind: pa.DataType, message: str) -> None:
     tokens_replaced(tmp_path, tokens, kind)
@@ -395,12 +397,47 @@ def test_documents_that_are_not_text_or_not_given_back_are_named(tmp_path: Path)
     assert own.decode(lossy.training_tokens(lossy.row_groups[0]).tolist()) == " two spaces\u2400"
 
 
-def test_bytes_of_validation_tokens_are_those_of_their_text(tmp_path: Path) -> None:
-    """With windows of one token every token of the validation text is predicted once."""
-    made.written(tmp_path, "tokens", documents(60))
-    counted = {}
-    for kind in ("byte", "tokens"):
-        text = made.opened(tmp_path, kind, 0.2)
+@pytest.mark.parametrize(
+    ("kind", "content", "separator"),
+    [
+        ("huggingface", made.bpe(), None),
+        ("huggingface", made.bpe(), "def"),
+        ("huggingface", made.spaces_first(), None),
+        ("sentencepiece", made.sentencepiece_model(), None),
+        ("tiktoken", made.tiktoken_file(), None),
+    ],
+    ids=["bpe", "separated by a word", "llama", "sentencepiece", "tiktoken"],
+)
+def test_bytes_of_validation_tokens_are_those_of_their_text(tmp_path: Path, kind: str, content: bytes, separator: str | None) -> None:
+    """With windows of one token every token of the validation text is predicted once; a space that encoding puts first is no text."""
+    write_shards(tmp_path, [text.replace("def", "for") for text in documents(60)])
+    counted = []
+    for own in (BYTES, of_content(kind, content, separator, "x")):
+        text = ParquetText(DatasetConfig(parquet_dir=str(tmp_path), val_fraction=0.2), tokenizer=own)
         batches = text.validation_batches(10**6, 1, 1)
-        counted[kind] = text.bytes_per_token(batches) * len(batches)
-    assert counted["tokens"] == pytest.approx(counted["byte"], rel=1e-12)
+        counted.append(text.bytes_per_token(batches) * len(batches))
+    assert counted[1] == pytest.approx(counted[0], rel=1e-12)
+
+
+def test_documents_without_tokens_leave_nothing_prepared_or_not(tmp_path: Path) -> None:
+    stripped = json.loads(made.bpe())
+    stripped["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    own = of_content("huggingface", json.dumps(stripped).encode(), None, "x")
+    write_shards(tmp_path, ["def", "   ", "x", " \n"], shards=1)
+    read = []
+    for _ in range(2):
+        text = ParquetText(DatasetConfig(parquet_dir=str(tmp_path), val_fraction=0), tokenizer=own, lossy=True)
+        read.append(text.training_tokens(text.row_groups[0]).tolist())
+        made.add_tokens(tmp_path, own)
+    assert read[0] == read[1]
+    assert own.decode(read[0]) == "def\u2400x\u2400"
+
+
+def test_a_folder_prepared_with_losses_is_taken_by_who_accepts_them(tmp_path: Path) -> None:
+    own = of_content("sentencepiece", made.sentencepiece_model(remove_extra_whitespaces=True), None, "x")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "two  spaces"}) + "\n" + json.dumps({"text": "x"}))
+    prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", "text", tokenizing=Tokenizing(own, lossy=True))
+    folder = DatasetConfig(parquet_dir=str(tmp_path / "out"), val_fraction=0)
+    assert ParquetText(folder, tokenizer=own, lossy=True).rows == ParquetText(folder).rows == 2
+    with pytest.raises(DataError, match=r"part-00000.parquet: prepared with --lossy, .* set tokenizer.lossy: true"):
+        ParquetText(folder, tokenizer=own)

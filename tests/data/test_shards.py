@@ -1,6 +1,7 @@
 """Parquet files with tokens: the same bytes from any number of processes, and from a preparation that was killed on the way."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -164,3 +165,22 @@ def test_a_killed_preparation_leaves_no_process_and_goes_on_to_the_same_files(tm
     prepare.prepare("a.jsonl", tmp_path / "straight", "text", tokenizing=Tokenizing(made.of_bpe()))
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
     assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.slow  # a process that makes tokens is killed, as the system does for lack of memory
+def test_a_killed_helper_ends_the_preparation_and_what_is_finished_stays(tmp_path: Path) -> None:
+    source(tmp_path, 400)
+    (tmp_path / "t.json").write_bytes(made.bpe())
+    (tmp_path / "script.py").write_text(SCRIPT)
+    running = subprocess.Popen([sys.executable, "script.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.strip() == "2":
+            break
+    found = subprocess.run(["pgrep", "-P", str(running.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(found[0]), signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "a process that makes tokens was killed (by lack of memory?); what is finished stays: give fewer --processes" in said
+    (partial,) = tmp_path.glob(".out.*.partial")
+    assert len(list(partial.glob("*.parquet"))) >= 2

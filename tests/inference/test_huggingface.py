@@ -129,6 +129,42 @@ def test_loss_of_labels_is_ours_and_gives_gradients(four_bit: tuple[Path, Loaded
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_what_transformers_asks_of_a_model_is_given_or_refused(four_bit: tuple[Path, Loaded]) -> None:
+    folder, own = four_bit
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, **OPEN).eval(), AutoTokenizer.from_pretrained(folder, **OPEN)
+    idx = torch.randint(1, 256, (2, 20))
+    with torch.no_grad():
+        whole = model(idx, labels=idx)
+        parts = [model(row, labels=row, num_items_in_batch=38).loss for row in idx.split(1)]
+        assert torch.allclose(sum(parts), whole.loss), "the mean over accumulated batches"
+        assert torch.allclose(model(idx, logits_to_keep=1).logits, whole.logits[:, -1:], atol=1e-5)
+        assert torch.equal(model(idx, return_dict=False)[0], whole.logits)
+        begun = model.generate(idx, max_new_tokens=5, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+        on = model.generate(begun.sequences, cache=begun.cache, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert torch.equal(on, model.generate(idx, max_new_tokens=10, do_sample=False, eos_token_id=None))
+        from_nothing = model.generate(max_new_tokens=5, do_sample=False)
+    assert own.tokenizer.decode(from_nothing[0, 1:].tolist()) == "".join(generate.write(own, "", 5, generate.Sampling(temperature=0)))
+    assert tokenizer("")["input_ids"] == []
+    for ask in (
+        lambda: model(torch.empty(1, 0, dtype=torch.long)),
+        lambda: model(idx, output_hidden_states=True),
+        lambda: model.resize_token_embeddings(300),
+    ):
+        with pytest.raises(ValueError, match=r"separator|hidden states|stays at 256 tokens"):
+            ask()
+    assert model.resize_token_embeddings(256) is model.embed
+
+
+def test_an_empty_folder_stays_the_one_it_was(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    inode = (tmp_path / "folder").stat().st_ino
+    folder, _ = exported(tmp_path)
+    assert folder.stat().st_ino == inode
+    assert len(list(folder.iterdir())) == 7
+    refused = run_cli("checkpoints", "export", "latest", "--format", "huggingface", "-o", "s3://b/x", *CONFIG)
+    assert (refused.exit_code, "--output s3://b/x: a folder on this machine is written" in refused.output) == (2, True)
+
+
 def test_what_cannot_become_a_folder_is_refused(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:
     exported(tmp_path)
     again = run_cli("checkpoints", "export", "latest", "--format", "huggingface", "-o", "folder", *CONFIG)

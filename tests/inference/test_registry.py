@@ -32,7 +32,7 @@ PATIENCE_S = 120
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
 REFUSED: list[tuple[dict[str, Any] | str, str]] = [  # requests, a CSV as text, and what their answers contain
     ({"inputs": {"prompt": ["x"]}, "params": {"temperature": -1.0}}, "temperature: -1.0; accepted: 0 to inf"),
-    ({"inputs": {"prompt": ["x" * 70_000]}}, "prompt of 70,000 bytes; at most 65,536 are taken"),
+    ({"inputs": {"prompt": ["x" * 70_000]}}, "prompt of 70,000 tokens; at most 65,536 are taken"),
     ({"inputs": {"prompts": ["x"]}}, "prompt"),
     ({"inputs": {"prompt": [None]}}, "inputs.prompt[0]: null; accepted: text"),
     ({"instances": [{"prompt": "x"}, {"prompt": 5}]}, "instances[1].prompt: 5; accepted: text"),

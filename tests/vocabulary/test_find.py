@@ -39,9 +39,16 @@ def test_the_copy_of_a_run_serves_where_the_file_is_not_here(tmp_path: Path) -> 
     assert find(config(Path("/elsewhere/x.json")), tmp_path).digest == made.of_bpe().digest
 
 
-def test_another_file_than_the_one_configured_is_refused(tmp_path: Path) -> None:
+def test_the_copy_of_a_run_is_taken_where_the_file_has_become_another(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(made.bpe(270))
     (tmp_path / "tokenizer.json").write_bytes(made.bpe())
+    assert find(config(tmp_path / "x.json", digest=str(made.of_bpe().digest)), tmp_path).size == made.SIZE
+    assert find(config(tmp_path / "x.json"), tmp_path).size == 270, "as configured, whatever a run has"
+
+
+def test_another_file_than_the_one_configured_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(made.bpe(270))
+    (tmp_path / "tokenizer.json").write_bytes(made.bpe(275))
     with pytest.raises(
         ConfigError, match=r"x.json: not the tokenizer of this run .*; the run's own is .*tokenizer.json: set tokenizer.path"
     ):

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as HuggingFace
+from tokenizers import decoders, models, pre_tokenizers
 
-from bdh_mlflow.errors import ConfigError
+from bdh_mlflow.errors import ConfigError, DataError
 from bdh_mlflow.vocabulary import libraries, of_content
 from tests.vocabulary import made
 
@@ -46,6 +48,9 @@ def test_a_post_processor_adds_nothing() -> None:
         ("huggingface", made.bpe()[:-300], "not JSON"),
         ("huggingface", changed(model={"type": "BPE", "vocab": 3}), "f: damaged, or of a later version of `tokenizers`"),
         ("huggingface", with_model(dropout=0.1), "its BPE drops merges at random (dropout 0.1)"),
+        ("huggingface", with_model(dropout="0.5"), "its BPE drops merges at random (dropout 0.5)"),
+        ("huggingface", with_model(vocab={"a": 4_000_000_000}, merges=[]), "f: an id of 4,000,000,000: no vocabulary has as many tokens"),
+        ("tiktoken", made.tiktoken_file().replace(b'"AA==": 0', b'"AA==": 4000000000'), "f: an id of 4,000,000,000"),
         ("huggingface", made.wordpiece(), "decoder WordPiece changes a token by its neighbours"),
         ("huggingface", changed(decoder=None), "there is no decoder"),
         ("huggingface", with_model(vocab={}, merges=[]), "f: no token stands for any text: an empty vocabulary"),
@@ -104,3 +109,29 @@ def test_names_are_looked_up_in_the_caches_of_this_machine_alone(tmp_path: Path,
     (tmp_path / "models--team--made" / "refs").mkdir()
     (tmp_path / "models--team--made" / "refs" / "main").write_text("abc")
     assert libraries.cached_huggingface("team/made") == made.bpe()
+
+
+def unigram_without_unknown() -> bytes:
+    pieces = [("<|endoftext|>", 0.0), ("\u2581", -1.0), ("a", -2.0), ("b", -2.0)]
+    tokenizer = HuggingFace(models.Unigram(pieces))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer.to_str().encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("huggingface", unigram_without_unknown()),
+        ("tiktoken", json.dumps({**json.loads(made.tiktoken_file()), "mergeable_ranks": {"YQ==": 0, "Yg==": 1}}).encode()),
+    ],
+    ids=["an Exception", "a panic of its Rust"],
+)
+def test_whatever_a_library_raises_for_a_text_is_one_error(kind: str, content: bytes) -> None:
+    own = of_content(kind, content, "<|endoftext|>", "f")
+    assert own.decode(own.encode("ab")).strip() == "ab"
+    with pytest.raises(DataError, match="f: this tokenizer cannot encode a text: "):
+        own.encode("#")
+
+
+def test_a_byte_order_mark_is_no_damage() -> None:
+    assert of_content("huggingface", b"\xef\xbb\xbf" + made.bpe(), None, "f").size == made.SIZE
