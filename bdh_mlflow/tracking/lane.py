@@ -32,6 +32,9 @@ from bdh_mlflow.tracking.records import (
 )
 from bdh_mlflow.tracking.run import RemoteRun
 
+HICCUP_S = 5.0
+"""A request that fails sooner than this, and once only, is no outage: a kept connection that the server was closing just then, say."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
@@ -86,6 +89,8 @@ class Lane(ABC):
         """In the middle of an attempt."""
         self.failing = False
         """The attempt before failed."""
+        self._told = False
+        """A note says so."""
         self.progress_at = 0.0
         """When something was delivered last, time.monotonic()."""
         self.given_up = threading.Event()
@@ -178,7 +183,7 @@ class Lane(ABC):
         while True:
             if self.given_up.is_set():  # also when it was done after all: nobody waits for the result any more
                 raise Abandoned
-            self.busy = True
+            self.busy, began = True, time.monotonic()
             try:
                 act()
             except Abandoned:
@@ -190,8 +195,10 @@ class Lane(ABC):
                     raise Abandoned from None
                 if self._is_permanent(error):
                     return first_line(error)
-                if not self.failing:
-                    self.failing = True
+                hiccup = not self.failing and time.monotonic() - began < HICCUP_S
+                self.failing = True
+                if not hiccup and not self._told:
+                    self._told = True
                     goes_on = "training goes on, " if shared.reader.is_training() else ""
                     why = store.explained(error, shared.uri)
                     shared.say(Note(text=f"tracking: {self._store_name(error)} does not answer ({why}); {goes_on}trying again"))
@@ -203,8 +210,9 @@ class Lane(ABC):
             else:
                 self.busy = False
                 self.progress_at = time.monotonic()
-                if self.failing:
-                    self.failing = False
+                self.failing = False
+                if self._told:
+                    self._told = False
                     shared.say(Note(text="tracking: delivering again"))
             if not self.failing and not self.given_up.is_set():
                 return ""

@@ -122,6 +122,16 @@ def test_outage_delays_points_and_loses_none(store: MlflowClient, tmp_path: Path
     assert "secret" not in "".join(tracked.notes)
 
 
+def test_request_that_fails_once_is_repeated_without_a_word(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked = TrackedRun(tmp_path)
+    run_id = tracked.run_id
+    flaky(monkeypatch, MlflowClient, "log_batch", [MlflowException("API request failed: the remote end closed the connection")])
+    tracked.losses(1)
+    assert tracked.close() == 0
+    assert history(store, run_id, "train/loss") == [(1, 1.0)]
+    assert tracked.notes == []
+
+
 def test_one_bad_point_does_not_spoil_its_neighbours(store: MlflowClient, tmp_path: Path) -> None:
     tracked = TrackedRun(tmp_path)
     tracked.losses(1)

@@ -18,7 +18,7 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from bdh_mlflow.tracking import mlflow_internals
+from bdh_mlflow.tracking import mlflow_internals, routes
 from bdh_mlflow.tracking.mlflow_internals import check_model_alias, check_model_name, default_store
 from bdh_mlflow.tracking.routes import RoutedRepository
 from scripts.servers import serving
@@ -98,6 +98,7 @@ def test_put_stores_a_file_as_the_client_does(empty_store: Path, tmp_path: Path)
     (tmp_path / "a.pt").write_bytes(content)
     with serving(empty_store, tmp_path / "server") as server:
         run = server.client.create_run(server.client.create_experiment("bdh"))
+        routes.install()
         repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=server.uri)
         assert isinstance(repository, RoutedRepository)
         assert repository.is_single_request(tmp_path / "a.pt")
