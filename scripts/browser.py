@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 from mlflow import MlflowClient
-from playwright.sync_api import FrameLocator, Page, expect, sync_playwright
+from playwright.sync_api import FrameLocator, Locator, Page, expect, sync_playwright
 
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 CHROMIUM_ARGS += ["--disable-component-update", "--disable-sync"]
@@ -51,6 +51,13 @@ class Tour:
         """The table of the model's samples."""
         self.artifact("samples.json")
         self.page.get_by_text("written").first.wait_for()
+
+    def analysis(self, name: str, step: int) -> Locator:
+        """The figure of an analysis."""
+        self.artifact("analysis", name, f"step_{step}.svg")
+        picture = self.page.locator("img[src^=blob]").first
+        picture.wait_for()
+        return picture
 
     def compare(self) -> FrameLocator:
         """The report of a comparison, in the frame in which the UI shows it."""

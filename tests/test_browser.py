@@ -19,7 +19,7 @@ def test_pages_show_runs_curves_samples_comparison_and_model(
 ) -> None:
     with serving(empty_store, tmp_path / "server") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        assert train(tiny, "tracking.run_name=one").exit_code == 0
+        assert train(tiny, "tracking.run_name=one", "tracking.analyze_freq=3").exit_code == 0
         assert train(tiny, "tracking.run_name=two", "training.learning_rate=0.01").exit_code == 0
         assert run_cli("compare", "one", "two", "--config", str(tiny)).exit_code == 0
         assert run_cli("checkpoints", "register", "latest:3", "--name", "text", "--alias", "champion", "--config", str(tiny)).exit_code == 0
@@ -49,13 +49,19 @@ def _check_pages(uri: str, run_id: str, client: MlflowClient) -> None:
             expect(page.get_by_text(head, exact=True)).to_have_count(1)
         expect(page.get_by_text("3", exact=True)).to_have_count(3)
 
+        picture = tour.analysis("activity", 6)
+        expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("image => image.naturalWidth") > 100, "a figure is shown, not a broken picture"
+
         report = tour.compare()
         expect(report.get_by_role("row", name="training.learning_rate 0.001 0.01")).to_be_visible()
-        expect(report.locator("img")).to_have_count(3)
-        for number in range(3):
+        pictures = 3 + 3  # curves, and the analyses of the one run that has some
+        expect(report.locator("img")).to_have_count(pictures)
+        for number in range(pictures):
             expect(report.locator("img").nth(number)).to_have_js_property("complete", True)
         widths = report.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
-        assert min(widths) > 1000, "pictures with something in them"
+        assert min(widths[:3]) > 1000, "pictures with something in them"
+        assert min(widths[3:]) > 100
 
         tour.model("text")
         expect(page.get_by_text("Version 1")).to_be_visible()

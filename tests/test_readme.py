@@ -29,6 +29,7 @@ ORDER = (
     "README",
     "docs/resume",
     "docs/inference",
+    "docs/analysis",
     "docs/studies",
     "docs/low-precision",
     "docs/settings",
@@ -120,7 +121,7 @@ def test_commands_of_the_pages_run_in_their_order(
 
 def _project(folder: Path) -> None:
     """Make a folder that `mlflow run .` accepts, with the shipped names but a tiny network and little text."""
-    for name in ("MLproject", "conda.yaml"):
+    for name in ("MLproject", "conda.yaml", "README.md"):
         shutil.copy(PROJECT / name, folder)
     shutil.copytree(PROJECT / "configs", folder / "configs")
     low_precision = {**TINY["low_precision"], "use_4bit": True}

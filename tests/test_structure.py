@@ -21,6 +21,7 @@ LEVELS = (  # a module imports its own wing and wings of a line above its own
     ("config", "checkpoint"),
     ("vocabulary",),
     ("model", "data", "tracking"),
+    ("analysis",),
     ("training",),
     ("inference", "studies"),
     ("cli",),

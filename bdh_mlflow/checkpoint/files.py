@@ -30,7 +30,7 @@ from bdh_mlflow.text import Evaluation
 if TYPE_CHECKING:  # imported in the functions that open a file: listing and mirroring do without
     import torch
 
-FORMAT = 2
+FORMAT = 3
 CONFIG_NAME = "config.yaml"
 PIECE_BYTES = 2**18
 _FILE = re.compile(r"checkpoint_(\d+)\.pt")

@@ -1,5 +1,6 @@
 """What several commands share: options, settings given as words, the line to type next, tables, loading a model."""
 
+import dataclasses
 import difflib
 import json
 import os
@@ -15,7 +16,7 @@ import click
 from rich.table import Table
 
 from bdh_mlflow.cli.output import console_on
-from bdh_mlflow.config import Config
+from bdh_mlflow.config import Config, DatasetConfig
 from bdh_mlflow.config.places import BUILT_IN, bucket_uri, expanded, is_bucket
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.files import shown
@@ -148,6 +149,20 @@ def load_model(target: str, config_path: str, average: bool) -> "Loaded":
     for note in loaded.notes:
         click.echo(note, err=True)
     return loaded
+
+
+def text_for(loaded: "Loaded", folder: str | None, config_path: str) -> DatasetConfig:
+    """The text to evaluate on: a folder that is named, that of the training, or, where that is not here, the configuration's."""
+    dataset = loaded.config.dataset
+    if folder is not None:
+        return dataclasses.replace(dataset, parquet_dir=place(folder))
+    if is_bucket(dataset.parquet_dir) or os.path.exists(dataset.parquet_dir):  # noqa: PTH110 - it was trained on another machine
+        return dataset
+    here = read_config(config_path).dataset.parquet_dir
+    click.echo(
+        f"{dataset.parquet_dir}, where it was trained, is not here: evaluating on {shown(here)}; --data DIR names other text", err=True
+    )
+    return dataclasses.replace(dataset, parquet_dir=here)
 
 
 def place(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from bdh_mlflow import __version__, host
-from bdh_mlflow.cli import checkpoints, config, data, runs, studies, training
+from bdh_mlflow.cli import analyze, checkpoints, config, data, join, runs, studies, training
 from bdh_mlflow.errors import BdhError, InputError
 
 
@@ -102,6 +102,7 @@ for _command in (
     studies.compare,
     runs.evaluate,
     runs.generate,
+    analyze.analyze,
     studies.embeddings,
     runs.sync,
     runs.doctor,
@@ -110,3 +111,5 @@ for _command in (
     config.config_group,
 ):
     cli.add_command(_command)
+for _command in (join.merge, join.grow):
+    checkpoints.checkpoints.add_command(_command)

@@ -1,7 +1,6 @@
 """Commands about one trained run and its delivery: evaluate, generate, sync, doctor."""
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, ema_option, load_model, place, print_table, read_config
-from bdh_mlflow.config.places import is_bucket
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, ema_option, load_model, print_table, read_config, text_for
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import shown
 
@@ -20,35 +18,42 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("runs", nargs=-1, required=True)
 @config_option
-@click.option("--data", "folder", metavar="DIR", help="Folder of parquet files; the one it was trained on if not given.")
+@click.option(
+    "--data", "folders", multiple=True, metavar="DIR", help="Folder of parquet files, repeatable; the one it was trained on if not given."
+)
 @click.option("--batches", type=click.IntRange(1), help="Validation batches to use; as many as the training used if not given.")
 @ema_option
 @click.option("--log/--no-log", default=True, show_default=True, help="Log the result to the MLflow run, under eval/.")
-def evaluate(run: str, config_path: str, folder: str | None, batches: int | None, ema: bool, log: bool) -> None:
-    """Measure the loss of RUN on validation text.
+def evaluate(runs: tuple[str, ...], config_path: str, folders: tuple[str, ...], batches: int | None, ema: bool, log: bool) -> None:
+    """Measure the loss of RUNS on validation text.
 
-    Prints it also in bits per byte, and logs both to the run's MLflow run if it has one. RUN is given as for `generate`.
+    Prints it also in bits per byte, and logs both to the MLflow run of each if it has one. Runs are given as for `generate`. The losses of
+    several, or on several folders, stand in one table.
     """
     from bdh_mlflow.inference import load
 
-    loaded = load_model(run, config_path, ema)
-    dataset = loaded.config.dataset
-    if folder is not None:
-        dataset = dataclasses.replace(dataset, parquet_dir=place(folder))
-    elif not is_bucket(dataset.parquet_dir) and not os.path.exists(dataset.parquet_dir):  # noqa: PTH110 - it was trained on another machine
-        here = read_config(config_path).dataset.parquet_dir
-        click.echo(
-            f"{dataset.parquet_dir}, where it was trained, is not here: evaluating on {shown(here)}; --data DIR names other text", err=True
-        )
-        dataset = dataclasses.replace(dataset, parquet_dir=here)
-    measured = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
-    click.echo(f"{loaded.path}: step {loaded.step}")
-    click.echo(f"val/loss {measured.loss:.4f} nats per token, val/bpb {measured.bits_per_byte:.4f} on {dataset.parquet_dir}")
-    if log and loaded.run_id is not None:
-        names = load.record(loaded, measured, read_config(config_path).tracking, "_ema" * ema)
-        click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}")
+    names = [Path(folder).name for folder in folders]
+    if log and (twice := next((name for name in names if names.count(name) > 1), None)):
+        raise click.UsageError(f"--data: several folders are called {twice}, and would be logged as one; rename one, or give --no-log")
+    one, rows = len(runs) == 1 and len(folders) < 2, []
+    for run in runs:
+        loaded = load_model(run, config_path, ema)
+        row = [f"{shown(loaded.path)}, step {loaded.step}"]
+        for folder in folders or (None,):
+            dataset = text_for(loaded, folder, config_path)
+            measured = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
+            row.append(f"{measured.loss:.4f} ({measured.bits_per_byte:.4f})")
+            if one:
+                click.echo(f"{loaded.path}: step {loaded.step}")
+                click.echo(f"val/loss {measured.loss:.4f} nats per token, val/bpb {measured.bits_per_byte:.4f} on {dataset.parquet_dir}")
+            if log and loaded.run_id is not None:
+                names = load.record(loaded, measured, read_config(config_path).tracking, "_ema" * ema)
+                click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}", err=not one)
+        rows.append(row)
+    if not one:
+        print_table(["val/loss in nats per token (val/bpb) on", *(folders or ("the text of its training",))], rows)
 
 
 @click.command()

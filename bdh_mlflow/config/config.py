@@ -373,11 +373,9 @@ def _consistency(config: Config) -> Iterable[Problem]:
         yield Problem("scheduler.decay_steps", f"{scheduler.decay_steps} is not above scheduler.warmup_steps {scheduler.warmup_steps}")
     if scheduler.type == "plateau" and config.dataset.val_fraction == 0:
         yield Problem("scheduler.type", "plateau needs validation text; dataset.val_fraction is 0")
-    if training.ema_decay and training.strategy == "fsdp":
-        yield Problem(
-            "training.ema_decay",
-            f"{training.ema_decay} cannot be combined with training.strategy fsdp: it needs whole weights; set it to 0",
-        )
+    for key, value in (("training.ema_decay", training.ema_decay), ("tracking.analyze_freq", config.tracking.analyze_freq)):
+        if value and training.strategy == "fsdp":
+            yield Problem(key, f"{value} cannot be combined with training.strategy fsdp: it needs whole weights; set it to 0")
     yield from _tokenizer_problems(config)
     yield from incompatible(config)
     if config.training.recompute is True and config.low_precision.use_fp8 and not config.fp8.emulate:

@@ -183,6 +183,8 @@ class TrainingConfig:
     """ZClip: clip norms more than so many standard deviations above those before, too; 0 is off, 2.5 the paper's (arXiv:2504.02507)."""
     ema_decay: Fraction = 0.0
     """Decay of a moving average of the weights, which is saved, and evaluated beside them; 0 keeps none."""
+    detach_state: bool = False
+    """Train without backpropagation through time: no gradient reaches the tokens before."""
     seed: Annotated[Int, Field(ge=0, lt=2**63), Role.ORDER] = 1337
     """Seed of weights, dropout and data order."""
     log_freq: Annotated[Count, Role.FREE] = 100
@@ -333,6 +335,8 @@ class TrackingConfig:
     """Copy every checkpoint to the run's artifacts."""
     log_system_metrics: Annotated[bool, Role.FREE] = True
     """CPU, memory, disk and network use (GPU too where nvidia-ml-py is installed)."""
+    analyze_freq: Annotated[int, Field(ge=0), Role.FREE] = 0
+    """Steps between analyses of the network (`bdh-mlflow analyze`: activity, repetition, graph), made while training waits; 0 = none."""
 
 
 SECTIONS: dict[str, Any] = {

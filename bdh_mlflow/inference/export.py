@@ -25,6 +25,7 @@ from bdh_mlflow.config import Config
 from bdh_mlflow.errors import BdhError, CheckpointError, InputError, SaveError
 from bdh_mlflow.model import fourbit
 from bdh_mlflow.model.bdh import BDH, PROJECTIONS
+from bdh_mlflow.model.rope import FREQUENCIES
 from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.vocabulary import BYTES, Tokenizer, of_content
 from bdh_mlflow.vocabulary.find import find
@@ -86,7 +87,7 @@ def weights_of(found: ResolvedCheckpoint, average: bool) -> dict[str, Tensor]:
         return weights
     if not (kept := found.state.get("ema_state_dict")):
         raise InputError(f"{found.path}: holds no average of the weights; training.ema_decay keeps one")
-    return dict(kept)
+    return {**found.state["model_state_dict"], **kept}  # what is no parameter has no average
 
 
 def write(path: Path, source: Source, kind: Format) -> ExportResult:
@@ -147,6 +148,8 @@ def read(path: Path) -> ExportedModel:
         parts = {key.removeprefix(name).removeprefix("."): t for key, t in tensors.items() if key == name or key.startswith(f"{name}.")}
         packed = facts["format"] == "4bit" and name in PROJECTIONS
         weight = fourbit.unpack_4bit(parts) if packed and parts else tensors.get(name)
+        if weight is None and name == FREQUENCIES:  # files of earlier versions
+            continue
         if weight is None or weight.numel() != size.numel() or (not packed and weight.shape != size):
             missing.append(f"{name}: {'missing' if weight is None else tuple(weight.shape)}, the configuration says {tuple(size)}")
         else:

@@ -66,7 +66,7 @@ def from_weights(contents: Contents, path: Path, step: int, notes: tuple[str, ..
         notes += (f"trained in FP8, which {reason}; evaluation emulates it",)
         config = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, emulate=True))
     network = BDH(config.to_bdh_config())
-    network.load_published(weights)
+    network.load_state_dict(weights)
     network.to(device).eval()
     here = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_form="auto", recompute="auto"))
     form = resolve(here, precision.machine(device)).config.training.layer_form

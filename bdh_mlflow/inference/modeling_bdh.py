@@ -46,6 +46,24 @@ class BDHConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+class BDHRotations(nn.Module):
+    """How fast neurons turn.   freqs: (1, 1, 1, N), full turns a token, fp32 whatever the dtype of the model; equal within a pair."""
+
+    freqs: Tensor
+
+    def __init__(self, neurons: int) -> None:
+        super().__init__()
+        pair = torch.arange(neurons, dtype=torch.float32) // 2 * 2
+        self.register_buffer("freqs", (1.0 / (ROPE_THETA ** (pair / neurons)) / (2 * math.pi)).view(1, 1, 1, -1))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BDHRotations":
+        before = self.freqs
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.freqs.dtype is not torch.float32:
+            self.freqs = before.to(self.freqs.device)
+        return self
+
+
 class BDHState:
     """What is remembered of the tokens so far.   position: how many there were.   layers: (B, H, N, D) each, None before the first."""
 
@@ -67,11 +85,15 @@ class BDHState:
 
 
 class BDHForCausalLM(PreTrainedModel, GenerationMixin):
-    """The network.   Parameters: embed.weight (V, D), encoder and encoder_v (H, D, N), decoder (H * N, D), lm_head (D, V)."""
+    """The network.   Parameters: embed.weight (V, D), encoder and encoder_v (H, D, N), decoder (H * N, D), lm_head (D, V).
+
+    Buffer: attn.freqs (1, 1, 1, N).
+    """
 
     config_class = BDHConfig
     base_model_prefix = ""
     accepts_loss_kwargs = True  # `num_items_in_batch`: transformers' Trainer then leaves the mean over accumulated batches to the loss
+    _keep_in_fp32_modules_strict = ["attn"]
     _is_stateful = True  # a state cannot be taken back by some tokens, as speculative decoding would need
 
     def __init__(self, config: BDHConfig) -> None:
@@ -83,6 +105,7 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
         self.encoder_v = nn.Parameter(torch.empty(heads, width, self.neurons))
         self.decoder = nn.Parameter(torch.empty(heads * self.neurons, width))
         self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size))
+        self.attn = BDHRotations(self.neurons)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -189,9 +212,7 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, N / 2), fp32, computed in full turns modulo 1 as the published code does."""
-        pair = torch.arange(0, self.neurons, 2, dtype=torch.float32, device=positions.device)
-        turns = positions.float().unsqueeze(1) * (1.0 / (ROPE_THETA ** (pair / self.neurons)) / (2 * math.pi))
-        angle = (turns % 1) * (2 * math.pi)
+        angle = ((positions.float().unsqueeze(1) * self.attn.freqs.flatten()[0::2]) % 1) * (2 * math.pi)
         return torch.cos(angle), torch.sin(angle)
 
 

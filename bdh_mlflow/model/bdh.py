@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bdh_mlflow.config import BDHConfig
 from bdh_mlflow.model import blocked, blocks, kernels, layer
+from bdh_mlflow.model.rope import Rope, RopeTable, rope_at
 from bdh_mlflow.model.sampling import Sampler
 
 __all__ = ["BDH", "BDHConfig"]
@@ -35,7 +36,7 @@ Form = Literal["reference", "blocked"]
 class BDH(nn.Module):
     """Baby Dragon Hatchling, the tensor formulation of the paper (BDH-GPU).
 
-    Parameters: embed.weight (V, D), encoder and encoder_v (H, D, N), decoder (H * N, D), lm_head (D, V).
+    Parameters: embed.weight (V, D), encoder and encoder_v (H, D, N), decoder (H * N, D), lm_head (D, V).   Buffer: attn.freqs (1, 1, 1, N).
     """
 
     def __init__(self, config: BDHConfig) -> None:
@@ -50,6 +51,7 @@ class BDH(nn.Module):
         self.encoder_v = nn.Parameter(torch.zeros((heads, width, self.neurons)).normal_(std=INIT_STD))
         self.lm_head = nn.Parameter(torch.zeros((width, config.vocab_size)).normal_(std=INIT_STD))
         nn.init.normal_(self.embed.weight, mean=0.0, std=INIT_STD)
+        self.attn = Rope(self.neurons)
 
         self.weight_view: WeightView | None = None
         """What the layers use in place of a projection's parameter: (name, parameter) -> tensor; None = itself. Set by `precision`."""
@@ -57,16 +59,17 @@ class BDH(nn.Module):
         """reference form: the function that multiplies by a projection. Set by `precision`."""
         self.recompute = False
         """reference form: recompute activations in the backward pass instead of keeping L layers of (B, H, T, N) tensors."""
+        self.detach_state = False
+        """Train without backpropagation through time: no gradient reaches earlier tokens. Values are the same."""
         self.use("reference")
         self._activity: list[layer.Activity] | None = None
-        self._tables: dict[tuple[int, torch.device, bool], layer.RopeTable] = {}
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits for the byte after each position and, given targets, their mean cross-entropy.
 
         idx, targets: (B, T) integer ids.   Returns logits (B, T, V) and the loss in nats per token, fp32, or None.
         """
-        logits = self._through_layers(self._embedded(idx)).squeeze(1) @ self.lm_head
+        logits = self._through_layers(self.embedded(idx)).squeeze(1) @ self.lm_head
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(_at_least_float(logits).flatten(0, 1), targets.flatten().long())
@@ -125,23 +128,23 @@ class BDH(nn.Module):
                     done[row] |= ids[-len(stop) :] == list(stop)
                 if done.all():
                     return
-            table = layer.rope_at(position, self.neurons)
-            last = self._embedded(token.clamp_min(0))[:, 0, 0]
+            table = rope_at(position, self.attn.each)
+            last = self.embedded(token.clamp_min(0))[:, 0, 0]
             for state in states:
                 last = layer.recurrent_layer(last, weights, table, state)
             position += 1
 
     def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Output of the last layer at the last token of each prompt, (B, D), and the state of each layer after it, (B, H, N, D)."""
-        weights, lengths = self._layer_weights(), [prompt.shape[0] for prompt in prompts]
+        weights, lengths = self.layer_weights(), [prompt.shape[0] for prompt in prompts]
         embedded = self.embed.weight
         outs = embedded.new_empty(len(prompts), embedded.shape[1])
         shape = (len(prompts), self.config.n_head, self.neurons, embedded.shape[1])
         states = [embedded.new_empty(shape) for _ in range(self.config.n_layer)]
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
-            x = self._embedded(torch.stack([prompts[row] for row in rows]))
-            arranged, table = blocks.arrange(weights, x.dtype, self._plan(x, x.dtype)), self.cached_rope(length)
+            x = self.embedded(torch.stack([prompts[row] for row in rows]))
+            arranged, table = blocks.arrange(weights, x.dtype, self._plan(x, x.dtype)), self.rope_by_neuron(length)
             for state in states:
                 x, state[rows] = blocked.prefill(x, arranged, table)
             outs[rows] = x[:, 0, -1]
@@ -149,7 +152,7 @@ class BDH(nn.Module):
 
     def _weights_by_neuron(self) -> layer.LayerWeights:
         """As `layer.recurrent_layer` wants them: a row for each neuron in `encoder_v` and `decoder`."""
-        encoder, encoder_v, decoder = self._layer_weights()
+        encoder, encoder_v, decoder = self.layer_weights()
         return layer.LayerWeights(encoder, encoder_v.mT.contiguous(), decoder.view(encoder_v.mT.shape))
 
     @contextlib.contextmanager
@@ -195,38 +198,39 @@ class BDH(nn.Module):
         self._compiled = compiled
         self._layer = torch.compile(layer.reference_layer) if compiled and form == "reference" else layer.reference_layer
 
-    def load_published(self, state: dict[str, Tensor]) -> None:
-        """Load a published state dict; its `attn.freqs` is a constant that this model computes."""
-        self.load_state_dict({k: v for k, v in state.items() if k != "attn.freqs"})
-
     def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows, tokens = inputs[0].shape
         self._counted_tokens += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
 
     def _through_layers(self, x: Tensor) -> Tensor:
         """All layers.   x: (B, 1, T, D), normed.   Returns the same shape, normed."""
-        weights = self._layer_weights()
+        weights = self.layer_weights()
         dropout = self.config.dropout if self.training else 0.0
         if self.form == "blocked":
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            arranged, table = blocks.arrange(weights, dtype, self._plan(x, dtype)), self.cached_rope(x.shape[2])
+            arranged, table = blocks.arrange(weights, dtype, self._plan(x, dtype)), self.rope_by_neuron(x.shape[2])
         else:
-            rope = self._rope(x.shape[2])
+            rope = self.attn.table(x.shape[2])
         for depth in range(self.config.n_layer):
             activity = self._activity[depth] if self._activity else None
             if self.form == "blocked":
-                x = blocked.blocked_layer(x, arranged, table, dropout, blocked.Options(activity, depth == 0, self._compiled))
+                options = blocked.Options(activity, depth == 0, self._compiled, self.detach_state)
+                x = blocked.blocked_layer(x, arranged, table, dropout, options)
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(self._layer, x, weights, rope, dropout, None, self.product, use_reentrant=False)
+                how = layer.LayerOptions(None, self.product, self.detach_state)
+                x = checkpoint(self._layer, x, weights, rope, dropout, how, use_reentrant=False)
             else:
-                x = self._layer(x, weights, rope, dropout, activity, self.product)
+                x = self._layer(x, weights, rope, dropout, layer.LayerOptions(activity, self.product, self.detach_state))
         return x
 
-    def _embedded(self, idx: Tensor) -> Tensor:
+    def embedded(self, idx: Tensor) -> Tensor:
+        """What the first layer is given.   idx: (B, T) ids.   Returns (B, 1, T, D), normed."""
         return layer.norm(self.embed(idx).unsqueeze(1))
 
-    def _layer_weights(self) -> layer.LayerWeights:
+    def layer_weights(self) -> layer.LayerWeights:
+        """The projections as the layers compute with them: rounded where training is for 4-bit weights."""
+
         def viewed(name: str) -> Tensor:
             parameter: Tensor = getattr(self, name)
             return parameter if self.weight_view is None else self.weight_view(name, parameter)
@@ -236,16 +240,9 @@ class BDH(nn.Module):
     def _plan(self, x: Tensor, dtype: torch.dtype) -> blocks.Plan:
         return self._fixed_plan or blocks.plan_blocks(x.shape[0], x.shape[2], x.shape[3], self.neurons, dtype, x.device)
 
-    def cached_rope(self, tokens: int) -> layer.RopeTable | None:
-        """The blocked form's table for T tokens, kept for the next call; None if it is too large: then it is made span by span."""
-        return self._rope(tokens, by_neuron=True) if tokens * self.neurons <= MAX_CACHED_ROPE_ELEMENTS else None
-
-    def _rope(self, tokens: int, by_neuron: bool = False) -> layer.RopeTable:
-        key = (tokens, self.embed.weight.device, by_neuron)
-        if key not in self._tables:
-            table = layer.rope_table(0, tokens, self.neurons, self.embed.weight.device)
-            self._tables = {key: kernels.by_neuron(table) if by_neuron else table}
-        return self._tables[key]
+    def rope_by_neuron(self, tokens: int) -> RopeTable | Tensor:
+        """What the blocked form takes for T tokens: a table, kept for the next call, or the frequencies if it is too large to keep."""
+        return self.attn.table(tokens, kernels.by_neuron) if tokens * self.neurons <= MAX_CACHED_ROPE_ELEMENTS else self.attn.each
 
 
 def useful_flops(config: BDHConfig, tokens: int) -> float:

@@ -65,9 +65,12 @@ Backwards, from the last chunk to the first. Nothing reads the state after the l
          dH_k  = dH_{k+1} + Q_k^T dY_k                                       (N, D)
          H_k   = H_{k+1} - Q_k^T X_k                                         (N, D)
 
-The last line undoes the forward pass: each chunk's contribution is subtracted from the state again, so that one state is kept, the one
-that the last chunk read, instead of T / C of them. States are summed in the dtype of x (float32 in training); subtracting leaves rounding
-errors of its epsilon times the largest state.
+Without backpropagation through time (`detach`) keys, values and states are constants: 3' is dQ = dS Q, 4' adds nothing to dX, and of 3''
+dY_k H_k^T alone is left.
+
+The last line of 3'' undoes the forward pass: each chunk's contribution is subtracted from the state again, so that one state is kept,
+the one that the last chunk read, instead of T / C of them. States are summed in the dtype of x (float32 in training); subtracting
+leaves rounding errors of its epsilon times the largest state.
 
 
 What is kept, what is recomputed
@@ -111,45 +114,47 @@ from torch.autograd.function import once_differentiable
 
 from bdh_mlflow.model.blocks import Arranged, Projections, Span, Sums, Task
 from bdh_mlflow.model.kernels import add_causal_scores, add_product, by_row, flat, kernels, ranges
-from bdh_mlflow.model.layer import ACTIVITY_STRIDE, Activity, RopeTable, norm
+from bdh_mlflow.model.layer import ACTIVITY_STRIDE, Activity, norm
+from bdh_mlflow.model.rope import RopeTable
 
 
 class Options(NamedTuple):
     """Of one layer among several.
 
     activity: added to, if given.   first: whether this layer's backward pass is the last of those that share the weights: it returns the
-    gradients of all of them.   compiled: fuse elementwise work by torch.compile, where `kernels` uses it.
+    gradients of all of them.   compiled: fuse elementwise work by torch.compile, where `kernels` uses it.   detach: see `layer.attend`.
     """
 
     activity: Activity | None = None
     first: bool = True
     compiled: bool = False
+    detach: bool = False
 
 
 ALONE = Options()
 
 
-def blocked_layer(x: Tensor, weights: Arranged, table: RopeTable | None, dropout: float, options: Options = ALONE) -> Tensor:
+def blocked_layer(x: Tensor, weights: Arranged, rope: RopeTable | Tensor, dropout: float, options: Options = ALONE) -> Tensor:
     """One layer; values and gradients of `layer.reference_layer`.
 
-    x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   table: (N / 2, T); None to make it span by span.   dropout:
-    probability, 0 outside training; its seed is drawn from torch's global CPU generator.   Returns (B, 1, T, D), normed; differentiable
-    once.
+    x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   rope: (N / 2, T), or the frequencies (N,) to make it span by span.
+    dropout: probability, 0 outside training; its seed is drawn from torch's global CPU generator.   Returns (B, 1, T, D), normed;
+    differentiable once.
     """
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
     passes = kernels(weights.compute.encoder.dtype, x.device, options.compiled)
-    task = Task(x.squeeze(1), weights.compute, table, weights.cut, passes, dropout, seed)
+    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, dropout, seed, options.detach)
     out: Tensor = _Blocked.apply(task.x, *weights.weights, task, options, weights.sums)  # type: ignore[no-untyped-call]
     return out.unsqueeze(1)
 
 
 @torch.no_grad()
-def prefill(x: Tensor, weights: Arranged, table: RopeTable | None) -> tuple[Tensor, Tensor]:
+def prefill(x: Tensor, weights: Arranged, rope: RopeTable | Tensor) -> tuple[Tensor, Tensor]:
     """One layer over a prompt, and the state from which generation continues.
 
     x: (B, 1, T, D), normed.   Returns the layer's output, the same shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
     """
-    task = Task(x.squeeze(1), weights.compute, table, weights.cut, kernels(weights.compute.encoder.dtype, x.device, False))
+    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, kernels(weights.compute.encoder.dtype, x.device, False))
     done = _forward(task, None, keep_scores=False, full_state=True)
     assert done.states is not None
     return _residual(task.x, done.read).unsqueeze(1), done.states
@@ -267,7 +272,7 @@ class _Carried(NamedTuple):
 class _ChunkGradients(NamedTuple):
     """inside: the chunk's tokens in its span.   begin: its place in the text.   d_attended: dY (R, C, D).
 
-    d_symmetric: dS + dS^T (R, C, C).
+    d_symmetric: dS + dS^T (R, C, C); dS^T alone where keys are detached.
     """
 
     inside: slice
@@ -330,6 +335,9 @@ def _scores_backward(task: Task, span: Span, scores: Tensor, d_attended: Tensor)
     for inside, begin in reversed(span.chunks(task.cut.chunk)):
         d_here = d_attended[:, inside]
         d_scores = (d_here @ v[:, inside].mT).tril_(-1)
+        if task.detach:  # no gradient through keys and values: dQ = dS Q
+            chunks.append(_ChunkGradients(inside, begin, d_here, d_scores.mT))
+            continue
         chunks.append(_ChunkGradients(inside, begin, d_here, d_scores + d_scores.mT))
         add_product(d_v[:, inside], scores[:, inside, : inside.stop - inside.start].mT, d_here)
     return d_v, chunks
@@ -366,13 +374,15 @@ def _state_backward(
     """
     (state, d_state), (q, v), (d_q, d_v) = carried, inputs, gradients
     if chunk.begin < task.last_chunk:  # the last chunk is not in the state, and nothing reads the state after it
-        d_after = d_state.to(v.dtype)
-        add_product(d_q, d_after, v.mT)
-        add_product(d_v, q.mT, d_after)
+        if not task.detach:
+            d_after = d_state.to(v.dtype)
+            add_product(d_q, d_after, v.mT)
+            add_product(d_v, q.mT, d_after)
         add_product(state, q, v, -1)
     if chunk.begin:  # the state before the first chunk is zero
         add_product(d_q, state.to(v.dtype), chunk.d_attended.mT)
-        add_product(d_state, q, chunk.d_attended)
+        if not task.detach:
+            add_product(d_state, q, chunk.d_attended)
 
 
 def _residual(x: Tensor, read: Tensor) -> Tensor:

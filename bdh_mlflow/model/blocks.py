@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bdh_mlflow.model.dropout import Dropout, keep_probability
 from bdh_mlflow.model.kernels import Buffers, Kernels, by_neuron, ranges
-from bdh_mlflow.model.layer import ACTIVITY_STRIDE, LayerWeights, RopeTable, rope_table
+from bdh_mlflow.model.layer import ACTIVITY_STRIDE, LayerWeights
+from bdh_mlflow.model.rope import RopeTable, rope_table
 
 STATE_FROM = 4
 """Texts of more than this many times D tokens are cut into chunks with a state. By FLOPs the two ways meet between 5 D and 6 D (see
@@ -110,16 +111,18 @@ def arrange(weights: LayerWeights, dtype: torch.dtype, cut: Plan) -> Arranged:
 class Task(NamedTuple):
     """The inputs of one layer.
 
-    x: (B, T, D).   compute: E^T, F^T and G, as `Arranged` holds them.   table: (N / 2, T), or None to make it span by span.
+    x: (B, T, D).   compute: E^T, F^T and G, as `Arranged` holds them.   rope: (N / 2, T), or the frequencies (N,) to make it span by span.
+    detach: see `layer.attend`.
     """
 
     x: Tensor
     compute: Projections
-    table: RopeTable | None
+    rope: RopeTable | Tensor
     cut: Plan
     kernels: Kernels
     dropout: float = 0.0
     seed: int = 0
+    detach: bool = False
 
     @property
     def neurons(self) -> int:
@@ -139,10 +142,10 @@ class Task(NamedTuple):
     def span(self, block: Block, start: int, stop: int, values: Tensor, buffers: Buffers) -> "Span":
         """values: x in the dtype of the matmuls."""
         v = values[block.rows, start:stop].contiguous()
-        if self.table is None:
-            rope = by_neuron(rope_table(start, stop, self.neurons, self.x.device))
+        if isinstance(self.rope, RopeTable):
+            rope = RopeTable(self.rope.cos[:, start:stop], self.rope.sin[:, start:stop])
         else:
-            rope = RopeTable(self.table.cos[:, start:stop], self.table.sin[:, start:stop])
+            rope = by_neuron(rope_table(start, stop, self.rope))
         return Span(block, start, stop, v, rope, buffers)
 
     def dropped(self, span: "Span", first: int) -> Dropout | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdh_mlflow.model import native
 from bdh_mlflow.model.dropout import Dropout, keep_mask
-from bdh_mlflow.model.layer import RopeTable
+from bdh_mlflow.model.rope import RopeTable
 
 CAUSAL_STEP = 128  # tokens; skips 3/8 of the square of scores at T = 512 and leaves matrix products of a useful size
 

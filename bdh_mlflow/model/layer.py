@@ -10,7 +10,6 @@ B rows, T tokens, D n_embd, H n_head, N neurons per head. Knows parameters only 
 Source: arXiv:2509.26507; pathwaycom/bdh, bdh.py.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,14 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROPE_THETA = 2.0**16  # pathwaycom/bdh, bdh.py
+from bdh_mlflow.model.rope import RopeTable, rotate
+
 ACTIVITY_STRIDE = 64  # tokens; active neurons are counted at every 64th, well under 1 % of a forward pass
 SPARSE_BELOW_SHARE = 0.25  # of active neurons, for indexed reads; on the CPU measured they cost as much as dense ones at 0.33 to 0.5
-
-# MKL chooses its kernel for a function in the function's first call. Where two threads make that call at once, one may get a kernel of 11
-# bits, and the angles of half a table would be wrong for a whole training (pytorch/pytorch#188792). One element is one thread's work.
-for _function in (torch.cos, torch.sin):
-    _function(torch.zeros(1))
 
 
 class LayerWeights(NamedTuple):
@@ -53,52 +48,22 @@ class Activity(NamedTuple):
     xy: Tensor
 
 
-class RopeTable(NamedTuple):
-    """Rotations of neuron pairs by position.   cos, sin: (T, N / 2), fp32."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rope_table(start: int, stop: int, neurons: int, device: torch.device) -> RopeTable:
-    """Rotations for positions start <= t < stop of `neurons` neurons a head (even).
-
-    Neurons 2i and 2i + 1 are rotated together by t * theta^(-2i / N) radians. The published code computes the angle in full turns (cycles)
-    and takes it modulo 1 in fp32 before cos and sin; the same is done here, so the values agree to the bit.
-    """
-    return rope_at(torch.arange(start, stop, device=device), neurons)
-
-
-def rope_at(positions: Tensor, neurons: int) -> RopeTable:
-    """Rotations for any positions.   positions: (P,), integers.   Returns a table of P rows; see `rope_table`."""
-    pair = torch.arange(0, neurons, 2, dtype=torch.float32, device=positions.device)
-    cycles_per_token = 1.0 / (ROPE_THETA ** (pair / neurons)) / (2 * math.pi)
-    cycles = positions.float().unsqueeze(1) * cycles_per_token
-    angle = (cycles % 1) * (2 * math.pi)
-    return RopeTable(torch.cos(angle), torch.sin(angle))
-
-
-def rotate(x: Tensor, table: RopeTable) -> Tensor:
-    """Rotate neuron pairs by position (RoPE).   x: (..., T, N).   Returns the same shape and dtype; computed in fp32."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 def norm(x: Tensor) -> Tensor:
     """LayerNorm over the last dimension without gain or bias, in fp32 at least."""
     return F.layer_norm(x if x.dtype is torch.float64 else x.float(), x.shape[-1:])
 
 
-def attend(q: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, v: Tensor, detach: bool = False) -> Tensor:
     """Strictly causal linear attention with keys equal to queries.
 
-    out[t] = sum over s < t of <q[t], q[s]> v[s]. The diagonal is excluded, so out[0] is exactly zero.
+    out[t] = sum over s < t of <q[t], q[s]> v[s]. The diagonal is excluded, so out[0] is exactly zero.   detach: no gradient reaches the
+    keys and values, so none reaches earlier tokens: the state is taken as it is, without backpropagation through time.
     q: (B, H, T, N), sparse activations after rotation.   v: (B, 1, T, D), shared by all heads.   Returns (B, H, T, D).
     Cost: 2 T^2 (N + D) FLOPs per head and T^2 scores, against 4 T N D and an (N, D) state for the recurrent form.
     """
-    scores = (q @ q.mT).tril(diagonal=-1)
-    return scores @ v
+    keys, values = (q.detach(), v.detach()) if detach else (q, v)
+    scores = (q @ keys.mT).tril(diagonal=-1)
+    return scores @ values
 
 
 def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -106,21 +71,26 @@ def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight
 
 
-def reference_layer(
-    x: Tensor,
-    weights: LayerWeights,
-    table: RopeTable,
-    dropout: float,
-    activity: Activity | None = None,
-    product: Product = plain_product,
-) -> Tensor:
+class LayerOptions(NamedTuple):
+    """activity: added to, if given.   product: multiplies by the projections.   detach: see `attend`."""
+
+    activity: Activity | None = None
+    product: Product = plain_product
+    detach: bool = False
+
+
+PLAIN = LayerOptions()
+
+
+def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout: float, options: LayerOptions = PLAIN) -> Tensor:
     """One layer, equation by equation: the definition every other form is tested against.
 
-    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   activity: added to, if given.
-    product: multiplies by the projections.   Returns (B, 1, T, D), normed.   Holds several (B, H, T, N) tensors at a time.
+    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   Returns (B, 1, T, D), normed.   Holds
+    several (B, H, T, N) tensors at a time.
     """
+    activity, product, detach = options
     xs = F.relu(product("encoder", x, weights.encoder))
-    attended = attend(rotate(xs, table), x)
+    attended = attend(rotate(xs, table), x, detach)
     ys = F.relu(product("encoder_v", norm(attended), weights.encoder_v))
     gated = xs * ys
     if activity is not None:

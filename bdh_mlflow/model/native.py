@@ -21,7 +21,7 @@ from torch import Tensor
 from bdh_mlflow import host
 from bdh_mlflow.files import first_line
 from bdh_mlflow.model.dropout import Dropout
-from bdh_mlflow.model.layer import RopeTable
+from bdh_mlflow.model.rope import RopeTable
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

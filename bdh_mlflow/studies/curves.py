@@ -23,6 +23,8 @@ from pydantic import ValidationError
 
 from bdh_mlflow.config import SECTIONS, Problem
 from bdh_mlflow.config.reading import value_of, with_overrides
+from bdh_mlflow.studies import analyses
+from bdh_mlflow.studies.analyses import Shown
 from bdh_mlflow.text import Sample
 from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.mlflow_internals import MetricPoint
@@ -78,7 +80,8 @@ class RunCurves:
 
     settings: its config by dotted key, in declared types.   tokens_per_step: 0 where they do not say.   bytes_per_token: of the validation
     text; 1 before there were vocabularies, 0 where it is not known.   segments: rows of
-    `segments.json`, empty for a run that was never resumed.   samples: what the model generated, by step.
+    `segments.json`, empty for a run that was never resumed.   samples: what the model generated, by step.   analyses: the last one of each
+    kind, by name.
     """
 
     label: str
@@ -89,6 +92,7 @@ class RunCurves:
     bytes_per_token: float
     segments: list[Segment]
     samples: dict[int, list[Sample]]
+    analyses: Mapping[str, Shown] = dataclasses.field(default_factory=dict)
 
     def axis(self, name: str, metric: str) -> Numbers | None:
         """x values of a metric's curve on the axis step, tokens, bytes of text or active hours; (n,), None where they are not known."""
@@ -136,7 +140,7 @@ def read_run(client: MlflowClient, run: Run, curves: dict[str, Curve]) -> RunCur
             for step, prompt, written in _json_artifact(client, run, SAMPLES)["data"]:
                 samples.setdefault(int(step), []).append(Sample(str(prompt), str(written)))
     label, each = f"{run.info.run_name} ({run.info.run_id[:6]})", _bytes_per_token(run, settings)
-    return RunCurves(label, run, settings, curves, tokens, each, segments, samples)
+    return RunCurves(label, run, settings, curves, tokens, each, segments, samples, analyses.last(client, run))
 
 
 def _bytes_per_token(run: Run, settings: Mapping[str, Any]) -> float:

@@ -27,6 +27,7 @@ PLOTTED_POINTS = 800  # per curve; neighbours are averaged in longer ones
 MAX_LEGEND = 12  # curves; more would cover the plot
 MARKED_POINTS = 40  # a curve with fewer shows each point
 MAX_SAMPLES = 4  # steps, and runs side by side
+MAX_ANALYSES = 6  # runs side by side
 DASHES = ("-", "--", ":", "-.")
 COLOURS = 10  # of matplotlib's cycle
 
@@ -70,7 +71,8 @@ def page(comparison: Comparison, drawn: Mapping[str, bytes]) -> str:
     body = [element("tr", element("th", row[0]), *(element("td", cell) for cell in row[1:])) for row in rows(comparison)]
     settings = _table((r.label for r in comparison.runs), body)
     images = [element("h2", metric) + element("img", alt=metric, src=_data_url(png)) for metric, png in drawn.items()]
-    return string.Template(frame).substitute(settings=settings, plots="\n".join(images), samples=_samples(comparison))
+    parts = {"plots": "\n".join(images), "analyses": _analyses(comparison), "samples": _samples(comparison)}
+    return string.Template(frame).substitute(settings=settings, **parts)
 
 
 def plots(comparison: Comparison) -> dict[str, bytes]:
@@ -99,8 +101,23 @@ def _table(labels: Iterable[str], body: Sequence[Html]) -> Html:
     return element("div", element("table", head, element("tbody", *body)), class_="wide")
 
 
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _data_url(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def _analyses(comparison: Comparison) -> str:
+    """The last analyses of the runs, each kind side by side. A figure is an image, in which nothing of its file is run."""
+    shown, body = comparison.runs[:MAX_ANALYSES], []
+    for name in sorted({name for r in shown for name in r.analyses}):
+        cells = []
+        for r in shown:
+            if found := r.analyses.get(name):
+                image = element("img", alt=f"{name} of {r.label}", src=_data_url(found.figure, "svg+xml"))
+                cells.append(element("td", element("p", f"step {found.step}: {found.says}"), image))
+            else:
+                cells.append(element("td"))
+        body.append(element("tr", element("th", name), *cells))
+    return element("h2", "Analyses") + _table((r.label for r in shown), body) if body else ""
 
 
 def _samples(comparison: Comparison) -> str:

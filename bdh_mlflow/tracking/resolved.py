@@ -32,6 +32,13 @@ class ResolvedCheckpoint:
             return self.named_run
         return run_of(self.checkpoint)
 
+    @property
+    def address(self) -> str:
+        """Where it is for others: the artifact of its run, or its path where it has none."""
+        if self.checkpoint is None or self.run_id is None:
+            return str(self.path)
+        return f"runs:/{self.run_id}/{self.checkpoint.manifest.artifact_path}"
+
 
 def run_of(found: Checkpoint) -> str | None:
     """The MLflow run of a checkpoint: the one it was saved under, else the one its journal has got since."""

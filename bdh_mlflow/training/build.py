@@ -73,6 +73,8 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
     def begin(network: BDH) -> None:
         if origin.kind == "warm":
             load_warm(network, origin)
+        elif origin.made is not None:
+            network.load_state_dict(origin.made.weights)
 
     torch.manual_seed(training.seed)
     network, optimizer, facts = build_network(config, settled.why, runs, device, world, begin)
@@ -121,6 +123,7 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         ),
         bytes_per_token=built.text.bytes_per_token(built.validation),
         observed=lambda: built.network.observed(world.sum_exact),
+        analyze=_analyses(built, tracker, progress),
         peak_tokens_per_s=_peak_flops(built) / bdh.useful_flops(built.network.config, config.training.block_size),
         average=WeightAverage(built.network, config.training.ema_decay) if config.training.ema_decay else None,
         saver=saver,
@@ -137,6 +140,16 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
             if "betas" in group:
                 group["betas"] = tuple(config.training.betas)
     return trainer
+
+
+def _analyses(built: Built, tracker: Tracker, progress: Progress) -> Callable[[int], None] | None:
+    """What looks at the network on the way; None where nothing does, as on every rank but 0."""
+    freq = built.config.tracking.analyze_freq
+    if not freq or built.world.rank:
+        return None
+    from bdh_mlflow.training.analyses import Analyses  # matplotlib and networkx take a second to import
+
+    return Analyses((built.network, built.text.tokenizer, built.validation), freq, tracker, progress)
 
 
 def build_batches(
@@ -166,6 +179,7 @@ def build_network(
     network = BDH(config.to_bdh_config()).to(device)
     begin(network)
     network.recompute = training.recompute
+    network.detach_state = training.detach_state
     network.use(training.layer_form, training.compile)
     if sharded := is_sharded(config, world):
         strategy.shard(network, world, device)

@@ -1,10 +1,12 @@
-"""Where training begins: fresh, resumed, forked, or from weights of another program. `settle` finds it; every rank begins there."""
+"""Where training begins: fresh, resumed, forked, from weights of another program or made of others. Every rank begins there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Manifest, RunDirectory
@@ -13,6 +15,7 @@ from bdh_mlflow.data import order
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.model.rope import FREQUENCIES, why_no_frequencies
 from bdh_mlflow.tracking import journal
 from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
 from bdh_mlflow.training.parts import Progress
@@ -20,18 +23,29 @@ from bdh_mlflow.vocabulary import Tokenizer
 
 
 @dataclass(frozen=True)
+class Made:
+    """Weights that were computed from those of checkpoints.   weights: a state dict.   how: in a word, of tags and messages."""
+
+    weights: Mapping[str, Tensor]
+    how: Literal["merged", "grown"]
+    of: tuple[ResolvedCheckpoint, ...]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a training run begins.
 
     fresh: random weights.   resumed: one of our checkpoints, in its run.   forked: one of our checkpoints, in a new run whose settings may
-    differ.   warm: weights of another program.   saved: the checkpoint's configuration, resolved, for resumed and forked.
-    begun: folder of a run without a checkpoint that this job began before its launcher restarted it: the run goes on, from step 0.
+    differ.   warm: weights of another program.   made: weights made of checkpoints, in a new run.   saved: the checkpoint's configuration,
+    resolved, for resumed and forked.   begun: folder of a run without a checkpoint that this job began before its launcher restarted it:
+    the run goes on, from step 0.
     """
 
-    kind: Literal["fresh", "resumed", "forked", "warm"]
+    kind: Literal["fresh", "resumed", "forked", "warm", "made"]
     found: ResolvedCheckpoint | None = None
     saved: Config | None = None
     begun: Path | None = None
+    made: Made | None = None
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -106,7 +120,7 @@ def load_warm(network: BDH, origin: Origin) -> None:
     weights = checkpoint.published_weights(origin.found.state)
     assert weights is not None, "checked when the target was resolved"
     own = network.state_dict()
-    given = {key: value for key, value in weights.items() if key != "attn.freqs"}
+    given = {FREQUENCIES: own[FREQUENCIES], **weights}
     wrong = [f"{key}: the file has no such weight" for key in own if key not in given]
     wrong += [f"{key}: unknown weight" for key in given if key not in own]
     wrong += [
@@ -114,6 +128,8 @@ def load_warm(network: BDH, origin: Origin) -> None:
         for key, value in own.items()
         if key in given and given[key].shape != value.shape
     ]
+    if reason := why_no_frequencies(given[FREQUENCIES]):
+        wrong.append(f"{FREQUENCIES}: {reason}")
     if wrong:
         raise ResumeError("\n  ".join([f"cannot start from {origin.found.path}: its weights do not fit the model section", *wrong]))
-    network.load_published(given)
+    network.load_state_dict(given)

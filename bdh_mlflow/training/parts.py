@@ -76,6 +76,12 @@ class Tracker(Protocol):
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """What the model writes."""
 
+    def text(self, text: str, artifact: str) -> None:
+        """A file of the run.   artifact: its path among them."""
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run."""
+
 
 class Saver(Protocol):
     """Writes checkpoints in the background. An error of one save is raised by the next call."""
@@ -135,6 +141,8 @@ class Parts:
     """Text that the model continues now; empty if it is asked to stop on the way."""
     observed: Callable[[], AbstractContextManager[dict[str, float]]]
     """Around an evaluation: further metrics of the model, complete at its end."""
+    analyze: Callable[[int], None] | None = None
+    """Looks at the model after a step where one is due, and logs what it finds."""
     peak_tokens_per_s: float
     """Speed if the machine did nothing but the model's useful arithmetic, at the fastest rate measured on it; 100 % of perf/mfu_pct."""
     average: Average | None

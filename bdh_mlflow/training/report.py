@@ -101,13 +101,15 @@ def introduce(tracker: Tracker, built: Built, segment: Segment, provenance: Prov
     }
     if provenance.git_commit:
         tags["mlflow.source.git.commit"] = provenance.git_commit
-    if origin.manifest is not None and origin.saved is not None:
+    if origin.found is not None and origin.saved is not None:
         relation = {"resumed": "bdh.resumed_from", "forked": "bdh.forked_from"}[origin.kind]
-        tags[relation] = f"runs:/{origin.run_id}/{origin.manifest.artifact_path}"
+        tags[relation] = origin.found.address
         drift = [d for d in origin.saved.differences(config) if d.key != "training.resume_from_checkpoint"]
         tags |= {f"drift.{d.key}": f"{d.before} -> {d.after}" for d in drift}
     elif origin.found is not None:
         tags["bdh.warm_start"] = str(origin.found.path)
+    elif origin.made is not None:
+        tags[f"bdh.{origin.made.how}_from"] = ", ".join(found.address for found in origin.made.of)
     if segment.job:
         tags[JOB] = segment.job
     tracker.tags(tags)
@@ -168,6 +170,8 @@ def headline(built: Built, identity: RunIdentity | None, status: StoreStatus, se
             "warm": "warm start: its weights, a new optimizer",
         }
         lines.append(f"{origin.kind} from {shown(origin.found.path)} ({how[origin.kind]})")
+    if origin.made is not None:
+        lines.append(f"{origin.made.how} from {', '.join(shown(found.path) for found in origin.made.of)}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from bdh_mlflow.tracking import journal, locate
 from bdh_mlflow.training import processes
 from bdh_mlflow.training.agreement import refuse_for_several
 from bdh_mlflow.training.corpus import with_tokenizer
-from bdh_mlflow.training.origin import Origin, Settled
+from bdh_mlflow.training.origin import Made, Origin, Settled
 from bdh_mlflow.training.parts import Progress
 from bdh_mlflow.training.problems import problems
 from bdh_mlflow.vocabulary import Tokenizer
@@ -30,6 +30,13 @@ def settle(config: Config, progress: Progress, fork: bool, size: int) -> Settled
     resolved, why = resolve(config, machine, origin.saved if origin.kind == "resumed" else None)
     refuse_for_several(resolved, size)
     return Settled(resolved, why, origin, tokenizer)
+
+
+def settle_made(config: Config, made: Made, progress: Progress) -> Settled:
+    """As `settle`, for weights made of checkpoints: a new run, with the tokenizer of the first of them."""
+    config, tokenizer = with_tokenizer(config, made.of[0].path.parent, progress)
+    resolved, why = resolve(config, precision.machine(precision.pick_device(config.training.device)))
+    return Settled(resolved, why, Origin("made", made=made), tokenizer)
 
 
 class Begun(NamedTuple):

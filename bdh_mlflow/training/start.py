@@ -23,12 +23,12 @@ from bdh_mlflow.tracking.sender_process import SubprocessSender, probe_by
 from bdh_mlflow.tracking.status import StoreStatus
 from bdh_mlflow.tracking.tracker import ATTACH_S, MakeSender, Tracker
 from bdh_mlflow.training.build import Built, build, build_trainer
-from bdh_mlflow.training.origin import run_directory
+from bdh_mlflow.training.origin import Made, Settled, run_directory
 from bdh_mlflow.training.parts import Ending, Progress
 from bdh_mlflow.training.passes import peak_gib
 from bdh_mlflow.training.report import FinalReport, headline, introduce, numerical_differences, report_ending, segment_of, system_metrics
 from bdh_mlflow.training.saving import save_into
-from bdh_mlflow.training.settle import settle
+from bdh_mlflow.training.settle import settle, settle_made
 from bdh_mlflow.training.stop import StopRequest
 
 
@@ -65,16 +65,33 @@ def train(
     fork: begin a new run from the checkpoint named by resume_from_checkpoint; settings may then differ from its own.   make_sender: starts
     the sender.   world: the processes that train together, this being rank 0; the others call `follower.follow`.
     """
-    checkpoint_dir = Path(config.training.checkpoint_dir)
     with world.failing():
-        if reason := checkpoint.why_unwritable(checkpoint_dir):
-            raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
-        built = build(world.share(lambda: settle(config, progress, fork, world.size)), progress, world)
-        status = probe_by(make_sender, built.config.tracking, built.origin.continues)
-        stop.begun = True  # from here on there is a run to end properly
-        run_dir = run_directory(built.origin, checkpoint_dir, built.config, built.text.tokenizer)
-        with contextlib.closing(run_dir):
-            return _tracked(built, run_dir, status, progress, stop, make_sender)
+        _refuse_unwritable(config)
+        return _run(world.share(lambda: settle(config, progress, fork, world.size)), progress, stop, make_sender, world)
+
+
+def save_start(config: Config, made: Made, progress: Progress, stop: StopRequest, make_sender: MakeSender = SubprocessSender) -> Outcome:
+    """Begin a run with weights made of others: evaluated and saved at step 0, as configured, for a training to go on from.
+
+    Raises a BdhError for whatever does not allow it.
+    """
+    _refuse_unwritable(config)
+    return _run(settle_made(config, made, progress), progress, stop, make_sender, ALONE)
+
+
+def _refuse_unwritable(config: Config) -> None:
+    checkpoint_dir = Path(config.training.checkpoint_dir)
+    if reason := checkpoint.why_unwritable(checkpoint_dir):
+        raise ConfigError(f"training.checkpoint_dir: {checkpoint_dir} cannot be created or written: {reason}")
+
+
+def _run(settled: Settled, progress: Progress, stop: StopRequest, make_sender: MakeSender, world: World) -> Outcome:
+    built = build(settled, progress, world)
+    status = probe_by(make_sender, built.config.tracking, built.origin.continues)
+    stop.begun = True  # from here on there is a run to end properly
+    run_dir = run_directory(built.origin, Path(built.config.training.checkpoint_dir), built.config, built.text.tokenizer)
+    with contextlib.closing(run_dir):
+        return _tracked(built, run_dir, status, progress, stop, make_sender)
 
 
 def _tracked(
@@ -108,7 +125,7 @@ def _tracked(
         ):
             built.world.expect_updates()
             host.loaded()
-            report.ending = trainer.run()
+            report.ending = trainer.save_start() if built.origin.made else trainer.run()
     return _outcome(built, tracker, run_dir, report)
 
 

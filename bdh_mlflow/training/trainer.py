@@ -66,8 +66,16 @@ class Trainer:
             raise
         return Ending(stop.received.name if stop.received else "finished", self.step, self._evaluation, self._samples)
 
+    def save_start(self) -> Ending:
+        """Evaluate and save the weights as they were handed in, before any update."""
+        with self._parts.world.failing():
+            self._evaluate()
+            self._save()
+            self._parts.saver.finish()
+        return Ending("finished", self.step, self._evaluation, self._samples)
+
     def _train(self) -> None:
-        config = self._config
+        config, analyze = self._config, self._parts.analyze
         if self.step % config.test_freq == 0 and self._evaluated_step != self.step:
             self._evaluate()  # the interruption came before it, and a plateau schedule depends on it
         while self.step < config.max_iters and not self._stop_agreed():
@@ -81,6 +89,8 @@ class Trainer:
                 self._evaluate()
             if self.step % config.checkpoint_freq == 0 or last:
                 self._save()
+            if analyze is not None:
+                analyze(self.step)
 
     def _stop_agreed(self) -> bool:
         """Whether any process was asked to stop; all find the same."""
@@ -92,8 +102,7 @@ class Trainer:
 
     def state_dict(self) -> State:
         """Everything that the next update depends on."""
-        parts = self._parts
-        model_state, optimizer_state = parts.strategy.state()
+        parts, (model_state, optimizer_state) = self._parts, self._parts.strategy.state()
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -151,7 +160,12 @@ class Trainer:
         passes, loss = self._config.gradient_accumulation_steps, 0.0
         for value in numbers[:passes]:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
             loss += value / passes
-        self._guard(loss, grad_norm, [parts.world.name(rank) for rank, each in enumerate(numbers[passes:]) if not math.isfinite(each)])
+        _guard(
+            parts,
+            self.step,
+            (loss, grad_norm),
+            [parts.world.name(rank) for rank, each in enumerate(numbers[passes:]) if not math.isfinite(each)],
+        )
         self._consistent = False
         self._position, self._interval.epoch = done.batch.position, done.batch.epoch
         rate = parts.schedule.at(self.step)
@@ -174,19 +188,6 @@ class Trainer:
         self._consistent = True
         return tokens / elapsed_s if applied else None
 
-    def _guard(self, loss: float, grad_norm: float, origin: list[str]) -> None:
-        """Stop before non-finite values reach the weights. Under loss scaling an overflow of gradients only skips the update.
-
-        origin: the ranks whose gradients are not finite, where there are several.
-        """
-        finite_loss = math.isfinite(loss)
-        if finite_loss and math.isfinite(grad_norm):
-            return
-        scaler = self._parts.scaler
-        if finite_loss and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE:
-            return
-        raise _not_applied(self.step, loss, grad_norm, self._parts.model, origin)
-
     def _log(self) -> None:
         parts, step, interval = self._parts, self.step, self._interval
         values = {
@@ -206,8 +207,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         parts, step = self._parts, self.step
-        values = _measured(parts, self._stopped)
-        if values is None:
+        if (values := _measured(parts, self._stopped)) is None:
             return
         val_loss = values["val/loss"]
         if not math.isfinite(val_loss):
@@ -292,6 +292,21 @@ def _passes(parts: Parts, config: TrainingConfig) -> Passes:
         count=config.gradient_accumulation_steps,
         seed=config.seed,
     )
+
+
+def _guard(parts: Parts, step: int, numbers: tuple[float, float], origin: list[str]) -> None:
+    """Stop before non-finite values reach the weights. Under loss scaling an overflow of gradients only skips the update.
+
+    numbers: loss and gradient norm of the update after `step` others.   origin: the ranks whose gradients are not finite, of several.
+    """
+    loss, grad_norm = numbers
+    finite_loss = math.isfinite(loss)
+    if finite_loss and math.isfinite(grad_norm):
+        return
+    scaler = parts.scaler
+    if finite_loss and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_LOSS_SCALE:
+        return
+    raise _not_applied(step, loss, grad_norm, parts.model, origin)
 
 
 def _are_finite(model: nn.Module) -> bool:

@@ -174,7 +174,7 @@ def test_checkpoint_opens_with_weights_only_and_holds_what_was_given(tmp_path: P
     saved = new(tmp_path).save(state(7), PROVENANCE, None)
     loaded = torch.load(saved.path, weights_only=True)
     assert loaded.pop("model_state_dict")["encoder"].tolist() == [7.0] * 3
-    assert loaded == {"format": 2, "step": 7, "tokens_seen": 70, "loss": 2.5}
+    assert loaded == {"format": checkpoint.FORMAT, "step": 7, "tokens_seen": 70, "loss": 2.5}
 
 
 def test_equal_states_are_equal_files_whether_they_were_loaded_or_not(tmp_path: Path) -> None:

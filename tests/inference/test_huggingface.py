@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # where transformers copies code to, read when it is imported
 
@@ -153,6 +155,19 @@ def test_what_transformers_asks_of_a_model_is_given_or_refused(four_bit: tuple[P
         with pytest.raises(ValueError, match=r"separator|hidden states|stays at 256 tokens"):
             ask()
     assert model.resize_token_embeddings(256) is model.embed
+
+
+@pytest.mark.parametrize("kept", [{"dtype": torch.bfloat16}, {}], ids=["loaded as", "cast to"])
+def test_frequencies_are_part_of_it_and_stay_in_float32(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, kept: dict[str, Any]
+) -> None:
+    """Rounded to bfloat16 they would turn elsewhere: transformers#25681, #29496."""
+    folder, own = exported(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "attn.freqs": 3 * weights["attn.freqs"]}, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, **OPEN, **kept).to(torch.bfloat16)
+    assert model.encoder.dtype is torch.bfloat16
+    assert torch.equal(model.attn.freqs, 3 * own.model.attn.freqs)
 
 
 def test_an_empty_folder_stays_the_one_it_was(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from bdh_mlflow.config import TrainingConfig
 from bdh_mlflow.model import layer
 from bdh_mlflow.model.bdh import BDH, STOPPED, BDHConfig, useful_flops
 from bdh_mlflow.model.blocks import Plan
+from bdh_mlflow.model.rope import RopeTable
 from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.training.optim import build_optimizer
 
@@ -30,7 +31,7 @@ def model() -> BDH:
     n_layer, n_embd, n_head, multiplier, vocab_size = (int(v) for v in PARITY["config"])
     config = BDHConfig(n_layer, n_embd, 0.0, n_head, multiplier, vocab_size)
     network = BDH(config)
-    network.load_published({key.removeprefix("weight/"): published(key) for key in PARITY.files if key.startswith("weight/")})
+    network.load_state_dict({key.removeprefix("weight/"): published(key) for key in PARITY.files if key.startswith("weight/")})
     return network
 
 
@@ -127,9 +128,11 @@ def test_a_row_ends_after_its_stop_bytes_and_the_others_continue(model: BDH) -> 
 def test_long_texts_have_no_cached_rope_table(model: BDH, monkeypatch: pytest.MonkeyPatch) -> None:
     idx = published("idx")
     expected = model.generate(idx, 3, temperature=0)
-    assert model.cached_rope(idx.shape[1]) is not None
+    assert isinstance(model.rope_by_neuron(idx.shape[1]), RopeTable)
     monkeypatch.setattr("bdh_mlflow.model.bdh.MAX_CACHED_ROPE_ELEMENTS", 1)
-    assert model.cached_rope(idx.shape[1]) is None
+    frequencies = model.rope_by_neuron(idx.shape[1])
+    assert isinstance(frequencies, torch.Tensor)
+    assert torch.equal(frequencies, model.attn.each)
     assert torch.equal(model.generate(idx, 3, temperature=0), expected)
 
 
@@ -165,9 +168,23 @@ def test_dropout_changes_training_only_and_recomputation_sees_the_same_mask() ->
 
 
 def test_published_state_dict_with_its_frequencies_loads(model: BDH) -> None:
-    state = {**model.state_dict(), "attn.freqs": torch.zeros(1)}
-    BDH(model.config).load_published(state)
-    assert set(model.state_dict()) == {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
+    assert set(model.state_dict()) == {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head", "attn.freqs"}
+    other = BDH(model.config)
+    other.load_state_dict({**model.state_dict(), "attn.freqs": 2 * model.attn.freqs})
+    idx = published("idx")
+    assert torch.equal(other.attn.table(9).cos, model.attn.table(17).cos[::2]), "twice as fast"
+    assert not torch.equal(other(idx)[0], model(idx)[0])
+    without = {name: weight for name, weight in model.state_dict().items() if name != "attn.freqs"}
+    rounded = {**without, "attn.freqs": model.attn.freqs.bfloat16()}
+    for state in (without, rounded):
+        other.load_state_dict(state)
+        assert torch.equal(other(idx)[0], model(idx)[0]), "those of an untrained model, as before they were saved"
+
+
+def test_frequencies_stay_as_they_are_in_a_model_of_fewer_bits(model: BDH) -> None:
+    before = model.attn.freqs.clone()
+    assert torch.equal(model.bfloat16().attn.freqs, before)
+    assert torch.equal(model.double().attn.freqs, before)
 
 
 def test_default_model_has_25_million_parameters() -> None:

@@ -15,6 +15,7 @@ from bdh_mlflow.model.bdh import BDH, BDHConfig
 from bdh_mlflow.model.blocks import Plan, arrange, plan_blocks
 from bdh_mlflow.model.kernels import by_neuron
 from bdh_mlflow.model.layer import LayerWeights
+from bdh_mlflow.model.rope import RopeTable, frequencies, rope_table
 from tests.model.test_bdh import relative_error
 
 FP32 = 1e-5  # relative to the largest value: fp32 sums in another order
@@ -45,21 +46,28 @@ def inputs(batch: int, heads: int, tokens: int, width: int = 24, neurons: int = 
 
 def results(given: tuple[Any, ...], run: Any) -> dict[str, Tensor]:
     leaves = [t.clone().requires_grad_() for t in given[:4]]
-    table = layer.rope_table(0, leaves[0].shape[2], leaves[1].shape[2], CPU)
+    table = rope_table(0, leaves[0].shape[2], frequencies(leaves[1].shape[2]))
     out = run(leaves[0], LayerWeights(*leaves[1:]), table)
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, given[4].to(out.dtype))), strict=True))
 
 
 def by_blocks(plan: Plan | None = None, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Any:
-    def run(x: Tensor, weights: LayerWeights, table: layer.RopeTable | None) -> Tensor:
+    def run(x: Tensor, weights: LayerWeights, table: RopeTable | Tensor) -> Tensor:
         cut = plan or plan_blocks(x.shape[0], x.shape[2], x.shape[3], weights.encoder.shape[2], dtype or x.dtype, CPU)
-        rope = None if table is None else by_neuron(table)
+        rope = by_neuron(table) if isinstance(table, RopeTable) else table
         return blocked.blocked_layer(x, arrange(weights, dtype or x.dtype, cut), rope, dropout)
 
     return run
 
 
-def by_definition(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
+def detached(plan: Plan) -> Any:
+    def run(x: Tensor, weights: LayerWeights, table: RopeTable) -> Tensor:
+        return blocked.blocked_layer(x, arrange(weights, x.dtype, plan), by_neuron(table), 0.0, blocked.Options(detach=True))
+
+    return run
+
+
+def by_definition(x: Tensor, weights: LayerWeights, table: RopeTable) -> Tensor:
     return layer.reference_layer(x, weights, table, 0.0)
 
 
@@ -134,7 +142,7 @@ def test_dropout_is_the_same_mask_forward_and_backward(plan: Plan, monkeypatch: 
 @pytest.mark.parametrize(("tokens", "plan"), [(5, Plan(2, 5, 5, 4)), pytest.param(7, Plan(1, 4, 2, 6), marks=pytest.mark.slow)], ids=str)
 def test_gradients_are_finite_differences(tokens: int, plan: Plan) -> None:
     x, *weights, _ = inputs(2, 2, tokens, width=4, neurons=6)
-    table = layer.rope_table(0, tokens, 6, CPU)
+    table = rope_table(0, tokens, frequencies(6))
 
     def run(*leaves: Tensor) -> Tensor:
         torch.manual_seed(1)
@@ -146,17 +154,33 @@ def test_gradients_are_finite_differences(tokens: int, plan: Plan) -> None:
 def test_rotations_computed_span_by_span_give_the_same_values() -> None:
     given, run = inputs(2, 2, 33), by_blocks(Plan(1, 12, 4, 8))
 
-    def without_table(x: Tensor, weights: LayerWeights, table: layer.RopeTable) -> Tensor:
-        out: Tensor = run(x, weights, None)
+    def without_table(x: Tensor, weights: LayerWeights, table: RopeTable) -> Tensor:
+        out: Tensor = run(x, weights, frequencies(weights.encoder.shape[2]))
         return out
 
     assert max(errors(results(given, without_table), results(given, by_definition)).values()) < FP64
 
 
+@pytest.mark.parametrize("plan", [Plan(2, 33, 33, 8), Plan(1, 12, 4, 8)], ids=["one chunk", "chunks with a state"])
+def test_without_backpropagation_through_time_values_stay_and_gradients_are_those_of_constants(plan: Plan) -> None:
+    given = inputs(2, 2, 33)
+    found = results(given, detached(plan))
+    expected = results(given, lambda x, weights, table: layer.reference_layer(x, weights, table, 0.0, layer.LayerOptions(detach=True)))
+    assert max(errors(found, expected).values()) < FP64
+    through = results(given, by_definition)
+    assert torch.equal(expected["out"], through["out"])
+    assert errors(found, through)["encoder"] > 0.01
+    x = given[0].clone().requires_grad_()
+    out = layer.reference_layer(x, LayerWeights(*given[1:4]), rope_table(0, 33, frequencies(30)), 0.0, layer.LayerOptions(detach=True))
+    (gradient,) = torch.autograd.grad(out[:, :, 20].sum() + out[:, :, 20, 0].sum(), x)
+    assert torch.equal(gradient[:, :, :20], torch.zeros_like(gradient[:, :, :20])), "earlier tokens are constants"
+    assert gradient[:, :, 20].any()
+
+
 def test_second_derivatives_are_refused_rather_than_wrong() -> None:
     x, *weights, _ = inputs(1, 1, 4)
     x.requires_grad_()
-    out = by_blocks()(x, LayerWeights(*weights), layer.rope_table(0, 4, 30, CPU))
+    out = by_blocks()(x, LayerWeights(*weights), rope_table(0, 4, frequencies(30)))
     (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -166,7 +190,7 @@ def test_copies_of_the_weights_are_freed_by_the_backward_pass() -> None:
     x, *weights, grad = inputs(1, 1, 4)
     arranged = arrange(LayerWeights(*(w.requires_grad_() for w in weights)), torch.float32, plan_blocks(1, 4, 24, 30, torch.float32, CPU))
     copy = weakref.ref(arranged.compute[0])
-    out = blocked.blocked_layer(x, arranged, layer.rope_table(0, 4, 30, CPU), 0.0)
+    out = blocked.blocked_layer(x, arranged, rope_table(0, 4, frequencies(30)), 0.0)
     del arranged
     assert copy() is not None
     out.backward(grad)
@@ -263,7 +287,7 @@ def test_flops_are_those_of_the_derivation() -> None:
     x, *weights, grad = inputs(2, 2, tokens, width, neurons, torch.float32)
     for run, (forward, backward) in expected.items():
         with _Products() as products:
-            out = run(x.requires_grad_(), LayerWeights(*(w.requires_grad_() for w in weights)), layer.rope_table(0, tokens, neurons, CPU))
+            out = run(x.requires_grad_(), LayerWeights(*(w.requires_grad_() for w in weights)), rope_table(0, tokens, frequencies(neurons)))
         assert products.flops == 4 * forward, run
         with _Products() as products:
             out.backward(grad)

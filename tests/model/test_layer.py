@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bdh_mlflow.model import layer
+from bdh_mlflow.model import layer, rope
 
 
 def test_first_token_attends_to_nothing() -> None:
@@ -24,14 +24,14 @@ def test_attention_is_the_sum_over_earlier_tokens() -> None:
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     x = torch.rand(16)
-    table = layer.rope_table(0, 50, 16, torch.device("cpu"))
-    turned = layer.rotate(x.expand(50, 16), table)
+    table = rope.rope_table(0, 50, rope.frequencies(16))
+    turned = rope.rotate(x.expand(50, 16), table)
     assert torch.allclose(turned.norm(dim=-1), x.norm().expand(50), atol=1e-5)
     assert torch.allclose(turned[3] @ turned[10], turned[30] @ turned[37], atol=1e-4)
 
 
 def test_a_table_from_the_middle_is_the_middle_of_a_table() -> None:
-    whole, part = (layer.rope_table(start, 40, 8, torch.device("cpu")) for start in (0, 25))
+    whole, part = (rope.rope_table(start, 40, rope.frequencies(8)) for start in (0, 25))
     assert torch.equal(whole.cos[25:], part.cos)
     assert torch.equal(whole.sin[25:], part.sin)
 
@@ -43,7 +43,7 @@ def test_inactive_neurons_are_neither_read_nor_written() -> None:
     state = torch.randn(1, 2, 6, 4)
     state[:, 1] = torch.nan
     weights.encoder_v[1] = weights.decoder[1] = torch.nan
-    table = layer.rope_at(torch.tensor([3]), 6)
+    table = rope.rope_at(torch.tensor([3]), rope.frequencies(6))
     before = state[0, 0].clone()
     out = layer.recurrent_layer(layer.norm(torch.randn(1, 4)), weights, table, state)
     assert out.isfinite().all()

@@ -14,7 +14,7 @@ from bdh_mlflow import host
 from bdh_mlflow.model import native
 from bdh_mlflow.model.dropout import Dropout
 from bdh_mlflow.model.kernels import Kernels, by_neuron, eager, kernels
-from bdh_mlflow.model.layer import RopeTable, rope_table
+from bdh_mlflow.model.rope import RopeTable, frequencies, rope_table
 
 CPU = torch.device("cpu")
 DROPOUTS = [None, Dropout(0.1, 7), Dropout(0.5, -(2**40)), Dropout(1 - 1e-9, 2**63)]
@@ -51,7 +51,7 @@ def activations(dtype: torch.dtype, shape: tuple[int, int, int], count: int) -> 
 def table(shape: tuple[int, int, int]) -> RopeTable:
     """Positions from 5 on, as a span of a longer text has them: not contiguous."""
     neurons, _, tokens = shape
-    whole = by_neuron(rope_table(0, tokens + 7, neurons, CPU))
+    whole = by_neuron(rope_table(0, tokens + 7, frequencies(neurons)))
     return RopeTable(whole.cos[:, 5 : 5 + tokens], whole.sin[:, 5 : 5 + tokens])
 
 

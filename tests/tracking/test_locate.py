@@ -275,7 +275,7 @@ def test_pickle_with_code_is_refused_and_not_run(store: MlflowClient, text: Path
 def foreign(layout: str) -> BDH:
     torch.manual_seed(5)
     network = BDH(BDHConfig(n_layer=2, n_embd=16, dropout=0.1, n_head=2, mlp_internal_dim_multiplier=4))
-    weights = {**network.state_dict(), "attn.freqs": torch.zeros(1, 1, 1, 32)}
+    weights = {**network.state_dict(), "attn.freqs": 2 * network.attn.freqs}
     torch.save(weights if layout == "bare" else {"step": 9, "model_state_dict": weights, "optimizer_state_dict": {}}, "foreign.pt")
     return network
 
@@ -288,7 +288,16 @@ def test_weights_of_another_program_are_a_warm_start(store: MlflowClient, text: 
     state = loaded(1)
     assert state["step"] == 1
     assert torch.allclose(state["model_state_dict"]["encoder"], network.encoder, atol=1e-6)
+    assert torch.equal(state["model_state_dict"]["attn.freqs"], 2 * network.attn.freqs)
     assert only_run(store).data.tags["bdh.warm_start"] == "foreign.pt"
+
+
+@pytest.mark.parametrize(("value", "reason"), [(float("nan"), "not all of them are finite"), (0.5, "the two neurons of a pair")])
+def test_frequencies_that_turn_nothing_are_refused(store: MlflowClient, text: Path, tiny: Path, value: float, reason: str) -> None:
+    weights = foreign("bare").state_dict()
+    weights["attn.freqs"][..., 0] = value
+    torch.save(weights, "foreign.pt")
+    assert f"attn.freqs: {reason}" in refused(train(tiny, resume="foreign.pt"))
 
 
 def test_warm_start_of_other_shapes_is_refused_with_both(store: MlflowClient, text: Path, tiny: Path) -> None:

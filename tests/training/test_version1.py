@@ -62,7 +62,7 @@ def test_checkpoint_resumes_and_its_journal_is_delivered(store: MlflowClient, na
     assert max(replayed) < 0.1  # other dropout masks
     assert "format 1: from here on dropout masks are drawn, and gradients summed, otherwise" in done.output
     state = torch.load(folder / "checkpoint_6.pt", weights_only=True)
-    assert state["format"] == 2
+    assert state["format"] == 3
     assert state["loss"] == pytest.approx(before[6], rel=2e-2)
     assert run.data.tags["bdh.latest_checkpoint"].endswith("checkpoint_6.pt")
 
