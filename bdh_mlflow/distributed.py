@@ -97,6 +97,10 @@ class World:
         """The values of all ranks, on every rank."""
         return [value]
 
+    def concatenated(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, in their order, on rank 0; elsewhere its own.   rows: (R, ...), the same shape on every rank."""
+        return rows
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], losses: Tensor) -> Summed:
         """Add up the gradients of all ranks in place, in the order of `passes.TreeSum`.   losses: (own passes,) fp32.
 
@@ -179,6 +183,14 @@ class Group(World):
         with self._reached():
             dist.all_gather_object(values, value, group=self._exchanges)
         return values
+
+    def concatenated(self, rows: Tensor) -> Tensor:  # noqa: D102
+        self.exchange(Report())
+        own = rows.cpu().contiguous()
+        every = [torch.empty_like(own) for _ in range(self.size)] if self.rank == 0 else None
+        with self._reached():
+            dist.gather(own, every, dst=0, group=self._exchanges)
+        return torch.cat(every) if every is not None else own
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], losses: Tensor) -> Summed:
         """All-to-all, so that each rank has one part of everybody's gradients; a tree over the ranks; all-gather. The bytes of a ring."""

@@ -16,7 +16,7 @@ import torch
 
 from bdh_mlflow.config import Config
 from bdh_mlflow.model.bdh import BDH
-from bdh_mlflow.training.evaluate import evaluate
+from bdh_mlflow.training.evaluate import Evaluator
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     def seconds(observed: bool) -> float:
         started = time.perf_counter()
         with network.observed() if observed else nullcontext():
-            evaluate(network, batches, nullcontext, torch.device("cpu"))
+            Evaluator(model=network, autocast=nullcontext, device=torch.device("cpu")).loss(batches)
         return time.perf_counter() - started
 
     seconds(True)

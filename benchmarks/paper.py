@@ -5,6 +5,7 @@ merge        table 2: two forks of one model, each trained on an alphabet of its
 size         figure 7: loss against the number of neurons at fixed D, beside a GPT of as many parameters (torch's own layers).
 activity     section 4.1: how many neurons are active, over a training.
 detach       section 7.2: training without backpropagation through time, against what bigrams alone would reach.
+carry        truncated backpropagation over a coherent text, as the paper trains, beside windows that are read alone.
 
 Data, checkpoints and the MLflow store lie in the folder; what is there already is not made again. Prints what docs/paper.md shows.
 """
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdh_mlflow.config import Config
+from bdh_mlflow.data import validation
 from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 
@@ -45,7 +47,7 @@ CYRILLIC = str.maketrans(string.ascii_letters, "абвгдежзийклмноп
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("name", choices=["repetition", "merge", "size", "activity", "detach"])
+    options.add_argument("name", choices=["repetition", "merge", "size", "activity", "detach", "carry"])
     options.add_argument("--folder", type=Path, default=Path("paper"))
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--steps", type=int, help="of each training; fewer for a quick look")
@@ -144,6 +146,17 @@ def detach(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
         ]
         config = Config.from_yaml(QUICKSTART, [f"dataset.parquet_dir={latin}"])
         yield f"seed {seed}: with backpropagation through time {losses[0]:.3f}, without {losses[1]:.3f}; bigrams {bigram_loss(config):.3f}"
+
+
+def carry(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
+    latin, count = texts("latin", python_texts()), steps or 1000
+    for seed in seeds:
+        settings = {"dataset.parquet_dir": latin, "training.seed": seed}
+        for carries in ("false", "true"):
+            run = train(f"carry-{carries}-{seed}", {**settings, "training.carry_state": carries}, count)
+            printed = command("evaluate", run, "--carry", "--no-log")
+            (carried,), (alone,) = (re.findall(pattern, printed) for pattern in (r"val/loss (\S+)", r"; (\S+) on the same"))
+            yield f"seed {seed}, carry_state {carries}: windows alone {float(alone):.3f}, with the state before {float(carried):.3f}"
 
 
 # Texts
@@ -269,7 +282,7 @@ def gpt_loss(config: Config, seed: int) -> Trained:
     layers, heads, training = 4, 4, config.training
     width = heads * round(math.sqrt(config.parameters / (12 * layers)) / heads)
     text = ParquetText(config.dataset)
-    windows = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
+    windows = validation.drawn(text, training.test_iters, training.batch_size, training.block_size)
     best = None
     for rate in (1e-3, 3e-3):
         torch.manual_seed(seed)
@@ -308,7 +321,7 @@ def bigram_loss(config: Config) -> float:
         pairs = tokens[:, :-1].flatten() * 256 + tokens[:, 1:].flatten()
         counts += torch.bincount(pairs, minlength=256 * 256).view(256, 256)
     likely = (counts / counts.sum(dim=1, keepdim=True)).log()
-    windows = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
+    windows = validation.drawn(text, training.test_iters, training.batch_size, training.block_size)
     losses = [float(-likely[w[:, :-1].long(), w[:, 1:].long()].mean()) for w in windows]
     return sum(losses) / len(losses)
 

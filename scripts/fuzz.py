@@ -24,6 +24,7 @@ from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.cli.main import cli
 from bdh_mlflow.config import Config
+from bdh_mlflow.data import validation
 from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import BdhError
@@ -211,7 +212,7 @@ def _read_parquet(folder: Path, content: bytes) -> None:
     (folder / "data" / "a.parquet").write_bytes(content)
     dataset = Config.from_dict({"dataset": {"parquet_dir": str(folder / "data"), "val_fraction": 0.2}}).dataset
     text = ParquetText(dataset)
-    text.validation_batches(1, 2, 8)
+    validation.drawn(text, 1, 2, 8)
     next(iter(TrainingBatches(text, Order(2, 2, 8, 1), None)))
 
 

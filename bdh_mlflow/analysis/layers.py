@@ -34,7 +34,7 @@ def activations(model: BDH, idx: Tensor) -> Iterator[Activations]:
     x = model.embedded(idx)
     for _ in range(model.config.n_layer):
         xs = F.relu(x @ weights.encoder)
-        ys = F.relu(layer.norm(layer.attend(rotate(xs, table), x)) @ weights.encoder_v)
+        ys = F.relu(layer.norm(layer.attend(rotate(xs, table), x)[0]) @ weights.encoder_v)
         yield Activations(xs, ys, x.squeeze(1))
         read = (xs * ys).transpose(1, 2).flatten(2).unsqueeze(1) @ weights.decoder
         x = layer.norm(x + layer.norm(read))

@@ -33,6 +33,7 @@ def analyze(run: str, config_path: str, only: tuple[str, ...], ema: bool, log: b
     """
     from bdh_mlflow.analysis import plan as analysis
     from bdh_mlflow.analysis import selectivity
+    from bdh_mlflow.data import validation
     from bdh_mlflow.data.parquet import ParquetText
     from bdh_mlflow.studies import analyses
 
@@ -46,7 +47,7 @@ def analyze(run: str, config_path: str, only: tuple[str, ...], ema: bool, log: b
     if "activity" in names or ("synapses" in names and text is None):
         corpus = ParquetText(text_for(loaded, folder, config_path), tokenizer=loaded.tokenizer, lossy=loaded.config.tokenizer.lossy)
         training = loaded.config.training
-        windows = corpus.validation_batches(training.test_iters, training.batch_size, training.block_size)
+        windows = validation.drawn(corpus, training.test_iters, training.batch_size, training.block_size)
     made_of = {"checkpoint": f"{loaded.path.parent.name}/{loaded.path.name}", "step": loaded.step}
     subject = analysis.Subject(loaded.model, loaded.tokenizer, windows, made_of)
     plan, done = analysis.checked(plan, subject), []

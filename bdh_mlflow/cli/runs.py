@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 )
 @click.option("--batches", type=click.IntRange(1), help="Validation batches to use; as many as the training used if not given.")
 @ema_option
+@click.option("--carry", is_flag=True, help="Read windows one after the other, with the state of those before (training.carry_state).")
 @click.option("--log/--no-log", default=True, show_default=True, help="Log the result to the MLflow run, under eval/.")
-def evaluate(runs: tuple[str, ...], config_path: str, folders: tuple[str, ...], batches: int | None, ema: bool, log: bool) -> None:
+def evaluate(runs: tuple[str, ...], config_path: str, folders: tuple[str, ...], ema: bool, log: bool, **how: Any) -> None:
     """Measure the loss of RUNS on validation text.
 
     Prints it also in bits per byte, and logs both to the MLflow run of each if it has one. Runs are given as for `generate`. The losses of
@@ -43,17 +44,22 @@ def evaluate(runs: tuple[str, ...], config_path: str, folders: tuple[str, ...], 
         row = [f"{shown(loaded.path)}, step {loaded.step}"]
         for folder in folders or (None,):
             dataset = text_for(loaded, folder, config_path)
-            measured = load.validation_loss(loaded, dataset, batches or loaded.config.training.test_iters)
+            batches = how["batches"] or loaded.config.training.test_iters
+            measured = load.validation_loss(loaded, dataset, batches, carry=how["carry"])
             row.append(f"{measured.loss:.4f} ({measured.bits_per_byte:.4f})")
             if one:
                 click.echo(f"{loaded.path}: step {loaded.step}")
                 click.echo(f"val/loss {measured.loss:.4f} nats per token, val/bpb {measured.bits_per_byte:.4f} on {dataset.parquet_dir}")
+                if measured.alone is not None:
+                    click.echo(f"with the state of the windows before; {measured.alone:.4f} on the same windows without")
             if log and loaded.run_id is not None:
-                names = load.record(loaded, measured, read_config(config_path).tracking, "_ema" * ema)
+                names = load.record(loaded, measured, read_config(config_path).tracking, "_carried" * how["carry"] + "_ema" * ema)
                 click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}", err=not one)
         rows.append(row)
     if not one:
-        print_table(["val/loss in nats per token (val/bpb) on", *(folders or ("the text of its training",))], rows)
+        print_table(
+            [f"val/loss{'_carried' * how['carry']} in nats per token (bits per byte) on", *(folders or ("the text of its training",))], rows
+        )
 
 
 @click.command()

@@ -185,6 +185,8 @@ class TrainingConfig:
     """Decay of a moving average of the weights, which is saved, and evaluated beside them; 0 keeps none."""
     detach_state: bool = False
     """Train without backpropagation through time: no gradient reaches the tokens before."""
+    carry_state: Annotated[bool, Role.ORDER] = False
+    """Each row of an update reads on where it ended, with the state of what it has read, which is saved (truncated backpropagation)."""
     seed: Annotated[Int, Field(ge=0, lt=2**63), Role.ORDER] = 1337
     """Seed of weights, dropout and data order."""
     log_freq: Annotated[Count, Role.FREE] = 100

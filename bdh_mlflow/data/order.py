@@ -4,7 +4,9 @@
 2. A row group becomes one run of tokens: its training documents, each followed by a separator. Row groups are visited in an order drawn
    per epoch; `max_cached_files` of them are open at once, one per lane, and windows are taken from the lanes in turn.
 3. A lane cuts its tokens into windows of block_size + 1 that overlap by one token, so every token is predicted exactly once. The rest of a
-   row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch.
+   row group leads into the next one of its lane: nothing is padded, nothing dropped, in no epoch. Its windows are shuffled, or stay in the
+   order of the text where rows read on (`Order.consecutive`): then each row of an update is a lane, and row groups are cut into as many
+   parts as give each lane one.
 4. `TrainingBatches` yields `Batch(tokens, position, epoch)`, of an update only those that this process computes; starting again from that
    position gives the update that would have followed.
 
@@ -27,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data.ahead import Ahead
+from bdh_mlflow.data.columns import RowGroup
 from bdh_mlflow.data.parquet import ParquetText, shuffled
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
@@ -36,8 +39,8 @@ from bdh_mlflow.vocabulary import Ids
 Position = dict[str, Any]
 """Where the next update starts. Opaque to everyone else and saved in checkpoints (`data_position`), so keys and lists must not change.
 
-next_unit: row groups opened so far in the run, over all epochs.   turn: the lane whose turn it is.   lanes: a list of integers for each,
-see `_Lane.state`.
+next_unit: row groups, or parts of them, opened so far in the run, over all epochs.   turn: the lane whose turn it is.   lanes: a list of
+integers for each, see `_Lane.state`.
 """
 
 
@@ -53,6 +56,7 @@ class Order(NamedTuple):
     """What decides which window comes when.
 
     lanes: row groups that are read in turn.   passes: batches of an update.   own: which of those this process takes, by their numbers.
+    consecutive: each row of each batch reads on where it ended in the update before; there are as many lanes as rows then.
     """
 
     lanes: int
@@ -61,6 +65,7 @@ class Order(NamedTuple):
     seed: int
     passes: int = 1
     own: range = range(1)
+    consecutive: bool = False
 
 
 class TrainingBatches(IterableDataset[Batch]):
@@ -71,14 +76,15 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def __init__(self, text: ParquetText, order: Order, position: Position | None) -> None:
         self._text = text
-        self._order = order._replace(lanes=min(order.lanes, len(text.row_groups)))
+        lanes = order.passes * order.batch_size if order.consecutive else min(order.lanes, len(text.row_groups))
+        self._order = order._replace(lanes=lanes)
         self._position = position
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         workers, worker_number = (worker.num_workers, worker.id) if worker else (1, 0)
         order = self._order
-        walk = _Walk(self._text, order.lanes, order.block_size, order.seed)
+        walk = _Walk(self._text, order)
         if self._position is not None:
             walk.seek(self._position)
         indices = itertools.count()
@@ -179,24 +185,25 @@ class _Lane:
         size = self._walk.block_size
         count = (len(stream) - 1) // size
         if count:
-            later = 1 + shuffled(count - 1, self._walk.seed, group_index + 1)
             overlapping = np.lib.stride_tricks.sliding_window_view(stream, size + 1)[::size]
-            self.windows = overlapping[np.concatenate(([0], later))]
+            later = 1 + shuffled(count - 1, self._walk.seed, group_index + 1)
+            self.windows = overlapping if self._walk.consecutive else overlapping[np.concatenate(([0], later))]
         self._rest = stream[count * size :].copy()
 
 
 class _Walk:
     """The lanes, the order in which they open row groups, and whose turn it is."""
 
-    def __init__(self, text: ParquetText, lanes: int, block_size: int, seed: int) -> None:
+    def __init__(self, text: ParquetText, order: Order) -> None:
         self._text = text
         self.separator = text.separator
-        self.block_size = block_size
-        self.seed = seed
+        self.block_size, self.seed, self.consecutive = order.block_size, order.seed, order.consecutive
+        self._parts = -(-order.lanes // len(text.row_groups))  # of a row group, each of which is opened as one is
+        self._units = self._parts * len(text.row_groups)
         self._next_group = 0
         self._turn = 0
         self._guaranteed = 0  # windows that every lane has left, at least
-        self._lanes = [_Lane(self) for _ in range(lanes)]
+        self._lanes = [_Lane(self) for _ in range(order.lanes)]
         self._epoch_order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self._ahead = Ahead[Ids]()
 
@@ -228,7 +235,7 @@ class _Walk:
         """Open row groups until the lane has a window left."""
         without_window = 0
         while not lane.left:
-            if without_window == len(self._text.row_groups):
+            if without_window == self._units:
                 raise DataError(
                     f"{shown(self._text.root)}: an epoch of training text does not fill one window of block_size {self.block_size}; "
                     f"lower training.block_size or add text"
@@ -250,11 +257,12 @@ class _Walk:
             self._ahead.begin(index, self._reader(index))
 
     def _reader(self, group_index: int) -> Callable[[], Ids]:
-        groups = self._text.row_groups
-        epoch, place = divmod(group_index, len(groups))
+        epoch, place = divmod(group_index, self._units)
         if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, shuffled(len(groups), self.seed, -1 - epoch))
-        return functools.partial(self._text.training_tokens, groups[self._epoch_order[1][place]])
+            self._epoch_order = (epoch, shuffled(self._units, self.seed, -1 - epoch))
+        number, part = divmod(int(self._epoch_order[1][place]), self._parts)
+        group = self._text.row_groups[number]
+        return functools.partial(_part, self._text, group, part, self._parts)
 
     def position(self) -> Position:
         return {"next_unit": self._next_group, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
@@ -264,7 +272,7 @@ class _Walk:
         consumed = float(self._next_group - len(self._lanes))
         for lane in self._lanes:
             consumed += lane.consumed / len(lane.windows) if len(lane.windows) else 1 if lane.group_index < 0 else 0
-        return consumed / len(self._text.row_groups)
+        return consumed / self._units
 
     def seek(self, position: Position) -> None:
         """Continue from `position`.   Raises DataError for one of another number of lanes."""
@@ -277,6 +285,12 @@ class _Walk:
             self._begin(index for state in position["lanes"] for index in (state[0], *state[3::2]) if index >= 0)
         for lane, state in zip(self._lanes, position["lanes"], strict=True):
             lane.seek(state)
+
+
+def _part(text: ParquetText, group: RowGroup, part: int, parts: int) -> Ids:
+    """One of so many equal parts of a row group's training text."""
+    tokens = text.training_tokens(group)
+    return tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -9,7 +9,6 @@ Shuffles are sorts by a hash that is written out here, because the random stream
 `prepare` the only user of pyarrow.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from torch import Tensor
 
 from bdh_mlflow.config import DatasetConfig
 from bdh_mlflow.data import remote
-from bdh_mlflow.data.ahead import Ahead
 from bdh_mlflow.data.columns import Reader, RowGroup, separated
 from bdh_mlflow.data.folder import is_parquet, kind_of, list_files, nearest_folder
 from bdh_mlflow.data.remote import AnyPath, RemotePath
@@ -37,8 +34,6 @@ from bdh_mlflow.vocabulary import BYTES, Ids, Tokenizer
 NAMED_FILES = 3  # of those that are not read, in a message
 UNFINISHED = ".unfinished"
 """Folder that holds shards until they are complete, inside a target that was there before; whoever finds one must not train."""
-VALIDATION_ROW_GROUPS = 16  # read for validation text, at least
-_VALIDATION_ORDER = 0x76616C  # "val"; a constant seed, as validation text must not depend on the run
 
 
 class ParquetText:
@@ -105,34 +100,6 @@ class ParquetText:
     def separator(self) -> Ids:
         """The token between documents, alone."""
         return np.array([self.tokenizer.separator], self.tokenizer.dtype)
-
-    def validation_batches(self, batches: int, batch_size: int, block_size: int) -> list[Tensor]:
-        """`batches` batches of validation windows, each (B, block_size + 1) ids; fewer, the last smaller, if there is less text.
-
-        The same for every run on the same data: windows drawn from at least VALIDATION_ROW_GROUPS row groups (all, if there are fewer), so
-        that they represent more than one file.
-        """
-        if self.val_fraction == 0:
-            return []
-        wanted = batches * batch_size
-        text, length = [self.separator], 1
-        drawn_groups, ahead = shuffled(len(self.row_groups), _VALIDATION_ORDER, 0), Ahead[Ids]()
-        for read, group in enumerate(drawn_groups):
-            if read >= VALIDATION_ROW_GROUPS and length > wanted * block_size:
-                break
-            if self.is_remote and not read % VALIDATION_ROW_GROUPS:
-                for later in drawn_groups[read : read + VALIDATION_ROW_GROUPS]:
-                    ahead.begin(later, functools.partial(self.validation_tokens, self.row_groups[later]))
-            text.append(ahead.take(group, functools.partial(self.validation_tokens, self.row_groups[group])))
-            length += len(text[-1])
-        if length <= block_size:
-            raise DataError(
-                f"{shown(self.root)}: validation text has {length - 1} tokens, block_size {block_size} needs more; "
-                f"raise dataset.val_fraction (now {self.val_fraction}), lower training.block_size or add text"
-            )
-        windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(text), block_size + 1)[::block_size]
-        drawn = windows[shuffled(len(windows), _VALIDATION_ORDER, 1)[:wanted]]
-        return list(torch.split(torch.from_numpy(drawn), batch_size))
 
     def bytes_per_token(self, batches: list[Tensor]) -> float:
         """Bytes of text that a predicted token of windows (B, T + 1) stands for, on average; bits per byte are counted by them."""

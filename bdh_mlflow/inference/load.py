@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
+from bdh_mlflow.data import validation
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import CheckpointError, InputError, NonFiniteError
 from bdh_mlflow.inference import export, generate
@@ -25,7 +26,7 @@ from bdh_mlflow.redact import masked
 from bdh_mlflow.text import bits_per_byte
 from bdh_mlflow.tracking import locate, store
 from bdh_mlflow.tracking.resolved import ResolvedCheckpoint
-from bdh_mlflow.training.evaluate import evaluate
+from bdh_mlflow.training.evaluate import Evaluator
 from bdh_mlflow.vocabulary.find import find
 
 
@@ -76,25 +77,31 @@ def _registered(uri: str, locator: locate.Locator) -> Loaded | None:
 
 
 class Measured(NamedTuple):
-    """A loss on other text.   loss: nats per token.   bits_per_byte: the same of text.   text: what it was measured on."""
+    """A loss on other text.   loss: nats per token.   bits_per_byte: the same of text.   text: what it was measured on.
+
+    alone: where a state was carried from window to window, the loss on the same windows without.
+    """
 
     loss: float
     bits_per_byte: float
     text: ParquetText
+    alone: float | None = None
 
 
-def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int) -> Measured:
-    """Loss on validation text of `dataset`.   Raises DataError, NonFiniteError."""
+def validation_loss(loaded: Loaded, dataset: DatasetConfig, batches: int, *, carry: bool = False) -> Measured:
+    """Loss on validation text of `dataset`.   carry: rows read on, with a state.   Raises DataError, NonFiniteError."""
     training = loaded.config.training
     text = ParquetText(dataset, tokenizer=loaded.tokenizer, lossy=loaded.config.tokenizer.lossy)
-    windows = text.validation_batches(batches, training.batch_size, training.block_size)
+    windows = (validation.stream if carry else validation.drawn)(text, batches, training.batch_size, training.block_size)
     if not windows:
         raise InputError("dataset.val_fraction is 0: no text is kept for validation")
-    loss = evaluate(loaded.model, windows, loaded.precision.autocast, loaded.precision.device)
+    evaluator = Evaluator(model=loaded.model, autocast=loaded.precision.autocast, device=loaded.precision.device)
+    alone = evaluator.loss(windows)
+    loss = evaluator.carried_loss(windows, loaded.model.initial_state(len(windows[0]))) if carry else alone
     assert loss is not None, "it was given no way to be interrupted"
     if not math.isfinite(loss):
         raise NonFiniteError(f"{loaded.path}: val/loss {loss}: its weights, or the numbers they are computed in, are not finite")
-    return Measured(loss, bits_per_byte(loss, text.bytes_per_token(windows)), text)
+    return Measured(loss, bits_per_byte(loss, text.bytes_per_token(windows)), text, alone if carry else None)
 
 
 def record(loaded: Loaded, measured: Measured, config: TrackingConfig, suffix: str = "") -> list[str]:

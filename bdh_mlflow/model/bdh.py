@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bdh_mlflow.config import BDHConfig
 from bdh_mlflow.model import blocked, blocks, kernels, layer
-from bdh_mlflow.model.rope import Rope, RopeTable, rope_at
+from bdh_mlflow.model.recurrent import RecurrentState
+from bdh_mlflow.model.rope import Rope, RopeTable, rope_at, seen_from
 from bdh_mlflow.model.sampling import Sampler
 
 __all__ = ["BDH", "BDHConfig"]
@@ -64,15 +65,22 @@ class BDH(nn.Module):
         self.use("reference")
         self._activity: list[layer.Activity] | None = None
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, state: RecurrentState | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits for the byte after each position and, given targets, their mean cross-entropy.
 
-        idx, targets: (B, T) integer ids.   Returns logits (B, T, V) and the loss in nats per token, fp32, or None.
+        idx, targets: (B, T) integer ids.   state: of the text before, and afterwards that of this text, too; in the blocked form no
+        gradient comes through it.   Returns logits (B, T, V) and the loss in nats per token, fp32, or None.
         """
-        logits = self._through_layers(self.embedded(idx)).squeeze(1) @ self.lm_head
+        logits = self._through_layers(self.embedded(idx), state).squeeze(1) @ self.lm_head
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(_at_least_float(logits).flatten(0, 1), targets.flatten().long())
+
+    def initial_state(self, rows: int) -> RecurrentState:
+        """Of a text that nothing has been read of yet.   rows: B."""
+        like = self.decoder
+        shape = rows, self.config.n_head, self.neurons, self.config.n_embd
+        return RecurrentState(torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(self.config.n_layer))
 
     @torch.no_grad()
     def generate(
@@ -137,10 +145,7 @@ class BDH(nn.Module):
     def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Output of the last layer at the last token of each prompt, (B, D), and the state of each layer after it, (B, H, N, D)."""
         weights, lengths = self.layer_weights(), [prompt.shape[0] for prompt in prompts]
-        embedded = self.embed.weight
-        outs = embedded.new_empty(len(prompts), embedded.shape[1])
-        shape = (len(prompts), self.config.n_head, self.neurons, embedded.shape[1])
-        states = [embedded.new_empty(shape) for _ in range(self.config.n_layer)]
+        outs, states = self.embed.weight.new_empty(len(prompts), self.config.n_embd), self.initial_state(len(prompts)).layers
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
             x = self.embedded(torch.stack([prompts[row] for row in rows]))
@@ -196,13 +201,13 @@ class BDH(nn.Module):
         self.form: Form = form
         self._fixed_plan = plan
         self._compiled = compiled
-        self._layer = torch.compile(layer.reference_layer) if compiled and form == "reference" else layer.reference_layer
+        self._layer = torch.compile(layer.carried_layer) if compiled and form == "reference" else layer.carried_layer
 
     def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows, tokens = inputs[0].shape
         self._counted_tokens += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
 
-    def _through_layers(self, x: Tensor) -> Tensor:
+    def _through_layers(self, x: Tensor, state: RecurrentState | None) -> Tensor:
         """All layers.   x: (B, 1, T, D), normed.   Returns the same shape, normed."""
         weights = self.layer_weights()
         dropout = self.config.dropout if self.training else 0.0
@@ -214,14 +219,18 @@ class BDH(nn.Module):
             rope = self.attn.table(x.shape[2])
         for depth in range(self.config.n_layer):
             activity = self._activity[depth] if self._activity else None
+            before = None if state is None else state.layers[depth]
             if self.form == "blocked":
                 options = blocked.Options(activity, depth == 0, self._compiled, self.detach_state)
-                x = blocked.blocked_layer(x, arranged, table, dropout, options)
+                x, after = blocked.carried_layer(x, arranged, table, dropout, options, before)
             elif self.recompute and torch.is_grad_enabled():
                 how = layer.LayerOptions(None, self.product, self.detach_state)
-                x = checkpoint(self._layer, x, weights, rope, dropout, how, use_reentrant=False)
+                x, after = checkpoint(self._layer, x, weights, rope, dropout, how, before, use_reentrant=False)
             else:
-                x = self._layer(x, weights, rope, dropout, layer.LayerOptions(activity, self.product, self.detach_state))
+                how = layer.LayerOptions(activity, self.product, self.detach_state)
+                x, after = self._layer(x, weights, rope, dropout, how, before)
+            if state is not None and after is not None:
+                state.layers[depth] = seen_from(after, x.shape[2], self.attn.each)
         return x
 
     def embedded(self, idx: Tensor) -> Tensor:

@@ -72,6 +72,10 @@ The last line of 3'' undoes the forward pass: each chunk's contribution is subtr
 the one that the last chunk read, instead of T / C of them. States are summed in the dtype of x (float32 in training); subtracting
 leaves rounding errors of its epsilon times the largest state.
 
+A text that goes on where another ended has the state of that one for H_0, a constant: truncated backpropagation. It is read from the first
+chunk on, the last chunk is added to it for the text that follows, and 3'' has dY_0 H_0^T in its first line. The loss does not depend on the
+state after the last chunk, so its gradient stays zero.
+
 
 What is kept, what is recomputed
 --------------------------------
@@ -135,26 +139,41 @@ ALONE = Options()
 
 
 def blocked_layer(x: Tensor, weights: Arranged, rope: RopeTable | Tensor, dropout: float, options: Options = ALONE) -> Tensor:
-    """One layer; values and gradients of `layer.reference_layer`.
+    """`carried_layer` for a text that begins and ends here."""
+    return carried_layer(x, weights, rope, dropout, options)[0]
+
+
+def carried_layer(
+    x: Tensor,
+    weights: Arranged,
+    rope: RopeTable | Tensor,
+    dropout: float,
+    options: Options = ALONE,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer; values of `layer.carried_layer`, and its gradients where the initial state is a constant.
 
     x: (B, 1, T, D), normed.   weights: arranged by a plan for B and T.   rope: (N / 2, T), or the frequencies (N,) to make it span by span.
-    dropout: probability, 0 outside training; its seed is drawn from torch's global CPU generator.   Returns (B, 1, T, D), normed;
-    differentiable once.
+    dropout: probability, 0 outside training; its seed is drawn from torch's global CPU generator.   initial_state: (B, H, N, D), as seen
+    from position 0.   Returns (B, 1, T, D), normed, differentiable once, and, given an initial state, the state after the last token,
+    (B, H, N, D), still seen from position 0.
     """
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
     passes = kernels(weights.compute.encoder.dtype, x.device, options.compiled)
-    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, dropout, seed, options.detach)
-    out: Tensor = _Blocked.apply(task.x, *weights.weights, task, options, weights.sums)  # type: ignore[no-untyped-call]
-    return out.unsqueeze(1)
+    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, dropout, seed, options.detach, initial_state)
+    out, final_state = _Blocked.apply(task.x, *weights.weights, task, options, weights.sums)  # type: ignore[no-untyped-call]
+    return out.unsqueeze(1), final_state
 
 
 @torch.no_grad()
-def prefill(x: Tensor, weights: Arranged, rope: RopeTable | Tensor) -> tuple[Tensor, Tensor]:
+def prefill(x: Tensor, weights: Arranged, rope: RopeTable | Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One layer over a prompt, and the state from which generation continues.
 
-    x: (B, 1, T, D), normed.   Returns the layer's output, the same shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
+    x: (B, 1, T, D), normed.   initial_state: (B, H, N, D), of the text before.   Returns the layer's output, the same
+    shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
     """
-    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, kernels(weights.compute.encoder.dtype, x.device, False))
+    passes = kernels(weights.compute.encoder.dtype, x.device, False)
+    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, initial_state=initial_state)
     done = _forward(task, None, keep_scores=False, full_state=True)
     assert done.states is not None
     return _residual(task.x, done.read).unsqueeze(1), done.states
@@ -164,7 +183,7 @@ class _Pass(NamedTuple):
     """What a forward pass leaves.
 
     read: (B, T, D), O.   attended: (B, H, T, D), Y.   scores: (B, H, T, C), S, if kept.   states: (B, H, N, D), the state before the last
-    chunk, or after it for `prefill`; None for a text of one chunk.
+    chunk, or after it for `prefill` and for texts with an initial state; None for a text of one chunk without.
     """
 
     read: Tensor
@@ -186,7 +205,9 @@ def _forward(task: Task, activity: Activity | None, keep_scores: bool, full_stat
     read = torch.zeros_like(x)
     buffers = task.buffers(per_head=1)
     for block in cut.blocks(batch, heads):
-        state = states[block.rows, block.head].zero_() if states is not None else None
+        state = states[block.rows, block.head] if states is not None else None
+        if state is not None:
+            state.zero_() if task.initial_state is None else state.copy_(task.initial_state[block.rows, block.head])
         for start, stop in ranges(0, tokens, cut.span):
             span = task.span(block, start, stop, values, buffers)
             span.of(attended).copy_(_attend(task, span, state, in_state, None if scores is None else span.of(scores)))
@@ -211,7 +232,7 @@ def _attend(task: Task, span: Span, state: Tensor | None, in_state: int, kept: T
         for (inside, begin), sums in zip(chunks, scores, strict=True):
             queries = by_row(q, len(v))[:, :, inside].mT
             add_causal_scores(sums, queries)
-            if state is not None and begin:
+            if state is not None and (begin or task.initial_state is not None):
                 add_product(attended[:, inside], queries, state[:, first:end].to(v.dtype))
             if state is not None and begin < in_state:
                 add_product(state[:, first:end], queries.mT, v[:, inside])
@@ -243,19 +264,24 @@ def _read_out(task: Task, span: Span, attended: Tensor, activity: Activity | Non
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
         *_, task, options, sums = rest  # behind the three projections, whose gradients `backward` returns
-        done = _forward(task, options.activity, keep_scores=any(ctx.needs_input_grad), full_state=False)
-        ctx.save_for_backward(*done, task.x, *task.compute)
-        ctx.rest = task[2:]  # without the tensors: autograd frees what it saved after the backward pass, but not what is set on ctx
+        carries = task.initial_state is not None
+        done = _forward(task, options.activity, keep_scores=any(ctx.needs_input_grad), full_state=carries)
+        kept = done._replace(states=None) if carries and not task.last_chunk else done
+        ctx.save_for_backward(*kept, task.x, *task.compute, task.initial_state)
+        ctx.rest = task[2:-1]  # without the tensors: autograd frees what it saved after the backward pass, but not what is set on ctx
         ctx.first, ctx.sums = options.first, sums
-        return _residual(x, done.read)
+        final_state = done.states if carries else None
+        if final_state is not None:
+            ctx.mark_non_differentiable(final_state)
+        return _residual(x, done.read), final_state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, x, to_x, to_y, to_out = ctx.saved_tensors
-        task = Task(x, Projections(to_x, to_y, to_out), *ctx.rest)
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        *saved, x, to_x, to_y, to_out, initial_state = ctx.saved_tensors
+        task = Task(x, Projections(to_x, to_y, to_out), *ctx.rest)._replace(initial_state=initial_state)
         sums: Sums = ctx.sums
         d_x = _backward(task, _Pass(*saved), grad, sums.begun(task.compute, x.dtype))
         d_weights = sums.taken() if ctx.first else (None, None, None)
@@ -263,10 +289,18 @@ class _Blocked(torch.autograd.Function):
 
 
 class _Carried(NamedTuple):
-    """What the walk back through the chunks carries from one to the one before: H and dH, (R, N, D), both updated in place."""
+    """What the walk back through the chunks carries from one to the one before, (R, N, D) each.
 
-    state: Tensor
-    d_state: Tensor
+    state, d_state: H and dH, updated in place; None for a text of one chunk.   initial: H_0; None if it is zero.
+    """
+
+    state: Tensor | None
+    d_state: Tensor | None
+    initial: Tensor | None
+
+    def of(self, first: int, end: int) -> "_Carried":
+        """Of the neurons first <= n < end."""
+        return _Carried(*(t if t is None else t[:, first:end] for t in self))
 
 
 class _ChunkGradients(NamedTuple):
@@ -291,10 +325,9 @@ def _backward(task: Task, saved: _Pass, grad: Tensor, grads: Projections) -> Ten
     buffers = task.buffers(per_head=2)
     assert saved.scores is not None, "kept whenever a gradient is needed"
     for block in cut.blocks(batch, compute[0].shape[0]):
-        carried = None
-        if saved.states is not None:
-            state = saved.states[block.rows, block.head].clone()
-            carried = _Carried(state, torch.zeros_like(state))
+        state = None if saved.states is None else saved.states[block.rows, block.head].clone()
+        initial = None if task.initial_state is None else task.initial_state[block.rows, block.head]
+        carried = _Carried(state, None if state is None else torch.zeros_like(state), initial)
         for start, stop in reversed(list(ranges(0, tokens, cut.span))):
             span = task.span(block, start, stop, values, buffers)
             d_attended = _read_out_backward(task, span, span.of(saved.attended), d_out[block.rows, start:stop].contiguous(), grads)
@@ -344,7 +377,7 @@ def _scores_backward(task: Task, span: Span, scores: Tensor, d_attended: Tensor)
 
 
 def _activations_backward(
-    task: Task, span: Span, chunks: list[_ChunkGradients], carried: _Carried | None, d_v: Tensor, grads: Projections
+    task: Task, span: Span, chunks: list[_ChunkGradients], carried: _Carried, d_v: Tensor, grads: Projections
 ) -> None:
     """Equations 3' to 1' for a span, and 3'' for its chunks: adds to dE and to d_v (R, S, D), walks the state back."""
     head, v, buffers, encoder = span.block.head, span.v, span.buffers, task.compute.encoder
@@ -357,9 +390,7 @@ def _activations_backward(
             inside = chunk.inside
             queries, d_queries = (by_row(t, len(v))[:, :, inside] for t in (q, d_q))
             torch.bmm(queries, chunk.d_symmetric, out=d_queries)
-            if carried is not None:
-                here = _Carried(carried.state[:, first:end], carried.d_state[:, first:end])
-                _state_backward(task, chunk, here, (queries, v[:, inside]), (d_queries, d_v[:, inside]))
+            _state_backward(task, chunk, carried.of(first, end), (queries, v[:, inside]), (d_queries, d_v[:, inside]))
         task.kernels.activate_backward(d_q, d_xs, xs, rope)
         add_product(grads.encoder[head, first:end], d_xs, flat(v))
         add_product(flat(d_v), d_xs.mT, encoder[head, first:end])
@@ -372,17 +403,20 @@ def _state_backward(
 
     carried: (R, M, D) each.   inputs: Q^T (R, M, C) and X (R, C, D).   gradients: of the two, added to.
     """
-    (state, d_state), (q, v), (d_q, d_v) = carried, inputs, gradients
-    if chunk.begin < task.last_chunk:  # the last chunk is not in the state, and nothing reads the state after it
-        if not task.detach:
+    (state, d_state, initial), (q, v), (d_q, d_v) = carried, inputs, gradients
+    is_last = chunk.begin == task.last_chunk  # nothing reads the state after it, and it is in the state only if that is carried on
+    if state is not None and d_state is not None:
+        if not is_last and not task.detach:
             d_after = d_state.to(v.dtype)
             add_product(d_q, d_after, v.mT)
             add_product(d_v, q.mT, d_after)
-        add_product(state, q, v, -1)
-    if chunk.begin:  # the state before the first chunk is zero
-        add_product(d_q, state.to(v.dtype), chunk.d_attended.mT)
-        if not task.detach:
-            add_product(d_state, q, chunk.d_attended)
+        if not is_last or initial is not None:
+            add_product(state, q, v, -1)
+    before = state if chunk.begin else initial
+    if before is not None:
+        add_product(d_q, before.to(v.dtype), chunk.d_attended.mT)
+    if chunk.begin and d_state is not None and not task.detach:
+        add_product(d_state, q, chunk.d_attended)
 
 
 def _residual(x: Tensor, read: Tensor) -> Tensor:

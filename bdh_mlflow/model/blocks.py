@@ -112,7 +112,7 @@ class Task(NamedTuple):
     """The inputs of one layer.
 
     x: (B, T, D).   compute: E^T, F^T and G, as `Arranged` holds them.   rope: (N / 2, T), or the frequencies (N,) to make it span by span.
-    detach: see `layer.attend`.
+    detach: see `layer.attend`.   initial_state: (B, H, N, D), of the text before, a constant; None: the text begins and ends here.
     """
 
     x: Tensor
@@ -123,6 +123,7 @@ class Task(NamedTuple):
     dropout: float = 0.0
     seed: int = 0
     detach: bool = False
+    initial_state: Tensor | None = None
 
     @property
     def neurons(self) -> int:

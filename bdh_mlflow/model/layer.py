@@ -53,17 +53,22 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x if x.dtype is torch.float64 else x.float(), x.shape[-1:])
 
 
-def attend(q: Tensor, v: Tensor, detach: bool = False) -> Tensor:
+def attend(q: Tensor, v: Tensor, detach: bool = False, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Strictly causal linear attention with keys equal to queries.
 
-    out[t] = sum over s < t of <q[t], q[s]> v[s]. The diagonal is excluded, so out[0] is exactly zero.   detach: no gradient reaches the
-    keys and values, so none reaches earlier tokens: the state is taken as it is, without backpropagation through time.
-    q: (B, H, T, N), sparse activations after rotation.   v: (B, 1, T, D), shared by all heads.   Returns (B, H, T, D).
+    out[t] = q[t] initial_state + sum over s < t of <q[t], q[s]> v[s]. The diagonal is excluded: without an initial state out[0] is exactly
+    zero.   detach: no gradient reaches the keys and values, so none reaches earlier tokens: the state is taken as it is, without
+    backpropagation through time.   q: (B, H, T, N), sparse activations after rotation.   v: (B, 1, T, D), shared by all heads.
+    initial_state: (B, H, N, D), the sum of q[s] v[s]^T over the text before.   Returns (B, H, T, D) and, given an initial state, that sum
+    after the last token.
     Cost: 2 T^2 (N + D) FLOPs per head and T^2 scores, against 4 T N D and an (N, D) state for the recurrent form.
     """
     keys, values = (q.detach(), v.detach()) if detach else (q, v)
     scores = (q @ keys.mT).tril(diagonal=-1)
-    return scores @ values
+    attended = scores @ values
+    if initial_state is None:
+        return attended, None
+    return attended + q @ initial_state, initial_state + keys.mT @ values
 
 
 def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -83,14 +88,27 @@ PLAIN = LayerOptions()
 
 
 def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout: float, options: LayerOptions = PLAIN) -> Tensor:
+    """`carried_layer` for a text that begins and ends here."""
+    return carried_layer(x, weights, table, dropout, options)[0]
+
+
+def carried_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    table: RopeTable,
+    dropout: float,
+    options: LayerOptions = PLAIN,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """One layer, equation by equation: the definition every other form is tested against.
 
-    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   Returns (B, 1, T, D), normed.   Holds
-    several (B, H, T, N) tensors at a time.
+    x: (B, 1, T, D), normed.   table: T positions.   dropout: probability, 0 outside training.   initial_state: (B, H, N, D), of the text
+    before, as seen from position 0.   Returns (B, 1, T, D), normed, and, given an initial state, the one after the last token, still seen
+    from position 0.   Holds several (B, H, T, N) tensors at a time.
     """
     activity, product, detach = options
     xs = F.relu(product("encoder", x, weights.encoder))
-    attended = attend(rotate(xs, table), x, detach)
+    attended, final_state = attend(rotate(xs, table), x, detach, initial_state)
     ys = F.relu(product("encoder_v", norm(attended), weights.encoder_v))
     gated = xs * ys
     if activity is not None:
@@ -98,7 +116,7 @@ def reference_layer(x: Tensor, weights: LayerWeights, table: RopeTable, dropout:
             total += (neurons[:, :, ::ACTIVITY_STRIDE] > 0).sum(dim=(0, 2))
     xy = F.dropout(gated, dropout)
     read = product("decoder", xy.transpose(1, 2).flatten(2).unsqueeze(1), weights.decoder)
-    return norm(x + norm(read))
+    return norm(x + norm(read)), final_state
 
 
 def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor) -> Tensor:

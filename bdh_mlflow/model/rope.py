@@ -56,6 +56,17 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
+def seen_from(state: Tensor, tokens: int, freqs: Tensor) -> Tensor:
+    """A sum of rotated keys times values as it is seen from a token `tokens` positions later, which then has position 0.
+
+    The scores of queries and keys depend on their distance only; counted from there, no position outgrows what fp32 can hold.
+    state: (..., N, D).   freqs: (N,), full turns a token.   Returns the same shape, computed in fp32 at least.
+    """
+    cos, sin = (t.view(-1, 1) for t in rope_at(torch.tensor([tokens], device=freqs.device), freqs))
+    even, odd = state[..., 0::2, :], state[..., 1::2, :]
+    return torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-2).flatten(-3, -2)
+
+
 def why_no_frequencies(freqs: Tensor) -> str | None:
     """What is wrong with frequencies; None if nothing is.   freqs: (..., N)."""
     if not bool(torch.isfinite(freqs).all()):

@@ -38,6 +38,7 @@ PARTS = {
     "scaler": "scaler_state_dict",
     "number formats": "precision_state_dict",
     "average of the weights": "ema_state_dict",
+    "carried state": "carried_state",
     "clipping": "zclip_state_dict",
     "data position": "data_position",
     "tokens seen": "tokens_seen",

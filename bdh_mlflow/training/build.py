@@ -7,11 +7,12 @@ import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bdh_mlflow.config import Config
-from bdh_mlflow.data import order
+from bdh_mlflow.data import order, validation
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.distributed import ALONE, World
@@ -23,10 +24,11 @@ from bdh_mlflow.text import Sample
 from bdh_mlflow.training import optim, strategy
 from bdh_mlflow.training.agreement import refuse_differences
 from bdh_mlflow.training.average import WeightAverage
+from bdh_mlflow.training.carry import Carry
 from bdh_mlflow.training.clipping import Clipping
 from bdh_mlflow.training.corpus import open_together
 from bdh_mlflow.training.origin import Origin, Settled, load_warm, position_of
-from bdh_mlflow.training.parts import Parts, Progress, Saver, Tracker
+from bdh_mlflow.training.parts import Parts, Progress, Saver, Stream, Tracker
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.trainer import Trainer
 from bdh_mlflow.vocabulary import Tokenizer
@@ -43,7 +45,8 @@ Begin = Callable[[BDH], None]
 class Built:
     """Everything that a run needs before it begins.
 
-    config: resolved.   facts: tags that say how the network and its optimizer are computed.
+    config: resolved.   reads_on: whether batches begin where the checkpoint's ended.   facts: tags that say how the network and its
+    optimizer are computed.
     """
 
     config: Config
@@ -52,6 +55,7 @@ class Built:
     runs: Precision
     text: ParquetText
     batches: Iterator[Batch]
+    reads_on: bool
     validation: list[torch.Tensor]
     network: BDH
     optimizer: torch.optim.Optimizer
@@ -66,9 +70,10 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
     refuse_differences(config, world)
     runs = Precision.from_config(config, device)
     text = open_together(config, settled.tokenizer, progress, world)
-    batches = build_batches(config, text, position_of(origin, config, text, progress), device, world)
+    position = position_of(origin, config, text, progress)
+    batches = build_batches(config, text, position, device, world)
     training = config.training
-    validation = text.validation_batches(training.test_iters, training.batch_size, training.block_size)
+    windows = validation.drawn(text, training.test_iters, training.batch_size, training.block_size)
 
     def begin(network: BDH) -> None:
         if origin.kind == "warm":
@@ -85,7 +90,8 @@ def build(settled: Settled, progress: Progress, world: World) -> Built:
         runs=runs,
         text=text,
         batches=showing_first(batches, text.tokenizer, progress) if training.debug else batches,
-        validation=validation,
+        reads_on=position is not None,
+        validation=windows,
         network=network,
         optimizer=optimizer,
         facts=facts,
@@ -126,6 +132,7 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         analyze=_analyses(built, tracker, progress),
         peak_tokens_per_s=_peak_flops(built) / bdh.useful_flops(built.network.config, config.training.block_size),
         average=WeightAverage(built.network, config.training.ema_decay) if config.training.ema_decay else None,
+        **_carrying(built),
         saver=saver,
         tracker=tracker,
         progress=progress,
@@ -133,13 +140,23 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
         world=world,
     )
     trainer = Trainer(parts, config.training)
-    if built.origin.state is not None:
-        trainer.load_state_dict(built.origin.state)
+    if (state := built.origin.state) is not None:
+        trainer.load_state_dict(state if built.reads_on else {**state, "carried_state": {}})
         for group in built.optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
             group["weight_decay"] = config.training.weight_decay
             if "betas" in group:
                 group["betas"] = tuple(config.training.betas)
     return trainer
+
+
+def _carrying(built: Built) -> dict[str, Any]:
+    """The parts of a training whose rows read on."""
+    training = built.config.training
+    if not training.carry_state:
+        return {}
+    carry = Carry(built.network.initial_state, training.batch_size, training.gradient_accumulation_steps, built.world)
+    windows = validation.stream(built.text, training.test_iters, training.batch_size, training.block_size)
+    return {"carry": carry, "stream": Stream(windows, built.text.bytes_per_token(windows)) if windows else None}
 
 
 def _analyses(built: Built, tracker: Tracker, progress: Progress) -> Callable[[int], None] | None:
@@ -158,7 +175,9 @@ def build_batches(
     """Training batches of this process from a position on; the first one is read now, so that unreadable data fails here."""
     training = config.training
     passes, lanes = training.gradient_accumulation_steps, config.dataset.max_cached_files
-    plan = order.Order(lanes, training.batch_size, training.block_size, training.seed, passes, world.passes(passes))
+    plan = order.Order(
+        lanes, training.batch_size, training.block_size, training.seed, passes, world.passes(passes), consecutive=training.carry_state
+    )
     batches = TrainingBatches(text, plan, position)
     loaded = order.training_loader(batches, config.dataloader, device.type == "cuda")
     return itertools.chain([next(loaded)], loaded)
@@ -195,10 +214,18 @@ def build_network(
         "bdh.optimizer": optim.described(list(network.parameters()), bits, projections),
         "bdh.layer_form": f"{training.layer_form} ({form_why}; {_activations(config, why)})",
         "bdh.passes": passes,
+        "bdh.carried_state": _carried_bytes(config) if training.carry_state else "none",
         "bdh.strategy": f"FSDP2, {world.size} shares" if sharded else "every process holds everything",
         "bdh.compiled": f"{'yes' if training.compile and not in_cpp else 'no'} ({compile_why})",
     }
     return network, optimizer, facts
+
+
+def _carried_bytes(config: Config) -> str:
+    training, model = config.training, config.model
+    rows = training.batch_size * training.gradient_accumulation_steps
+    size = 4 * rows * model.n_layer * model.n_head * config.neurons * model.n_embd
+    return f"{rows} rows, {size / 2**20:,.0f} MiB in memory and in each checkpoint"
 
 
 def _device_name(device: torch.device) -> str:

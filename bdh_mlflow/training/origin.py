@@ -108,7 +108,10 @@ def position_of(origin: Origin, config: Config, text: ParquetText, progress: Pro
             f"(digest {text.digest[:12]}, was {origin.manifest.data_digest[:12]}). "
             f"Restore it, or begin a new run from the checkpoint with --fork"
         )
-    if same_data and not any(role_of(d.key) is Role.ORDER for d in origin.saved.differences(config)):
+    settings, before = config.training, origin.saved.training
+    rows, rows_before = (each.batch_size * each.gradient_accumulation_steps for each in (settings, before))
+    other_rows = settings.carry_state and rows != rows_before
+    if same_data and not other_rows and not any(role_of(d.key) is Role.ORDER for d in origin.saved.differences(config)):
         return position
     progress.note("fork: other data or another order of it, so it is read from its beginning")
     return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bdh_mlflow.distributed import ALONE, World
 from bdh_mlflow.text import Evaluation, Sample
+from bdh_mlflow.training.carry import Carry
 from bdh_mlflow.training.passes import Item
 from bdh_mlflow.training.stop import StopRequest
 from bdh_mlflow.training.strategy import Strategy
@@ -119,6 +120,14 @@ class Ending:
     samples: Sequence[Sample]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Validation text of rows that read on: windows of one batch after the other.   bytes_per_token: of text."""
+
+    windows: Sequence[Tensor]
+    bytes_per_token: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """Everything the loop works with."""
@@ -147,6 +156,10 @@ class Parts:
     """Speed if the machine did nothing but the model's useful arithmetic, at the fastest rate measured on it; 100 % of perf/mfu_pct."""
     average: Average | None
     """Kept beside the weights, if at all, and evaluated with them."""
+    carry: Carry | None = None
+    """States that rows carry from window to window, if they read on."""
+    stream: Stream | None = None
+    """Evaluated with and without the carried state."""
     saver: Saver
     tracker: Tracker
     progress: Progress
@@ -160,3 +173,10 @@ class Parts:
             yield "ema_state_dict", self.average
         if self.clip.state_dict():
             yield "zclip_state_dict", self.clip
+        if self.carry is not None:
+            yield "carried_state", self.carry
+
+    @property
+    def saves_despite(self) -> bool:
+        """Whether what is good can be saved when another rank has failed: nothing of it is held elsewhere."""
+        return self.strategy.saves_despite and (self.carry is None or self.world.size == 1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bdh_mlflow.distributed import Report, Summed, World
+from bdh_mlflow.training.carry import Carry
 
 
 class Item(Protocol):
@@ -124,7 +125,10 @@ class Sums(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """Computes the gradients of updates.   count: passes of an update, of all processes.   seed: of the training."""
+    """Computes the gradients of updates.   count: passes of an update, of all processes.   seed: of the training.
+
+    carry: states that rows carry from one update's window to the next one's, if they do.
+    """
 
     model: nn.Module
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -135,6 +139,7 @@ class Passes:
     sums: Sums
     count: int
     seed: int
+    carry: Carry | None = None
 
     def compute(self, step: int) -> Computed:
         """Forward and backward, then the sum over all processes.   step: updates before this one."""
@@ -156,8 +161,11 @@ class Passes:
         self.sums.before_backward(last)
         seed_pass(self.seed, step, number)
         windows = batch.tokens.to(self.device, non_blocking=True).long()
+        state = () if self.carry is None else (self.carry.begin(number),)
         with self.autocast():
-            _, loss = self.model(windows[:, :-1], windows[:, 1:])
+            _, loss = self.model(windows[:, :-1], windows[:, 1:], *state)
+        if self.carry is not None:
+            self.carry.end(number, *state)
         self.scaler.scale(self.sums.loss_factor * loss / self.count).backward()
         self.sums.after_backward()
         return torch.detach(loss)

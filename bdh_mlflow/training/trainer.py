@@ -21,7 +21,7 @@ from bdh_mlflow.distributed import Report
 from bdh_mlflow.errors import InputError, NonFiniteError, SaveError, StoppedError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.text import Evaluation, Sample, bits_per_byte
-from bdh_mlflow.training.evaluate import evaluate
+from bdh_mlflow.training.evaluate import Evaluator
 from bdh_mlflow.training.interval import Interval
 from bdh_mlflow.training.parts import Ending, Parts, State
 from bdh_mlflow.training.passes import Passes
@@ -160,14 +160,12 @@ class Trainer:
         passes, loss = self._config.gradient_accumulation_steps, 0.0
         for value in numbers[:passes]:  # sum() of Python 3.12 compensates rounding: logged losses would depend on its version
             loss += value / passes
-        _guard(
-            parts,
-            self.step,
-            (loss, grad_norm),
-            [parts.world.name(rank) for rank, each in enumerate(numbers[passes:]) if not math.isfinite(each)],
-        )
+        origin = [parts.world.name(rank) for rank, each in enumerate(numbers[passes:]) if not math.isfinite(each)]
+        _guard(parts, self.step, (loss, grad_norm), origin)
         self._consistent = False
         self._position, self._interval.epoch = done.batch.position, done.batch.epoch
+        if parts.carry is not None:
+            parts.carry.commit()
         rate = parts.schedule.at(self.step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
@@ -240,7 +238,7 @@ class Trainer:
     def _save_despite(self, error: BaseException) -> None:
         """Save what is good, once; if that fails as well, it is told with the error that ended the loop."""
         is_good = not isinstance(error, NonFiniteError) or _are_finite(self._parts.model)
-        self._consistent = self._consistent and self._parts.strategy.saves_despite and is_good
+        self._consistent = self._consistent and self._parts.saves_despite and is_good
         try:
             self._save_once()
         except Exception as failed:  # of the disk, or of a device that is gone: what came first is what is told
@@ -260,17 +258,36 @@ def _measured(parts: Parts, stopped: Callable[[], bool]) -> dict[str, float] | N
     if not parts.validation:
         return None
 
+    evaluator = Evaluator(model=parts.model, autocast=parts.autocast, device=parts.device, stopped=stopped, world=parts.world)
+
     def loss_of(name: str) -> dict[str, float] | None:
-        loss = evaluate(parts.model, parts.validation, parts.autocast, parts.device, stopped, parts.world)
+        loss = evaluator.loss(parts.validation)
         return None if loss is None else {f"val/loss{name}": loss, f"val/bpb{name}": bits_per_byte(loss, parts.bytes_per_token)}
 
-    with parts.strategy.whole(), parts.observed() as observed:
-        values = loss_of("")
-    if values is None or parts.average is None:
-        return values and {**values, **observed}
+    with parts.strategy.whole():
+        with parts.observed() as observed:
+            values = loss_of("")
+        streamed = _streamed(parts, evaluator) if values is not None else None
+    if values is None or streamed is None:
+        return None
+    values |= streamed
+    if parts.average is None:
+        return {**values, **observed}
     with parts.average.in_place():
         averaged = loss_of("_ema")
     return averaged and {**values, **averaged, **observed}
+
+
+def _streamed(parts: Parts, evaluator: Evaluator) -> dict[str, float] | None:
+    """Losses on the same windows, each read for itself and with the state of those before; none where nothing is carried."""
+    stream, carry = parts.stream, parts.carry
+    if stream is None or carry is None:
+        return {}
+    alone = evaluator.loss(stream.windows)
+    carried = None if alone is None else evaluator.carried_loss(stream.windows, carry.fresh(len(stream.windows[0])))
+    if alone is None or carried is None:
+        return None
+    return {"val/loss_stream": alone, "val/loss_carried": carried, "val/bpb_carried": bits_per_byte(carried, stream.bytes_per_token)}
 
 
 def _log_by_amount(parts: Parts, values: Mapping[str, float], tokens_seen: int) -> None:
@@ -291,6 +308,7 @@ def _passes(parts: Parts, config: TrainingConfig) -> Passes:
         sums=parts.strategy,
         count=config.gradient_accumulation_steps,
         seed=config.seed,
+        carry=parts.carry,
     )
 
 

@@ -24,7 +24,7 @@ def test_a_state_is_what_attention_reads_at_its_token() -> None:
     idx = torch.randint(0, 256, (1, 30))
     first = next(iter(activations(model, idx)))
     table = rope_at(torch.arange(30), model.attn.each)
-    attended = layer.attend(rotate(first.x, table), first.value.unsqueeze(1))
+    attended = layer.attend(rotate(first.x, table), first.value.unsqueeze(1))[0]
     for head in (0, 1):
         for position in (1, 7, 29):
             read = first.x[0, head, position] @ state_at(first, head, model.attn.each, position)[0]

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "grad_clip_z": 0.0,
         "ema_decay": 0.0,
         "detach_state": False,
+        "carry_state": False,
         "seed": 1337,
         "log_freq": 100,
         "test_freq": 500,
@@ -291,6 +292,7 @@ def test_setting_says_whether_a_resume_may_change_it() -> None:
     }
     assert keys_of(Role.ORDER) == {
         "training.block_size",
+        "training.carry_state",
         "training.seed",
         "tokenizer.type",
         "tokenizer.separator",

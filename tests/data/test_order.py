@@ -1,19 +1,22 @@
 """The order of batches: every token once an epoch, resumable at any position, the same for any number of workers."""
 
+import itertools
 import json
 import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
 
 from bdh_mlflow.config import DataLoaderConfig
-from bdh_mlflow.data import parquet
+from bdh_mlflow.data import parquet, validation
 from bdh_mlflow.data.order import Batch, Order, TrainingBatches, training_loader
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import DataError
@@ -135,7 +138,7 @@ def test_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not fill one window of block_size 100; lower training.block_size or add text"):
         batches(opened(tmp_path), 1, block_size=100)
     with pytest.raises(DataError, match=r"validation text has 4 tokens, block_size 100 needs more; raise dataset.val_fraction"):
-        opened(tmp_path, val_fraction=0.01).validation_batches(1, 1, 100)
+        validation.drawn(opened(tmp_path, val_fraction=0.01), 1, 1, 100)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # workers are processes that import torch
@@ -156,13 +159,44 @@ def test_processes_share_the_passes_of_each_update_in_blocks(tmp_path: Path, pro
             assert batch.epoch == straight[passes * update + passes - 1].epoch
 
 
+@pytest.mark.parametrize(("kind", "shards", "row_group_size"), [("byte", 2, 4), ("byte", 1, 100), ("tokens", 1, 30)])
+def test_rows_that_read_on_give_the_text_as_it_is(tmp_path: Path, kind: str, shards: int, row_group_size: int) -> None:
+    """Whatever the row groups, also fewer than rows: windows join, every token comes once an epoch, and from any position on."""
+    made.written(tmp_path, kind, documents(80), shards=shards, row_group_size=row_group_size)
+    text = made.opened(tmp_path, kind)
+    plan = Order(1, 3, 8, 7, passes=2, own=range(2), consecutive=True)
+
+    def updates(position: Any = None) -> Iterator[tuple[torch.Tensor, Any]]:
+        found = iter(TrainingBatches(text, plan, position))
+        while True:
+            first, second = next(found), next(found)
+            yield torch.cat([first.tokens, second.tokens]), second
+
+    every = list(itertools.islice(updates(), 40))
+    for (before, _), (after, _) in itertools.pairwise(every):
+        assert torch.equal(before[:, -1], after[:, 0])
+    groups = [text.training_tokens(group) for group in text.row_groups]
+    epoch = Counter(np.concatenate(groups).tolist())
+    read, seen, number = Counter[int](), 0.0, 0
+    for tokens, batch in updates():
+        read.update(tokens[:, 1:].flatten().tolist())
+        seen, number = batch.epoch, number + 1
+        if seen >= 2:
+            break
+    held = 6 * (8 + max(map(len, groups)) * 6)  # of parts half read
+    assert sum(abs(read[token] - 2 * count) for token, count in epoch.items()) <= held
+    assert number * 6 * 8 == read.total()
+    for k in (0, 1, 17):
+        assert torch.equal(next(updates(json.loads(json.dumps(every[k][1].position))))[0], every[k + 1][0])
+
+
 def test_tokens_are_the_same_prepared_and_made_when_they_are_read(tmp_path: Path) -> None:
     """Windows, positions and epochs; the text is the same documents, so a training may go over from one to the other."""
     for kind in ("text", "tokens"):
         made.written(tmp_path / kind, kind, documents(60), row_group_size=16)
     of_text, prepared = (made.opened(tmp_path / kind, kind, 0.2) for kind in ("text", "tokens"))
     assert same(batches(of_text, 30), batches(prepared, 30))
-    held_out = [torch.cat(text.validation_batches(8, 4, 8)) for text in (of_text, prepared)]
+    held_out = [torch.cat(validation.drawn(text, 8, 4, 8)) for text in (of_text, prepared)]
     assert torch.equal(*held_out)
     assert held_out[0].dtype == torch.uint16
 

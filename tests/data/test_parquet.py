@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bdh_mlflow.config import DatasetConfig
-from bdh_mlflow.data import parquet, prepare
+from bdh_mlflow.data import parquet, prepare, validation
 from bdh_mlflow.data.columns import TOKENIZER_KEY
 from bdh_mlflow.data.order import Order, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
@@ -131,16 +131,6 @@ def test_two_documents_are_enough_for_a_validation_split(tmp_path: Path) -> None
     (group,) = text.row_groups
     letters = {bytes(set(part.tolist()) - {0}) for part in (text.training_tokens(group), text.validation_tokens(group))}
     assert letters == {b"a", b"b"}
-
-
-def test_validation_batches_are_windows_of_validation_text(tmp_path: Path) -> None:
-    write_shards(tmp_path, documents(80))
-    text = opened(tmp_path, val_fraction=0.3)
-    found = text.validation_batches(batches=3, batch_size=4, block_size=8)
-    assert [tuple(b.shape) for b in found] == [(4, 9)] * 3
-    held_out = b"".join(text.validation_tokens(g).tobytes() for g in text.row_groups)
-    assert bytes(found[0][1].tolist()) in held_out
-    assert opened(tmp_path, val_fraction=0.0).validation_batches(1, 1, 8) == []
 
 
 def test_digest_tells_changed_data_from_the_same_data_elsewhere(tmp_path: Path) -> None:
@@ -414,7 +404,7 @@ def test_bytes_of_validation_tokens_are_those_of_their_text(tmp_path: Path, kind
     counted = []
     for own in (BYTES, of_content(kind, content, separator, "x")):
         text = ParquetText(DatasetConfig(parquet_dir=str(tmp_path), val_fraction=0.2), tokenizer=own)
-        batches = text.validation_batches(10**6, 1, 1)
+        batches = validation.drawn(text, 10**6, 1, 1)
         counted.append(text.bytes_per_token(batches) * len(batches))
     assert counted[1] == pytest.approx(counted[0], rel=1e-12)
 

@@ -15,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 
 from bdh_mlflow.config import Config, DataLoaderConfig, DatasetConfig
-from bdh_mlflow.data import order, remote
+from bdh_mlflow.data import order, remote, validation
 from bdh_mlflow.data.order import Batch, Order, TrainingBatches
 from bdh_mlflow.data.parquet import UNFINISHED, ParquetText
 from bdh_mlflow.data.prepare import prepare
@@ -60,7 +60,7 @@ def same(one: Iterator[Batch], other: Iterator[Batch], count: int) -> None:
 def test_digest_validation_text_batches_and_positions_are_those_of_the_folder(both: tuple[ParquetText, ParquetText]) -> None:
     folder, bucket = both
     assert (bucket.digest, bucket.manifest, bucket.rows) == (folder.digest, folder.manifest, folder.rows)
-    drawn = [text.validation_batches(6, 2, 16) for text in both]
+    drawn = [validation.drawn(text, 6, 2, 16) for text in both]
     assert all(torch.equal(here, there) for here, there in zip(*drawn, strict=True))
     assert len(drawn[0]) == 6
     same(iter(TrainingBatches(folder, PLAN, None)), iter(TrainingBatches(bucket, PLAN, None)), 400)  # more than an epoch

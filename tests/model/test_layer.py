@@ -12,14 +12,14 @@ from bdh_mlflow.model import layer, rope
 
 def test_first_token_attends_to_nothing() -> None:
     q, v = torch.rand(2, 3, 5, 4), torch.rand(2, 1, 5, 6)
-    assert torch.equal(layer.attend(q, v)[:, :, 0], torch.zeros(2, 3, 6))
+    assert torch.equal(layer.attend(q, v)[0][:, :, 0], torch.zeros(2, 3, 6))
 
 
 def test_attention_is_the_sum_over_earlier_tokens() -> None:
     q, v = torch.rand(1, 1, 4, 3), torch.rand(1, 1, 4, 2)
     expected = sum((q[0, 0, 3] @ q[0, 0, s]) * v[0, 0, s] for s in range(3))
     assert isinstance(expected, torch.Tensor)
-    assert torch.allclose(layer.attend(q, v)[0, 0, 3], expected)
+    assert torch.allclose(layer.attend(q, v)[0][0, 0, 3], expected)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:

@@ -65,8 +65,8 @@ def test_resume_with_4bit_states_is_bit_exact(text: Path, tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_the_number_of_processes_may_change_at_each_interruption(text: Path, tmp_path: Path) -> None:
-    """Stopped with four processes, killed with one, and to the end with two."""
-    training = {"gradient_accumulation_steps": 4, "test_iters": 3}
+    """Stopped with four processes, killed with one, and to the end with two; rows read on, so each has states of its own."""
+    training = {"gradient_accumulation_steps": 4, "test_iters": 3, "carry_state": True}
     assert verified(tiny_config(training=training), tmp_path, sizes=(4, 1, 2)) == {}
 
 
@@ -81,6 +81,7 @@ def test_the_number_of_processes_may_change_at_each_interruption(text: Path, tmp
         ("precision_state_dict", {"low_precision": FP8, "fp8": {"emulate": True}}, 12, "number formats"),
         ("ema_state_dict", {"training": {"ema_decay": 0.9}}, 12, "average of the weights"),
         ("zclip_state_dict", {"training": {"grad_clip_z": 0.5}}, 12, "clipping"),
+        ("carried_state", {"training": {"carry_state": True}}, 12, "carried state"),
         ("data_position", {}, 12, "data position"),
         ("tokens_seen", {}, 12, "tokens seen"),
         ("accumulators", {"training": {"log_freq": 3}}, 26, "curve train/loss"),
