@@ -27,6 +27,11 @@ def is_storable(text: str) -> bool:
     return storable(text) == text
 
 
+def verbatim(label: str) -> str:
+    """A label that matplotlib shows as it is: a dollar sign would start a formula, a leading underscore would hide it."""
+    return label.replace("$", r"\$").lstrip("_")
+
+
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Bits per byte of text for a loss in nats per token.   bytes_per_token: of the text that it was measured on."""
     return loss / math.log(2) / bytes_per_token

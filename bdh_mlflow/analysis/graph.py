@@ -153,10 +153,18 @@ def _degrees(ends: NDArray[np.int64], neurons: int) -> NDArray[np.int64]:
     return np.bincount(ends, minlength=neurons)
 
 
+MARGIN = 0.05  # of modularity, above both random graphs
+FEWEST_EDGES = 200  # below, one random graph differs from the next by more than MARGIN
+NAMED_HEADS = 8  # in a legend
+
+
 def _says(found: list[list[Measured]]) -> str:
     last = [rows[-1] for rows in found if rows]
     if not last:
         return "no head has a positive entry: there is no graph"
+    most = max(row.edges for row in last)
+    if most < FEWEST_EDGES:
+        return f"the model is too small to show communities: at most {most:,} edges a head, and below {FEWEST_EDGES} chance makes as many"
     structured = [h for h, row in enumerate(last) if row.modularity > max(row.anywhere, row.product) + MARGIN]
     best = max(last, key=lambda row: row.modularity)
     if not structured:
@@ -164,14 +172,11 @@ def _says(found: list[list[Measured]]) -> str:
             f"no head has communities beyond those of random graphs with {best.edges:,} edges (highest modularity {best.modularity:.2f}; "
             f"random: {best.anywhere:.2f} and {best.product:.2f})"
         )
-    heads = ", ".join(map(str, structured))
+    heads = f"head{'s' * (len(structured) > 1)} {', '.join(map(str, structured))} {'have' if len(structured) > 1 else 'has'} communities"
     return (
-        f"heads {heads} have communities: modularity up to {best.modularity:.2f} at {best.edges:,} edges, where random graphs have "
+        f"{heads}: modularity up to {best.modularity:.2f} at {best.edges:,} edges, where random graphs have "
         f"{best.anywhere:.2f} (edges anywhere) and {best.product:.2f} (product of random matrices)"
     )
-
-
-MARGIN = 0.05  # of modularity, above both random graphs
 
 
 def _sweep_table(found: list[list[Measured]]) -> Table:
@@ -208,7 +213,8 @@ def _figure(found: list[list[Measured]], graphs: list[Edges], fits: list[dict[st
     for name, style, label in (("anywhere", ":", "edges anywhere"), ("product", "--", "random product")):
         sweep.plot([m.edges for m in most], [getattr(m, name) for m in most], style, color="0.4", label=label)
     sweep.set(xscale="log", xlabel="edges above the threshold", ylabel="modularity", ylim=(0, 1))
-    sweep.legend(fontsize="small")
+    if len(found) <= NAMED_HEADS:
+        sweep.legend(fontsize="small")
     for axes, way in ((out_degree, "out"), (in_degree, "in")):
         for head, graph in enumerate(graphs):
             degrees = np.sort(_degrees(graph.sources if way == "out" else graph.targets, neurons))[::-1]
@@ -217,5 +223,6 @@ def _figure(found: list[list[Measured]], graphs: list[Edges], fits: list[dict[st
                 continue
             axes.plot(degrees, np.arange(1, len(degrees) + 1) / neurons, label=f"head {head}: {fits[head][way].exponent:.2f}")
         axes.set(xscale="log", yscale="log", xlabel=f"{way} degree", ylabel="share of neurons with as many or more")
-        axes.legend(fontsize="small", title="exponent")
+        if len(graphs) <= NAMED_HEADS and axes.lines:
+            axes.legend(fontsize="small", title="exponent")
     return svg(made)

@@ -47,15 +47,19 @@ class Plan:
     sentences: selectivity.Sentences | None = None
 
 
+def check_names(names: Sequence[str], sentences: selectivity.Sentences | None) -> None:
+    """Raises InputError for names of no analysis, and for one whose sentences are missing."""
+    if unknown := [name for name in names if name not in NAMES]:
+        raise InputError(f"{', '.join(unknown)}: no analysis of that name; accepted: {', '.join(NAMES)}")
+    if "selectivity" in names and sentences is None:
+        raise InputError("selectivity needs two sets of sentences: --sentences FILE")
+
+
 def checked(plan: Plan, subject: Subject) -> Plan:
     """The plan with what it leaves open.   Raises InputError for what this model cannot be asked, before anything is computed."""
-    unknown = [name for name in plan.names if name not in NAMES]
-    if unknown:
-        raise InputError(f"{', '.join(unknown)}: no analysis of that name; accepted: {', '.join(NAMES)}")
+    check_names(plan.names, plan.sentences)
     layer = subject.model.config.n_layer // 2 if plan.layer is None else plan.layer
     synapses.check_place(subject.model, layer, plan.head)
-    if "selectivity" in plan.names and plan.sentences is None:
-        raise InputError("selectivity needs two sets of sentences: --sentences FILE")
     if not all(bool(torch.isfinite(weights).all()) for weights in subject.model.parameters()):
         raise InputError("the weights of this model are not all finite: there is nothing to see in them")
     if not subject.windows and {"activity", "synapses"} & set(plan.names) and (plan.text is None or "activity" in plan.names):

@@ -20,7 +20,7 @@ from bdh_mlflow.analysis.results import Finding, Table, figure, svg
 from bdh_mlflow.model.bdh import BDH
 
 WARM_UP, WORD, TIMES = 13, 8, 8  # letters, letters and presentations: arXiv:2509.26507, figure 14
-BANDS = 8  # of RoPE frequencies, equally many neurons each
+BANDS = 8  # of RoPE frequencies, equally many neurons each; fewer where there are fewer neurons
 RESAMPLED = 2000  # of words, for confidence intervals
 LETTERS = string.ascii_lowercase
 
@@ -52,16 +52,15 @@ def analyze(model: BDH, letters: Tensor, words: int, seed: int, made_of: Mapping
     real, null = (_measured(model, each) for each in texts)
     known = {**made_of, "words": words, "seed": seed, "letters a word": WORD, "presentations": TIMES}
     layers = range(model.config.n_layer)
-    ratios = [_ratio(real[:, d], seed) for d in layers]
-    nulls = [_ratio(null[:, d], seed) for d in layers]
-    bands = [[_ratio(real[:, d, :, b : b + 1], seed).value for b in range(BANDS)] for d in layers]
+    ratios, nulls = ([_ratio(shares[:, d, :, 0], seed) for d in layers] for shares in (real, null))
+    bands = [[_ratio(real[:, d, :, b], seed).value for b in range(1, real.shape[3])] for d in layers]
     metrics = {f"analysis/repetition_ratio_l{d}": ratios[d].value for d in layers}
     metrics |= {f"analysis/repetition_null_l{d}": nulls[d].value for d in layers}
     shown = [d for d in layers if ratios[d].low > nulls[d].high and ratios[d].low > 1]
     header = ["layer", "first time", "again (2 to 8)", "ratio (95 %)", "shuffled: ratio (95 %)"]
-    first, again = (real[..., presentations, :].mean(axis=(0, 2, 3)) for presentations in (slice(0, 1), slice(1, None)))
+    first, again = (real[:, :, presentations, 0].mean(axis=(0, 2)) for presentations in (slice(0, 1), slice(1, None)))
     rows = [[str(d), f"{100 * first[d]:.2f} %", f"{100 * again[d]:.2f} %", str(ratios[d]), str(nulls[d])] for d in layers]
-    data = {"presentations": real.mean(axis=(0, 3)).tolist(), "shuffled": null.mean(axis=(0, 3)).tolist(), "bands": bands}
+    data = {"presentations": real[..., 0].mean(axis=0).tolist(), "shuffled": null[..., 0].mean(axis=0).tolist(), "bands": bands}
     tables = [Table("share of active neurons (x * y)", header, rows)]
     return Finding("repetition", _says(shown, ratios, nulls), tables, metrics, known, _figure(real, null, bands, known), data)
 
@@ -93,20 +92,20 @@ def _says(shown: list[int], ratios: list[Ratio], nulls: list[Ratio]) -> str:
 
 
 def _measured(model: BDH, idx: Tensor) -> NDArray[np.float64]:
-    """Share of neurons whose x * y is not zero, mean over a presentation's letters: (W, L, TIMES, BANDS)."""
-    device = model.embed.weight.device
-    found = np.zeros((len(idx), model.config.n_layer, TIMES, BANDS))
+    """Share of neurons whose x * y is not zero, of all and of each band, mean over a presentation's letters: (W, L, TIMES, 1 + bands)."""
+    device, count = model.embed.weight.device, min(BANDS, model.neurons)
+    found = np.zeros((len(idx), model.config.n_layer, TIMES, 1 + count))
     for row, ids in enumerate(idx):
         for depth, layer in enumerate(activations(model, ids[None].to(device))):
             active = ((layer.x > 0) & (layer.y > 0))[0, :, -WORD * TIMES :].double().mean(dim=0)  # over heads: (letters, N)
-            bands = torch.stack([band.mean(dim=-1) for band in active.tensor_split(BANDS, dim=-1)], dim=-1)
-            found[row, depth] = bands.view(TIMES, WORD, BANDS).mean(dim=1).cpu().numpy()
+            shares = torch.stack([part.mean(dim=-1) for part in (active, *active.tensor_split(count, dim=-1))], dim=-1)
+            found[row, depth] = shares.view(TIMES, WORD, 1 + count).mean(dim=1).cpu().numpy()
     return found
 
 
 def _ratio(shares: NDArray[np.float64], seed: int) -> Ratio:
-    """shares: (W, TIMES, bands)."""
-    first, again = shares[:, 0].mean(axis=-1), shares[:, 1:].mean(axis=(1, 2))
+    """shares: (W, TIMES)."""
+    first, again = shares[:, 0], shares[:, 1:].mean(axis=1)
     picked = np.random.default_rng(seed).integers(0, len(first), (RESAMPLED, len(first)))
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = first[picked].mean(axis=1) / again[picked].mean(axis=1)
@@ -122,8 +121,8 @@ def _figure(real: NDArray[np.float64], null: NDArray[np.float64], bands: list[li
     over, by_band = made.subplots(1, 2, width_ratios=(3, 2))
     times = np.arange(1, TIMES + 1)
     for depth in range(real.shape[1]):
-        (line,) = over.plot(times, 100 * real[:, depth].mean(axis=(0, 2)), marker="o", label=f"layer {depth}")
-        over.plot(times, 100 * null[:, depth].mean(axis=(0, 2)), linestyle=":", color=line.get_color())
+        (line,) = over.plot(times, 100 * real[:, depth, :, 0].mean(axis=0), marker="o", label=f"layer {depth}")
+        over.plot(times, 100 * null[:, depth, :, 0].mean(axis=0), linestyle=":", color=line.get_color())
     over.set(
         xlabel="presentation of the word", ylabel="% of neurons with x * y > 0", ylim=(0, None), title="dotted: letters in another order"
     )

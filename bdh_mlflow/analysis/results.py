@@ -2,12 +2,15 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from bdh_mlflow.text import verbatim
 
 FOLDER = "analysis"
 """Among the artifacts of a run."""
@@ -54,14 +57,23 @@ class Finding:
         """Everything but the figure."""
         tables = [{"title": t.title, "header": list(t.header), "rows": [list(row) for row in t.rows]} for t in self.tables]
         tree = {"says": self.says, "made_of": self.made_of, "metrics": self.metrics, "tables": tables, "data": self.data}
-        return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(_finite(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(tree: Any) -> Any:
+    """The same tree with null for numbers that JSON has no words for."""
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def figure(width: float, height: float, title: str, made_of: Mapping[str, Any]) -> Figure:
     """An empty figure whose last line says what it was made of.   width, height: inches."""
     made = Figure(figsize=(width, height), layout="constrained")
-    made.suptitle(title)
-    made.supxlabel("; ".join(f"{name} {value}" for name, value in made_of.items()), fontsize="x-small", color="0.4")
+    made.suptitle(verbatim(title))
+    made.supxlabel(verbatim("; ".join(f"{name} {value}" for name, value in made_of.items())), fontsize="x-small", color="0.4")
     return made
 
 

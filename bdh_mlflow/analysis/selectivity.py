@@ -18,10 +18,12 @@ from torch import Tensor
 
 from bdh_mlflow.analysis.layers import state_at
 from bdh_mlflow.analysis.results import Finding, Table, figure, svg
-from bdh_mlflow.analysis.synapses import activations_at, check_place
-from bdh_mlflow.config.reading import Scalar, read_yaml
+from bdh_mlflow.analysis.synapses import LONGEST, activations_at, check_place
+from bdh_mlflow.config.messages import found
+from bdh_mlflow.config.reading import Scalar, plain_values, read_yaml
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.model.bdh import BDH
+from bdh_mlflow.text import is_storable
 
 FEWEST = 8  # sentences of each set: below, no neuron of thousands can pass the correction
 FALSE = 0.05  # share of false findings
@@ -51,21 +53,22 @@ class Tested(NamedTuple):
 
 def read(path: Path) -> Sentences:
     """Two lists of sentences under their names, from a YAML file.   Raises InputError."""
-    tree = {name: _texts(lines) for name, lines in read_yaml(path, "two names, each with a list of sentences").items()}
-    good = len(tree) == 2 and all(
-        isinstance(lines, list) and len(lines) >= FEWEST and all(isinstance(line, str) and line.strip() for line in lines)
-        for lines in tree.values()
-    )
-    if not good:
-        held = ", ".join(f"{name}: {len(v) if isinstance(v, list) else type(v).__name__}" for name, v in tree.items())
+    tree = read_yaml(path, "two names, each with a list of sentences")
+    sets = {name: _texts(path, name, lines) for name, lines in tree.items() if isinstance(lines, list)}
+    if not (len(sets) == len(tree) == 2 and all(name.strip() for name in sets) and all(len(lines) >= FEWEST for lines in sets.values())):
+        held = ", ".join(f"{name!r}: {len(v) if isinstance(v, list) else 'no list'}" for name, v in tree.items())
         raise InputError(f"{path}: two lists of at least {FEWEST} sentences each are needed, each under a name; found {held or 'nothing'}")
-    (first, ones), (second, others) = tree.items()
-    return Sentences((str(first), str(second)), (ones, others))
+    (first, ones), (second, others) = sets.items()
+    return Sentences((first, second), (ones, others))
 
 
-def _texts(lines: Any) -> Any:
-    """Scalars of a list as they are written: a sentence may look like a number."""
-    return [line.text if isinstance(line, Scalar) else line for line in lines] if isinstance(lines, list) else lines
+def _texts(path: Path, name: str, lines: list[Any]) -> list[str]:
+    """Scalars of a list as they are written: a sentence may look like a number.   Raises InputError for one that is no text."""
+    texts = [line.text if isinstance(line, Scalar) else line for line in lines]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip() or not is_storable(text):
+            raise InputError(f"{path}: {name!r}, item {number}: found {found(plain_values(text))}; accepted: a sentence, as text")
+    return texts
 
 
 def compared(values: NDArray[np.float64], of_first: NDArray[np.bool_]) -> Tested:
@@ -87,6 +90,8 @@ def analyze(
     """Which neurons and synapses tell the sets apart.   ids: of the sentences, first set first.   place: layer and head."""
     layer, head = place
     check_place(model, layer, head)
+    if long := next((number for number, each in enumerate(ids) if len(each) > LONGEST), None):
+        raise InputError(f"sentence {long + 1} of both sets has {len(ids[long]):,} tokens; at most {LONGEST:,} are taken")
     of_first = np.arange(len(ids)) < len(sentences.sets[0])
     activity, synapses, named = _measured(model, ids, layer, head)
     kinds = {"neurons (x)": activity[0], "neurons (x * y)": activity[1], "synapses": synapses}
@@ -118,22 +123,22 @@ def analyze(
         f"of sets dealt at random {means[0]:.1f}, {means[1]:.1f} and {means[2]:.1f} do"
     )
     data = {"correlations": {kind: np.nan_to_num(test.r).round(4).tolist() for kind, test in tests.items()}, "dealt": dealt}
-    return Finding("selectivity", says, tables, metrics, known, _figure(tests, sentences, known), data)
+    return Finding(f"selectivity_l{layer}h{head}", says, tables, metrics, known, _figure(tests, sentences, known), data)
 
 
 def _measured(
     model: BDH, ids: Sequence[list[int]], layer: int, head: int
 ) -> tuple[tuple[NDArray[np.float64], ...], NDArray[np.float64], list[str]]:
     """Mean activity of x and x * y in each sentence, (sentences, N) each; strengths of synapses after it, and their names."""
-    found = [activations_at(model, torch.tensor(each), layer) for each in ids]
-    x = np.stack([each.x[0, head].double().mean(dim=0).cpu().numpy() for each in found])
-    xy = np.stack([(each.x * each.y)[0, head].double().mean(dim=0).cpu().numpy() for each in found])
-    sources = _candidates(torch.stack([(each.x[0, head] > 0).double().mean(dim=0).cpu() for each in found]))
-    targets = _candidates(torch.stack([(each.y[0, head] > 0).double().mean(dim=0).cpu() for each in found]))
+    read = [activations_at(model, torch.tensor(each), layer) for each in ids]
+    x = np.stack([each.x[0, head].double().mean(dim=0).cpu().numpy() for each in read])
+    xy = np.stack([(each.x * each.y)[0, head].double().mean(dim=0).cpu().numpy() for each in read])
+    sources = _candidates(torch.stack([(each.x[0, head] > 0).double().mean(dim=0).cpu() for each in read]))
+    targets = _candidates(torch.stack([(each.y[0, head] > 0).double().mean(dim=0).cpu() for each in read]))
     reading = model.layer_weights().encoder_v[head].float()[:, targets]
     strengths = [
         (state_at(each, head, model.attn.each, each.x.shape[2])[0].float()[sources] @ reading).flatten().double().cpu().numpy()
-        for each in found
+        for each in read
     ]
     named = [f"{source} -> {target}" for source in sources.tolist() for target in targets.tolist()]
     return (x, xy), np.stack(strengths), named
@@ -142,7 +147,7 @@ def _measured(
 def _candidates(shares: Tensor) -> Tensor:
     """Neurons that are active most, of those that are not always.   shares: (sentences, N), of tokens at which they are."""
     mean = shares.mean(dim=0)
-    return mean.masked_fill(mean > ALWAYS, -1).topk(min(CANDIDATES, len(mean))).indices.sort().values
+    return mean.masked_fill(mean > ALWAYS, -1).topk(min(CANDIDATES, int((mean <= ALWAYS).sum()))).indices.sort().values
 
 
 ALWAYS = 0.9  # share of tokens from which on a neuron says nothing about any
@@ -152,7 +157,11 @@ def _best(test: Tested) -> str:
     if not np.isfinite(test.r).any():
         return "-"
     at = int(np.nanargmax(np.abs(test.r)))
-    return f"{test.r[at]:+.2f} (p {test.p[at]:.2g})"
+    return f"{test.r[at]:+.2f} (p {_small(test.p[at])})"
+
+
+def _small(p: float) -> str:
+    return f"{p:.2g}" if p else "< 1e-300"
 
 
 def _strongest(tests: Mapping[str, Tested], named: list[str], names: tuple[str, str]) -> Table:
@@ -161,7 +170,7 @@ def _strongest(tests: Mapping[str, Tested], named: list[str], names: tuple[str, 
         order = np.argsort(-np.abs(np.nan_to_num(test.r)), kind="stable")
         for at in [int(i) for i in order[:SHOWN] if test.selective[i]]:
             name = named[at] if kind == "synapses" else str(at)
-            rows.append([kind, name, f"{test.r[at]:+.2f}", f"{test.p[at]:.2g}", names[0] if test.r[at] > 0 else names[1]])
+            rows.append([kind, name, f"{test.r[at]:+.2f}", f"{_small(test.p[at])}", names[0] if test.r[at] > 0 else names[1]])
     return Table("most selective", ["of", "which", "rank-biserial", "p, corrected", "higher in"], rows)
 
 

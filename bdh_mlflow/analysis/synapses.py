@@ -33,7 +33,7 @@ def analyze(model: BDH, ids: list[int], layer: int, head: int, decode: Callable[
     check_place(model, layer, head)
     ids = ids[:LONGEST]
     if len(ids) < 2 * CONTEXT:
-        raise InputError(f"a text of {len(ids)} tokens is too short to remember anything; give {2 * CONTEXT} or more")
+        raise InputError(f"a text of {len(ids)} token{'s' * (len(ids) != 1)} is too short to remember anything; give {2 * CONTEXT} or more")
     found = activations_at(model, torch.tensor(ids), layer)
     reading, freqs = model.layer_weights().encoder_v[head].float(), model.attn.each
     moments = np.unique(np.linspace(1, len(ids), min(MOMENTS, len(ids))).astype(int))
@@ -54,7 +54,7 @@ def analyze(model: BDH, ids: list[int], layer: int, head: int, decode: Callable[
     table = Table("strongest synapses", ["neuron x -> y", "after the text", "grew most by token", "which ends"], rows)
     metrics = {f"analysis/synapse_strength_l{layer}h{head}": share}
     data = {"moments": moments.tolist(), "values": values.tolist(), "synapses": [row[0] for row in rows]}
-    return Finding("synapses", says, [table], metrics, known, _figure(values, moments, rows, known), data)
+    return Finding(f"synapses_l{layer}h{head}", says, [table], metrics, known, _figure(values, moments, rows, known), data)
 
 
 def activations_at(model: BDH, ids: Tensor, layer: int) -> Any:

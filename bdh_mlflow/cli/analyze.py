@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from bdh_mlflow.cli.common import config_option, ema_option, load_model, print_table, read_config, text_for
-from bdh_mlflow.errors import InputError
+from bdh_mlflow.cli.common import config_option, ema_option, load_model, place, print_table, read_config, text_for
+from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import reason_of, shown
 
 
@@ -37,34 +37,43 @@ def analyze(run: str, config_path: str, only: tuple[str, ...], ema: bool, log: b
     from bdh_mlflow.data.parquet import ParquetText
     from bdh_mlflow.studies import analyses
 
-    sentences = selectivity.read(Path(asked["sentences_file"])) if asked["sentences_file"] else None
-    out, folder = Path(asked["out"]), asked["folder"]
-    text = _read(Path(asked["text_file"])) if asked["text_file"] else None
+    sentences = None if asked["sentences_file"] is None else selectivity.read(Path(asked["sentences_file"]))
+    text = None if asked["text_file"] is None else _read(Path(asked["text_file"]))
+    out = Path(place(asked["out"]))
     names = tuple(dict.fromkeys(only)) or (*analysis.Plan().names, *["selectivity"] * (sentences is not None))
-    plan = analysis.Plan(names, asked["words"], asked["seed"], asked["layer"], asked["head"], text, sentences)
+    analysis.check_names(names, sentences)
     loaded = load_model(run, config_path, ema)
+    of_text = [name for name in names if name == "activity" or (name == "synapses" and text is None)]
+    folder = asked["folder"]
+    if of_text and not only and folder is None and not loaded.config.dataset.val_fraction:
+        click.echo(f"its training kept no text for validation, so there is no {' and no '.join(of_text)}; --data DIR names text", err=True)
+        names, of_text = tuple(name for name in names if name not in of_text), []
+    plan = analysis.Plan(names, asked["words"], asked["seed"], asked["layer"], asked["head"], text, sentences)
     windows = []
-    if "activity" in names or ("synapses" in names and text is None):
+    if of_text:
         corpus = ParquetText(text_for(loaded, folder, config_path), tokenizer=loaded.tokenizer, lossy=loaded.config.tokenizer.lossy)
         training = loaded.config.training
         windows = validation.drawn(corpus, training.test_iters, training.batch_size, training.block_size)
     made_of = {"checkpoint": f"{loaded.path.parent.name}/{loaded.path.name}", "step": loaded.step}
     subject = analysis.Subject(loaded.model, loaded.tokenizer, windows, made_of)
     plan, done = analysis.checked(plan, subject), []
+    _write({}, out)  # what cannot be written is known before anything is computed
     for found in analysis.findings(subject, plan):
         for table in found.tables:
             click.echo(f"\n{found.name}: {table.title}")
             print_table(table.header, table.rows)
         click.echo(f"{found.says[0].upper()}{found.says[1:]}.")
+        if ema:
+            found = dataclasses.replace(found, name=f"{found.name}_ema", metrics={f"{k}_ema": v for k, v in found.metrics.items()})
         _write(found.files(loaded.step), out)
-        if log and loaded.run_id is not None:
-            named = dataclasses.replace(
-                found, name=found.name + "_ema" * ema, metrics={k + "_ema" * ema: v for k, v in found.metrics.items()}
-            )
-            analyses.log(named, loaded.run_id, loaded.step, read_config(config_path).tracking)
-        done.append(found.name)
-    click.echo(f"\nFigures: {', '.join(f'{shown(out)}/{name}/step_{loaded.step}.svg' for name in done)}")
+        done.append(found)
+    click.echo(f"\nFigures: {', '.join(f'{shown(out)}/{found.name}/step_{loaded.step}.svg' for found in done)}")
     if log and loaded.run_id is not None:
+        try:
+            for found in done:
+                analyses.log(found, loaded.run_id, loaded.step, read_config(config_path).tracking)
+        except TrackingError as error:
+            raise TrackingError(f"{error}. The figures are in {shown(out)}; --no-log asks no store") from error
         click.echo(f"Stored in run {loaded.run_id} under analysis/; compare: bdh-mlflow compare {loaded.run_id} OTHER")
 
 
@@ -81,6 +90,7 @@ def _read(path: Path) -> str:
 def _write(files: dict[str, str], out: Path) -> None:
     """Write the files of an analysis, whose paths begin with the folder that they have in a run."""
     try:
+        out.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             file = out / Path(*Path(path).parts[1:])
             file.parent.mkdir(parents=True, exist_ok=True)

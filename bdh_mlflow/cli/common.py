@@ -155,7 +155,11 @@ def text_for(loaded: "Loaded", folder: str | None, config_path: str) -> DatasetC
     """The text to evaluate on: a folder that is named, that of the training, or, where that is not here, the configuration's."""
     dataset = loaded.config.dataset
     if folder is not None:
-        return dataclasses.replace(dataset, parquet_dir=place(folder))
+        share = dataset.val_fraction
+        if not share:
+            share = DatasetConfig().val_fraction
+            click.echo(f"its training kept no text for validation: taking {100 * share:g} % of the documents of {folder}", err=True)
+        return dataclasses.replace(dataset, parquet_dir=place(folder), val_fraction=share)
     if is_bucket(dataset.parquet_dir) or os.path.exists(dataset.parquet_dir):  # noqa: PTH110 - it was trained on another machine
         return dataset
     here = read_config(config_path).dataset.parquet_dir

@@ -67,12 +67,13 @@ def _begin(begun: "Begun", out: str | None, overrides: tuple[str, ...]) -> "Outc
     """Begin the run, and say where it is and how it goes on."""
     from bdh_mlflow.cli import console
     from bdh_mlflow.tracking.sender_process import SubprocessSender
-    from bdh_mlflow.training import start
+    from bdh_mlflow.training import join, start
     from bdh_mlflow.training.problems import problems
     from bdh_mlflow.training.stop import StopRequest
 
     folder = [f"training.checkpoint_dir={out}"] if out is not None else []
     config = Config.from_dict(begun.config.to_dict(), [*folder, *overrides], (problems,), origin="the new run", base=Path.cwd())
+    join.check_kept(begun, config)
     maker = click.get_current_context().obj or SubprocessSender
     with console.watching(sys.stdout, config.training.max_iters) as progress:
         outcome = start.save_start(config, begun.made, progress, StopRequest(), maker)

@@ -84,6 +84,11 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, "its type and what it holds do not go together", node.start_mark)
         return super().construct_object(node, deep)
 
+    def quoted(self, node: yaml.ScalarNode) -> str:
+        """Text in quotes; a character that is escaped as JSON does, in two halves (`"\\ud83d\\ude00"`), is one."""
+        text = str(self.construct_scalar(node))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
     def plain(self, node: yaml.ScalarNode) -> Scalar:
         """A scalar by the core schema."""
         text = str(self.construct_scalar(node))
@@ -92,6 +97,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {"<": [(_MERGE, re.compile(r"<<$"))], None: [(_PLAIN, re.compile(""))]}
 _Loader.add_constructor(_PLAIN, _Loader.plain)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.quoted)
 for _kind in ("int", "float", "bool", "null"):  # written out, as in `!!int 7`
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.plain)
 

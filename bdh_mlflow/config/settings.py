@@ -337,7 +337,7 @@ class TrackingConfig:
     """Copy every checkpoint to the run's artifacts."""
     log_system_metrics: Annotated[bool, Role.FREE] = True
     """CPU, memory, disk and network use (GPU too where nvidia-ml-py is installed)."""
-    analyze_freq: Annotated[int, Field(ge=0), Role.FREE] = 0
+    analyze_freq: Annotated[Int, Field(ge=0), Role.FREE] = 0
     """Steps between analyses of the network (`bdh-mlflow analyze`: activity, repetition, graph), made while training waits; 0 = none."""
 
 

@@ -28,18 +28,24 @@ def log(found: Finding, run_id: str, step: int, config: TrackingConfig) -> None:
     """Log an analysis to a run.   step: of the checkpoint.   Raises TrackingError."""
     client, now_ms = store.connect(config), int(1000 * time.time())
     with store.reported(f"run {run_id}: the analysis cannot be logged"):
-        artifacts = Artifacts(client.get_run(run_id).info.artifact_uri, client.tracking_uri)
+        run = client.get_run(run_id)
+        artifacts = Artifacts(run.info.artifact_uri, client.tracking_uri)
         for path, text in found.files(step).items():
             artifacts.put_text(text, path)
         metrics = [Metric(key, value, now_ms, step) for key, value in found.metrics.items()]
-        client.log_batch(run_id, metrics, tags=[RunTag(f"{TAG}{found.name}", str(step))], synchronous=True)
+        latest = max(step, _step(run.data.tags.get(f"{TAG}{found.name}", "")))
+        client.log_batch(run_id, metrics, tags=[RunTag(f"{TAG}{found.name}", str(latest))], synchronous=True)
+
+
+def _step(tag: str) -> int:
+    return int(tag) if tag.isdecimal() else -1
 
 
 def last(client: MlflowClient, run: Run) -> Mapping[str, Shown]:
     """The last analysis of each kind that a run has, by name; one whose files are missing or malformed counts as absent."""
     shown: dict[str, Shown] = {}
     for key, step in run.data.tags.items():
-        if key.startswith(TAG) and step.isdecimal():
+        if key.startswith(TAG) and _step(step) >= 0:
             name = key.removeprefix(TAG)
             artifacts = Artifacts(run.info.artifact_uri, client.tracking_uri)
             with contextlib.suppress(MlflowException, OSError, ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.text import verbatim
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.vocabulary import Tokenizer
@@ -100,7 +101,7 @@ class Embeddings:
             rows = [row for row, each in enumerate(kinds) if each == kind]
             axes.scatter(places[rows, 0], places[rows, 1], s=9, color=f"C{number}", label=f"{kind} ({len(rows):,})", alpha=0.6)
         for row in self._named(places):
-            label = repr(self._tokenizer.decode([self.ids[row]]))[1:-1].replace("$", r"\$")
+            label = verbatim(repr(self._tokenizer.decode([self.ids[row]]))[1:-1])
             axes.annotate(label, places[row], fontsize=7, xytext=(2, 2), textcoords="offset points")
         axes.set(
             title=f"{len(self.ids):,} tokens, {100 * share:.0f} % of the variance", xlabel="first component", ylabel="second component"

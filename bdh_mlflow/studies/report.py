@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.studies.compare import Comparison, rows
 from bdh_mlflow.studies.curves import Numbers, RunCurves
+from bdh_mlflow.text import verbatim
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.artifacts import Artifacts
 
@@ -165,7 +166,7 @@ def _draw_runs(panel: Axes, axis: str, metric: str, family: tuple[RunCurves, ...
         if x is not None and len(curve):
             marker = "." if len(curve) < MARKED_POINTS else ""
             x, y = averaged(x, curve.values)
-            panel.plot(x, y, style.linestyle, color=style.color, label=_verbatim(r.label), marker=marker)
+            panel.plot(x, y, style.linestyle, color=style.color, label=verbatim(r.label), marker=marker)
 
 
 def _draw_mean(panel: Axes, axis: str, metric: str, family: tuple[RunCurves, ...], style: _Style) -> bool:
@@ -185,11 +186,6 @@ def _draw_mean(panel: Axes, axis: str, metric: str, family: tuple[RunCurves, ...
     x, mean, low, high = averaged(np.mean(known, axis=0), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
     seeds = len({r.settings.get("training.seed") for r in family})
     count = f"{seeds} seeds" if seeds == len(family) else f"{len(family)} runs"
-    panel.plot(x, mean, style.linestyle, color=style.color, label=_verbatim(f"{family[0].label}, {count}"))
+    panel.plot(x, mean, style.linestyle, color=style.color, label=verbatim(f"{family[0].label}, {count}"))
     panel.fill_between(x, low, high, color=style.color, alpha=0.2, linewidth=0)
     return True
-
-
-def _verbatim(label: str) -> str:
-    """A label that matplotlib shows as it is: a dollar sign would start a formula, a leading underscore would hide it."""
-    return label.replace("$", r"\$").lstrip("_")

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bdh_mlflow.config import Config
+import psutil
+
+from bdh_mlflow.config import Config, Role, role_of
+from bdh_mlflow.config.messages import yaml_scalar
 from bdh_mlflow.errors import ConfigError, InputError
 from bdh_mlflow.model import join
 from bdh_mlflow.model.rope import FREQUENCIES
@@ -63,7 +66,24 @@ def grown(found: ResolvedCheckpoint, here: Config, multiplier: int, seed: int = 
             f"--multiplier {multiplier}: accepted: {2 * now}, {3 * now}, ..., as every neuron of {found.path} (multiplier {now}) is copied"
         )
     copies = multiplier // now
+    needed, free = 3 * 4 * 3 * config.model.n_embd**2 * multiplier, psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"--multiplier {multiplier}: {needed / 2**30:,.0f} GiB are needed to make its weights, {free / 2**30:,.1f} GiB are free"
+        )
     return Begun(_wider(config, here, copies), Made(join.grown(found.state["model_state_dict"], copies, seed), "grown", (found,)))
+
+
+def check_kept(begun: Begun, config: Config) -> None:
+    """Raises InputError where a configuration, by its overrides, asks for another network or other tokens than the weights are of."""
+
+    def is_kept(key: str) -> bool:
+        return key != "model.dropout" and key.startswith(("model.", "tokenizer.")) and role_of(key) is not Role.FREE
+
+    changed = [d for d in begun.config.differences(config) if is_kept(d.key)]
+    if changed:
+        lines = [f"{d.key}={yaml_scalar(d.after)}: the weights are of {yaml_scalar(d.before)}" for d in changed]
+        raise InputError("\n  ".join([f"--set cannot change what {begun.made.how} weights compute", *lines]))
 
 
 def _own(found: ResolvedCheckpoint) -> Config:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bdh_mlflow import checkpoint
 from bdh_mlflow.config import Config, Difference, Machine, Role, changes_trajectory, incompatible, resolve, role_of
+from bdh_mlflow.config.messages import yaml_scalar
 from bdh_mlflow.errors import ResumeError, TrackingError
 from bdh_mlflow.files import shown
 from bdh_mlflow.model import precision
@@ -99,7 +100,7 @@ def _origin_at(target: str | None, config: Config, machine: Machine, progress: P
         )
     changes = _refused_changes(saved, config, machine, fork)
     if changes:
-        lines = [f"{d.key} was {d.before}, config says {d.after}" for d in changes]
+        lines = [f"{d.key} was {_written(d.before)}, config says {_written(d.after)}" for d in changes]
         shapes = " Shapes are fixed for the life of a run." if any(role_of(d.key) is Role.SHAPE for d in changes) else ""
         ways = "start a new run" if shapes else "begin a new run from this checkpoint with --fork"
         raise ResumeError(
@@ -134,3 +135,8 @@ def _refused_changes(saved: Config, config: Config, machine: Machine, fork: bool
     if fork:
         return [d for d in changes if role_of(d.key) is Role.SHAPE]
     return [d for d in changes if changes_trajectory(d, saved)]
+
+
+def _written(value: object) -> str:
+    """A setting as a configuration has it: true, null, and text without quotes."""
+    return value if isinstance(value, str) else yaml_scalar(value)

@@ -60,9 +60,14 @@ def test_communities_are_told_from_shuffled_weights() -> None:
     matrix = torch.randn(neurons, neurons) + 3 * (of[:, None] == of[None])
     shuffled = torch.stack([row[torch.randperm(neurons)] for row in matrix])
     real, null = (graph.analyze(made.with_graph(each), 0, {}) for each in (matrix, shuffled))
-    assert "have communities" in real.says
+    assert real.says.startswith("head 0 has communities: ")
     assert real.metrics["analysis/modularity_h0"] > 0.6
     assert "no head has communities" in null.says
+
+
+def test_few_edges_say_nothing_of_communities() -> None:
+    found = graph.analyze(made.with_graph(torch.randn(8, 8)), 0, {})
+    assert found.says.startswith("the model is too small to show communities: at most 30 edges a head")
 
 
 def test_a_network_without_positive_entries_has_no_graph() -> None:

@@ -1,5 +1,7 @@
 """The repetition probe: its texts, and what it says of models that do and do not notice."""
 
+import json
+
 import pytest
 import torch
 
@@ -28,6 +30,14 @@ def test_texts_repeat_a_word_and_the_null_its_letters() -> None:
 def test_an_untrained_model_shows_nothing_and_it_is_said() -> None:
     found = repetition.analyze(made.model(heads=2, multiplier=8, scale=1), LETTERS, 16, 0, {})
     assert "too small to show it" in found.says
+
+
+@pytest.mark.parametrize("multiplier", [1, 2, 5])
+def test_few_neurons_have_fewer_bands(multiplier: int) -> None:
+    found = repetition.analyze(made.model(heads=2, multiplier=multiplier), LETTERS, 16, 0, {})
+    told = json.loads(found.to_json(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert "nan" not in found.tables[0].rows[0]
+    assert all(len(bands) == min(8, made.model(heads=2, multiplier=multiplier).neurons) for bands in told["data"]["bands"])
 
 
 def test_activity_that_falls_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

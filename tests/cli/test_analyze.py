@@ -22,7 +22,7 @@ def test_a_run_is_analyzed_logged_and_compared(store: MlflowClient, text: Path, 
     result = run_cli("analyze", "latest", *options)
     assert result.exit_code == 0, result.output
     assert f"Stored in run {run.info.run_id} under analysis/" in result.output
-    for name in ("activity", "repetition", "graph", "synapses", "selectivity"):
+    for name in ("activity", "repetition", "graph", "synapses_l1h0", "selectivity_l1h0"):
         assert Path(f"analysis/{name}/step_6.svg").read_text().startswith("<?xml")
         told = json.loads(Path(f"analysis/{name}/step_6.json").read_text())
         assert told["made_of"]["step"] == 6
@@ -30,12 +30,27 @@ def test_a_run_is_analyzed_logged_and_compared(store: MlflowClient, text: Path, 
     assert run.info.run_id in result.output
     tags = only_run(store).data.tags
     assert {key: tags[key] for key in tags if key.startswith("bdh.analysis.")} == dict.fromkeys(
-        (f"bdh.analysis.{name}" for name in ("activity", "graph", "repetition", "selectivity", "synapses")), "6"
+        (f"bdh.analysis.{name}" for name in ("activity", "graph", "repetition", "selectivity_l1h0", "synapses_l1h0")), "6"
     )
     assert run_cli("compare", run.info.run_id, "--config", str(tiny)).exit_code == 0
     page = Path("compare.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 5
     assert "step 6: of 64 neurons a token activates" in page
+    assert run_cli("analyze", "latest:3", "--config", str(tiny), "--only", "activity").exit_code == 0
+    assert only_run(store).data.tags["bdh.analysis.activity"] == "6", "a look at an earlier step is not the last one"
+
+
+def test_without_a_store_all_is_made_and_it_is_said(store: MlflowClient, text: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(tiny, "dataset.val_fraction=0").exit_code == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    result = run_cli("analyze", "latest", "--config", str(tiny), "--words", "8")
+    assert result.exit_code == 1
+    assert "no text for validation, so there is no activity and no synapses" in result.output
+    assert "The figures are in analysis; --no-log asks no store" in result.output
+    assert sorted(path.name for path in Path("analysis").iterdir()) == ["graph", "repetition"]
+    other = run_cli("analyze", "latest", "--config", str(tiny), "--no-log", "--only", "activity", "--data", "text")
+    assert other.exit_code == 0, other.output
+    assert "taking 1 % of the documents of text" in other.output
 
 
 def test_analyses_change_nothing_of_a_training(store: MlflowClient, text: Path, tiny: Path) -> None:
@@ -57,6 +72,8 @@ def test_analyses_change_nothing_of_a_training(store: MlflowClient, text: Path, 
         (("--sentences", "none.yaml"), "none.yaml: no such file"),
         (("--only", "selectivity"), "--sentences FILE"),
         (("--out", "short.txt/x"), "cannot be written"),
+        (("--out", ""), "empty text names no file or folder"),
+        (("--text", ""), "--text .: cannot be read as text"),
     ],
 )
 def test_what_cannot_be_done_is_one_error(store: MlflowClient, text: Path, tiny: Path, words: tuple[str, ...], message: str) -> None:

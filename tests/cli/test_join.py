@@ -1,7 +1,9 @@
 """`checkpoints merge`, `checkpoints grow`, and `evaluate` of several."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 from mlflow import MlflowClient
 
@@ -48,6 +50,22 @@ def test_forks_are_merged_compared_and_trained_on(store: MlflowClient, text: Pat
     assert torch.equal(state["model_state_dict"]["attn.freqs"], saved["model_state_dict"]["attn.freqs"])
     text_of = run_cli("generate", str(merged), "--max-new-tokens", "5", "--temperature", "0", *options)
     assert text_of.exit_code == 0, text_of.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "model.n_layer=3"), "model.n_layer=3: the weights are of 2"),
+        (("--set", "model.n_embd=32"), "model.n_embd=32: the weights are of 16"),
+        (("--multiplier", "400000000000"), r"--multiplier 400000000000: .* GiB are needed"),
+    ],
+)
+def test_what_the_weights_are_not_of_is_refused(store: MlflowClient, text: Path, tiny: Path, words: tuple[str, ...], message: str) -> None:
+    assert train(tiny, "training.max_iters=1").exit_code == 0
+    result = run_cli("checkpoints", "grow", "latest", "--multiplier", "8", *words, "--config", str(tiny))
+    assert result.exit_code == 2
+    assert re.search(message, result.output), result.output
+    assert len(checkpoint.list_all(Path("checkpoints"))) == 1
 
 
 def test_a_grown_model_evaluates_as_before_and_is_exported_with_its_frequencies(store: MlflowClient, text: Path, tiny: Path) -> None:

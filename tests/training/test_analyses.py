@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import pytest
 import torch
 
+from bdh_mlflow.analysis import graph
 from bdh_mlflow.training.analyses import Analyses
 from bdh_mlflow.vocabulary import BYTES
 from tests.analysis import made
@@ -46,3 +48,16 @@ def test_only_due_steps_are_analyzed_and_what_fails_is_said() -> None:
     assert "analysis/graph/step_8.svg" in kept.texts
     Analyses((model, BYTES, []), 1, kept, kept)(9)
     assert kept.points[6:] == [9, 9], "without validation text no activity"
+
+
+def test_an_analysis_that_fails_ends_nothing_and_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(graph, "analyze", fails)
+    kept = Notes()
+    analyses = Analyses((made.model(heads=2, multiplier=4), BYTES, []), 1, kept, kept)
+    analyses(1)
+    analyses(2)
+    assert kept.points == [1, 2], "repetition"
+    assert [note for note in kept.notes if note.startswith("no analysis")] == ["no analysis of graph: MemoryError: no room"]

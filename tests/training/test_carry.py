@@ -117,7 +117,7 @@ def test_a_training_carries_its_states_and_a_fork_begins_them_anew_where_the_ord
     assert f"{last['val/loss_stream']:.4f} on the same windows without" in measured.output
     assert store.get_run(run.info.run_id).data.metrics["eval/text_loss_carried"] == pytest.approx(last["val/loss_carried"])
     refused = train(tiny, *CARRY, "training.carry_state=false", resume=str(run_dir))
-    assert (refused.exit_code, "training.carry_state was True" in refused.output) == (2, True)
+    assert (refused.exit_code, "training.carry_state was true, config says false" in refused.output) == (2, True)
     forked = train(tiny, *CARRY, "training.max_iters=7", "training.batch_size=1", resume=str(run_dir), fork=True)
     assert forked.exit_code == 0, forked.output
     assert "read from its beginning" in forked.output

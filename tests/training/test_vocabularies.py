@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_another_tokenizer_is_refused_on_resume_and_a_fork_reads_from_the_beginn
     own.write_bytes(made.bpe().replace(b'"use_regex": true', b'"use_regex": false'))
     refused = train(tiny, *BPE, "scheduler.decay_steps=3", resume="latest")
     assert refused.exit_code == 2
-    assert f"tokenizer.digest was {made.of_bpe().digest}, config says" in refused.output
+    assert re.search(f"tokenizer.digest was .?{made.of_bpe().digest}.?, config says", refused.output)
     forked = train(tiny, *BPE, resume="latest", fork=True)
     assert forked.exit_code == 0, forked.output
     assert "fork: other data or another order of it, so it is read from its beginning" in forked.output
