@@ -152,11 +152,15 @@ def carry(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
     latin, count = texts("latin", python_texts()), steps or 1000
     for seed in seeds:
         settings = {"dataset.parquet_dir": latin, "training.seed": seed}
-        for carries in ("false", "true"):
-            run = train(f"carry-{carries}-{seed}", {**settings, "training.carry_state": carries}, count)
+        for carries, decay in (("false", 0), ("true", 0), ("true", 1)):
+            given = {**settings, "training.carry_state": carries, "model.attention_decay": decay}
+            run = train(f"carry-{carries}-{decay}-{seed}", given, count)
             printed = command("evaluate", run, "--carry", "--no-log")
             (carried,), (alone,) = (re.findall(pattern, printed) for pattern in (r"val/loss (\S+)", r"; (\S+) on the same"))
-            yield f"seed {seed}, carry_state {carries}: windows alone {float(alone):.3f}, with the state before {float(carried):.3f}"
+            yield (
+                f"seed {seed}, carry_state {carries}, attention_decay {decay}: windows alone {float(alone):.3f}, "
+                f"with the state before {float(carried):.3f}"
+            )
 
 
 # Texts

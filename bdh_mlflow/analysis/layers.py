@@ -34,19 +34,21 @@ def activations(model: BDH, idx: Tensor) -> Iterator[Activations]:
     x = model.embedded(idx)
     for _ in range(model.config.n_layer):
         xs = F.relu(x @ weights.encoder)
-        ys = F.relu(layer.norm(layer.attend(rotate(xs, table), x)[0]) @ weights.encoder_v)
+        ys = F.relu(layer.norm(layer.attend(rotate(xs, table), x, fade=model.fade(idx.shape[1], x.device))[0]) @ weights.encoder_v)
         yield Activations(xs, ys, x.squeeze(1))
         read = (xs * ys).transpose(1, 2).flatten(2).unsqueeze(1) @ weights.decoder
         x = layer.norm(x + layer.norm(read))
 
 
-def state_at(found: Activations, head: int, freqs: Tensor, position: int) -> Tensor:
+def state_at(found: Activations, head: int, model: BDH, position: int) -> Tensor:
     """What a layer remembers in one head before it reads the token at a position, (B, N, D), turned to that position.
 
     Row n times the activation of neuron n at that token is what attention reads from it: sum over earlier s of
-    rotation(position - s) x[s] value[s]^T.
+    rotation(position - s) x[s] value[s]^T, each as far as it has faded.
     """
+    freqs = model.attn.each
     distances = torch.arange(position, 0, -1, device=freqs.device)  # of the tokens 0 .. position - 1
     angles = torch.remainder(distances.float().unsqueeze(1) * freqs[0::2], 1) * (2 * torch.pi)
     back = RopeTable(torch.cos(angles), -torch.sin(angles))  # by the distance, against the direction in which positions turn
-    return rotate(found.x[:, head, :position], back).mT @ found.value[:, :position]
+    values, fading = found.value[:, :position], model.fade(position, freqs.device)
+    return rotate(found.x[:, head, :position], back).mT @ (values if fading is None else values * fading.written(position)[head])

@@ -137,8 +137,7 @@ def _measured(
     targets = _candidates(torch.stack([(each.y[0, head] > 0).double().mean(dim=0).cpu() for each in read]))
     reading = model.layer_weights().encoder_v[head].float()[:, targets]
     strengths = [
-        (state_at(each, head, model.attn.each, each.x.shape[2])[0].float()[sources] @ reading).flatten().double().cpu().numpy()
-        for each in read
+        (state_at(each, head, model, each.x.shape[2])[0].float()[sources] @ reading).flatten().double().cpu().numpy() for each in read
     ]
     named = [f"{source} -> {target}" for source in sources.tolist() for target in targets.tolist()]
     return (x, xy), np.stack(strengths), named

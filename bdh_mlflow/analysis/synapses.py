@@ -35,11 +35,11 @@ def analyze(model: BDH, ids: list[int], layer: int, head: int, decode: Callable[
     if len(ids) < 2 * CONTEXT:
         raise InputError(f"a text of {len(ids)} token{'s' * (len(ids) != 1)} is too short to remember anything; give {2 * CONTEXT} or more")
     found = activations_at(model, torch.tensor(ids), layer)
-    reading, freqs = model.layer_weights().encoder_v[head].float(), model.attn.each
+    reading = model.layer_weights().encoder_v[head].float()
     moments = np.unique(np.linspace(1, len(ids), min(MOMENTS, len(ids))).astype(int))
-    strongest = largest(state_at(found, head, freqs, len(ids))[0].float().cpu(), reading.cpu(), SHOWN)
+    strongest = largest(state_at(found, head, model, len(ids))[0].float().cpu(), reading.cpu(), SHOWN)
     sources, targets = torch.from_numpy(strongest.sources), torch.from_numpy(strongest.targets)
-    values = np.array([_values(state_at(found, head, freqs, int(moment))[0], reading, sources, targets) for moment in moments]).T
+    values = np.array([_values(state_at(found, head, model, int(moment))[0], reading, sources, targets) for moment in moments]).T
     rows = []
     for number, (source, target) in enumerate(zip(strongest.sources, strongest.targets, strict=True)):
         grew = int(moments[int(np.argmax(np.diff(values[number], prepend=0.0)))])

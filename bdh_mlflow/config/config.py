@@ -250,6 +250,7 @@ class BDHConfig:
     n_head: int = 4
     mlp_internal_dim_multiplier: int = 128
     vocab_size: int = 256
+    attention_decay: float = 0.0  # not among the published ones, where attention does not fade
 
 
 def changes_trajectory(difference: Difference, config: Config) -> bool:

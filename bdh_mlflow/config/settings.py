@@ -155,6 +155,8 @@ class ModelConfig:
     """Neurons over all heads, as a multiple of n_embd; N = multiplier * n_embd / n_head neurons a head."""
     vocab_size: Annotated[Count | None, Role.SHAPE] = 256
     """Token ids; 256 holds every byte; null: as many as the tokenizer has."""
+    attention_decay: NonNegative = 0.0
+    """Attention fades with distance d as exp(-attention_decay 2^(-8h/H) d) in head h of 1 to H (slopes of ALiBi); 0: it does not."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

@@ -9,7 +9,7 @@ B rows, T tokens, V vocabulary, D n_embd, H n_head, N neurons a head.   Source: 
 
 import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class BDHConfig(PretrainedConfig):
     ) -> None:
         self.n_layer, self.n_embd, self.n_head = n_layer, n_embd, n_head
         self.dropout, self.mlp_internal_dim_multiplier, self.vocab_size = dropout, mlp_internal_dim_multiplier, vocab_size
+        self.attention_decay = float(kwargs.pop("attention_decay", 0.0))
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = n_embd, n_layer, n_head
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
@@ -62,6 +63,15 @@ class BDHRotations(nn.Module):
         if self.freqs.dtype is not torch.float32:
             self.freqs = before.to(self.freqs.device)
         return self
+
+
+class BDHFading(NamedTuple):
+    """Factors of each head.   between: tokens, (H, T, T).   since_start, to_end: of a stretch, (H, T, 1).   over: all of it, (H, 1, 1)."""
+
+    between: Tensor
+    since_start: Tensor
+    to_end: Tensor
+    over: Tensor
 
 
 class BDHState:
@@ -192,23 +202,38 @@ class BDHForCausalLM(PreTrainedModel, GenerationMixin):
         """All layers for the next tokens (B, T).   more: others will follow, so the state takes these in.   Returns (B, T, D), normed."""
         x = _norm(self.embed(ids))
         cos, sin = self._rotations(torch.arange(state.position, state.position + ids.shape[1], device=ids.device))
+        fading = self._fading(ids.shape[1], x)
         for depth in range(self.config.n_layer):
             xs = F.relu(x.unsqueeze(1) @ self.encoder)
             if mask is not None:
                 xs = xs * mask[:, None, :, None].to(xs.dtype)
             q, memory = _rotated(xs, cos, sin), state.layers[depth]
-            attended = (q @ q.mT).tril(diagonal=-1) @ x.unsqueeze(1)
+            values = x.unsqueeze(1)
+            scores = (q @ q.mT).tril(diagonal=-1)
+            attended = (scores if fading is None else scores * fading.between) @ values
             if memory is not None:
-                attended = attended + q @ memory
+                attended = attended + (q @ memory if fading is None else fading.since_start * (q @ memory))
             if more:
-                taken_in = q.mT @ x.unsqueeze(1)
-                state.layers[depth] = taken_in if memory is None else memory + taken_in
+                taken_in = q.mT @ (values if fading is None else fading.to_end * values)
+                kept = memory if fading is None or memory is None else fading.over * memory
+                state.layers[depth] = taken_in if kept is None else kept + taken_in
             gated = xs * F.relu(_norm(attended) @ self.encoder_v)
             gated = F.dropout(gated, self.config.dropout, training=self.training)
             x = _norm(x + _norm(gated.transpose(1, 2).flatten(2) @ self.decoder))
         if more:
             state.position += ids.shape[1]
         return x
+
+    def _fading(self, tokens: int, like: Tensor) -> "BDHFading | None":
+        """How attention fades over so many tokens: by exp(-attention_decay 2^(-8 h / H) d) over d of them in head h = 1 .. H."""
+        if not self.config.attention_decay:
+            return None
+        heads = self.config.n_head
+        rates = self.config.attention_decay * 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+        powers = torch.exp(-rates.unsqueeze(1) * torch.arange(tokens + 1)).to(like.dtype).to(like.device)
+        places = torch.arange(tokens, device=like.device)
+        between = powers[:, (places.unsqueeze(1) - places).clamp_min(0)]
+        return BDHFading(between, powers[:, :-1, None], powers[:, 1:, None].flip(1), powers[:, -1:, None])
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, N / 2), fp32, computed in full turns modulo 1 as the published code does."""

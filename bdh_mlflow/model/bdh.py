@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bdh_mlflow.config import BDHConfig
 from bdh_mlflow.model import blocked, blocks, kernels, layer
+from bdh_mlflow.model.fade import Fading
+from bdh_mlflow.model.observed import Counts
 from bdh_mlflow.model.recurrent import RecurrentState
 from bdh_mlflow.model.rope import Rope, RopeTable, rope_at, seen_from
 from bdh_mlflow.model.sampling import Sampler
@@ -53,6 +55,7 @@ class BDH(nn.Module):
         self.lm_head = nn.Parameter(torch.zeros((width, config.vocab_size)).normal_(std=INIT_STD))
         nn.init.normal_(self.embed.weight, mean=0.0, std=INIT_STD)
         self.attn = Rope(self.neurons)
+        self.fade = Fading(heads, config.attention_decay)
 
         self.weight_view: WeightView | None = None
         """What the layers use in place of a projection's parameter: (name, parameter) -> tensor; None = itself. Set by `precision`."""
@@ -63,7 +66,7 @@ class BDH(nn.Module):
         self.detach_state = False
         """Train without backpropagation through time: no gradient reaches earlier tokens. Values are the same."""
         self.use("reference")
-        self._activity: list[layer.Activity] | None = None
+        self._counts: Counts | None = None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: RecurrentState | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits for the byte after each position and, given targets, their mean cross-entropy.
@@ -136,10 +139,10 @@ class BDH(nn.Module):
                     done[row] |= ids[-len(stop) :] == list(stop)
                 if done.all():
                     return
-            table = rope_at(position, self.attn.each)
+            table, fading = rope_at(position, self.attn.each), self.fade(1, last.device)
             last = self.embedded(token.clamp_min(0))[:, 0, 0]
             for state in states:
-                last = layer.recurrent_layer(last, weights, table, state)
+                last = layer.recurrent_layer(last, weights, table, state, fading)
             position += 1
 
     def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -151,7 +154,7 @@ class BDH(nn.Module):
             x = self.embedded(torch.stack([prompts[row] for row in rows]))
             arranged, table = blocks.arrange(weights, x.dtype, self._plan(x, x.dtype)), self.rope_by_neuron(length)
             for state in states:
-                x, state[rows] = blocked.prefill(x, arranged, table)
+                x, state[rows] = blocked.prefill(x, arranged, table, fade=self.fade(arranged.cut.chunk, x.device))
             outs[rows] = x[:, 0, -1]
         return outs, states
 
@@ -170,25 +173,14 @@ class BDH(nn.Module):
         the gate; `bdh/dead_x_l{i}` and `bdh/dead_xy_l{i}`, share of neurons that were zero for all of the counted tokens.
         """
         facts: dict[str, float] = {}
-        shape = (self.config.n_head, self.neurons)
-        device = self.embed.weight.device
-        self._counted_tokens = 0
-        self._activity = [
-            layer.Activity(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(self.config.n_layer)
-        ]
-        handle = self.register_forward_pre_hook(self._count)
+        counts = self._counts = Counts(self.config.n_layer, self.config.n_head, self.neurons, self.embed.weight.device)
+        handle = self.register_forward_pre_hook(counts.begin)
         try:
             yield facts
         finally:
             handle.remove()
-            counted, self._activity = self._activity, None
-        counts = summed(torch.stack([torch.stack(activity) for activity in counted]).cpu().double()).float()
-        tokens = int(summed(torch.tensor(self._counted_tokens, dtype=torch.float64)))
-        for depth, activity in enumerate(counts):
-            for name, each in zip(layer.Activity._fields, activity, strict=True):
-                if tokens:
-                    facts[f"bdh/active_{name}_l{depth}"] = each.mean().item() / tokens
-                    facts[f"bdh/dead_{name}_l{depth}"] = (each == 0).float().mean().item()
+            self._counts = None
+        facts |= counts.facts(summed)
 
     def use(self, form: Form, compiled: bool = False, plan: blocks.Plan | None = None) -> None:
         """Choose how layers are computed; the values are the same.
@@ -203,10 +195,6 @@ class BDH(nn.Module):
         self._compiled = compiled
         self._layer = torch.compile(layer.carried_layer) if compiled and form == "reference" else layer.carried_layer
 
-    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows, tokens = inputs[0].shape
-        self._counted_tokens += rows * len(range(0, tokens, layer.ACTIVITY_STRIDE))
-
     def _through_layers(self, x: Tensor, state: RecurrentState | None) -> Tensor:
         """All layers.   x: (B, 1, T, D), normed.   Returns the same shape, normed."""
         weights = self.layer_weights()
@@ -218,16 +206,16 @@ class BDH(nn.Module):
         else:
             rope = self.attn.table(x.shape[2])
         for depth in range(self.config.n_layer):
-            activity = self._activity[depth] if self._activity else None
+            activity = self._counts.layers[depth] if self._counts else None
             before = None if state is None else state.layers[depth]
             if self.form == "blocked":
-                options = blocked.Options(activity, depth == 0, self._compiled, self.detach_state)
+                options = blocked.Options(activity, depth == 0, self._compiled, self.detach_state, self.fade(arranged.cut.chunk, x.device))
                 x, after = blocked.carried_layer(x, arranged, table, dropout, options, before)
             elif self.recompute and torch.is_grad_enabled():
-                how = layer.LayerOptions(None, self.product, self.detach_state)
+                how = layer.LayerOptions(None, self.product, self.detach_state, self.fade(x.shape[2], x.device))
                 x, after = checkpoint(self._layer, x, weights, rope, dropout, how, before, use_reentrant=False)
             else:
-                how = layer.LayerOptions(activity, self.product, self.detach_state)
+                how = layer.LayerOptions(activity, self.product, self.detach_state, self.fade(x.shape[2], x.device))
                 x, after = self._layer(x, weights, rope, dropout, how, before)
             if state is not None and after is not None:
                 state.layers[depth] = seen_from(after, x.shape[2], self.attn.each)
@@ -247,7 +235,11 @@ class BDH(nn.Module):
         return layer.LayerWeights(*map(viewed, PROJECTIONS))
 
     def _plan(self, x: Tensor, dtype: torch.dtype) -> blocks.Plan:
-        return self._fixed_plan or blocks.plan_blocks(x.shape[0], x.shape[2], x.shape[3], self.neurons, dtype, x.device)
+        if self._fixed_plan:
+            return self._fixed_plan
+        one_chunk = self.config.attention_decay and torch.is_grad_enabled()  # see `blocked`
+        width = max(x.shape[2:]) if one_chunk else x.shape[3]  # a text is cut where it is much longer than wide
+        return blocks.plan_blocks(x.shape[0], x.shape[2], width, self.neurons, dtype, x.device)
 
     def rope_by_neuron(self, tokens: int) -> RopeTable | Tensor:
         """What the blocked form takes for T tokens: a table, kept for the next call, or the frequencies if it is too large to keep."""

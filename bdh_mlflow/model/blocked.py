@@ -72,6 +72,10 @@ The last line of 3'' undoes the forward pass: each chunk's contribution is subtr
 the one that the last chunk read, instead of T / C of them. States are summed in the dtype of x (float32 in training); subtracting
 leaves rounding errors of its epsilon times the largest state.
 
+Attention that fades (`fade`) multiplies S, and so dS, by p^(t - s), p = exp(-rate) of the head; it reads p^t Q_t H, and the state after C
+tokens is p^C H + sum over t of p^(C - t) q_t x_t^T, t counted from the chunk's start. Undoing that would divide by p^C, so a text whose
+gradients are wanted is one chunk.
+
 A text that goes on where another ended has the state of that one for H_0, a constant: truncated backpropagation. It is read from the first
 chunk on, the last chunk is added to it for the text that follows, and 3'' has dY_0 H_0^T in its first line. The loss does not depend on the
 state after the last chunk, so its gradient stays zero.
@@ -117,6 +121,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bdh_mlflow.model.blocks import Arranged, Projections, Span, Sums, Task
+from bdh_mlflow.model.fade import Fade
 from bdh_mlflow.model.kernels import add_causal_scores, add_product, by_row, flat, kernels, ranges
 from bdh_mlflow.model.layer import ACTIVITY_STRIDE, Activity, norm
 from bdh_mlflow.model.rope import RopeTable
@@ -133,6 +138,7 @@ class Options(NamedTuple):
     first: bool = True
     compiled: bool = False
     detach: bool = False
+    fade: Fade | None = None
 
 
 ALONE = Options()
@@ -160,20 +166,23 @@ def carried_layer(
     """
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
     passes = kernels(weights.compute.encoder.dtype, x.device, options.compiled)
-    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, dropout, seed, options.detach, initial_state)
-    out, final_state = _Blocked.apply(task.x, *weights.weights, task, options, weights.sums)  # type: ignore[no-untyped-call]
+    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, dropout, seed, options.detach, options.fade, initial_state)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights.weights))
+    out, final_state = _Blocked.apply(task.x, *weights.weights, task, options, weights.sums, learns)  # type: ignore[no-untyped-call]
     return out.unsqueeze(1), final_state
 
 
 @torch.no_grad()
-def prefill(x: Tensor, weights: Arranged, rope: RopeTable | Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def prefill(
+    x: Tensor, weights: Arranged, rope: RopeTable | Tensor, initial_state: Tensor | None = None, fade: Fade | None = None
+) -> tuple[Tensor, Tensor]:
     """One layer over a prompt, and the state from which generation continues.
 
-    x: (B, 1, T, D), normed.   initial_state: (B, H, N, D), of the text before.   Returns the layer's output, the same
+    x: (B, 1, T, D), normed.   initial_state: (B, H, N, D), of the text before.   fade: for a chunk.   Returns the layer's output, the same
     shape, and `layer.recurrent_layer`'s state (B, H, N, D) after T tokens.
     """
     passes = kernels(weights.compute.encoder.dtype, x.device, False)
-    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, initial_state=initial_state)
+    task = Task(x.squeeze(1), weights.compute, rope, weights.cut, passes, fade=fade, initial_state=initial_state)
     done = _forward(task, None, keep_scores=False, full_state=True)
     assert done.states is not None
     return _residual(task.x, done.read).unsqueeze(1), done.states
@@ -221,8 +230,8 @@ def _attend(task: Task, span: Span, state: Tensor | None, in_state: int, kept: T
     state: (R, N, D), updated in place by the chunks that begin before `in_state`.   kept: (R, S, C), takes the scores.
     Leaves the activations A in the span's buffer 0 of the head.
     """
-    encoder, v, buffers = task.compute.encoder[span.block.head], span.v, span.buffers
-    chunks = span.chunks(task.cut.chunk)
+    head, v, buffers, fade = span.block.head, span.v, span.buffers, task.fade
+    encoder, chunks = task.compute.encoder[head], span.chunks(task.cut.chunk)
     scores = [task.x.new_zeros(v.shape[0], inside.stop - inside.start, inside.stop - inside.start) for inside, _ in chunks]
     attended = torch.zeros_like(v, dtype=task.x.dtype)
     for first, end in task.neuron_blocks():
@@ -230,14 +239,21 @@ def _attend(task: Task, span: Span, state: Tensor | None, in_state: int, kept: T
         torch.mm(encoder[first:end], flat(v).mT, out=xs)
         task.kernels.activate(xs, q, span.rope_of(first, end))
         for (inside, begin), sums in zip(chunks, scores, strict=True):
-            queries = by_row(q, len(v))[:, :, inside].mT
+            queries, size = by_row(q, len(v))[:, :, inside].mT, inside.stop - inside.start
             add_causal_scores(sums, queries)
             if state is not None and (begin or task.initial_state is not None):
-                add_product(attended[:, inside], queries, state[:, first:end].to(v.dtype))
+                if fade is None:
+                    add_product(attended[:, inside], queries, state[:, first:end].to(v.dtype))
+                else:
+                    attended[:, inside] += (queries @ state[:, first:end].to(v.dtype)) * fade.read(size)[head]
             if state is not None and begin < in_state:
-                add_product(state[:, first:end], queries.mT, v[:, inside])
+                added = v[:, inside]
+                if fade is not None:
+                    state[:, first:end] *= fade.over(size)[head]
+                    added = (added * fade.written(size)[head]).to(v.dtype)
+                add_product(state[:, first:end], queries.mT, added)
     for (inside, _), sums in zip(chunks, scores, strict=True):
-        causal = sums.tril_(-1).to(v.dtype)
+        causal = (sums.tril_(-1) if fade is None else fade.on_scores(sums, head)).to(v.dtype)
         add_product(attended[:, inside], causal, v[:, inside])
         if kept is not None:
             kept[:, inside, : causal.shape[1]] = causal
@@ -265,10 +281,11 @@ def _read_out(task: Task, span: Span, attended: Tensor, activity: Activity | Non
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-        *_, task, options, sums = rest  # behind the three projections, whose gradients `backward` returns
+        *_, task, options, sums, learns = rest  # behind the three projections, whose gradients `backward` returns
         carries = task.initial_state is not None
-        done = _forward(task, options.activity, keep_scores=any(ctx.needs_input_grad), full_state=carries)
+        done = _forward(task, options.activity, keep_scores=learns, full_state=carries)
         kept = done._replace(states=None) if carries and not task.last_chunk else done
+        assert task.fade is None or not task.last_chunk or not learns, "a text that fades is one chunk"
         ctx.save_for_backward(*kept, task.x, *task.compute, task.initial_state)
         ctx.rest = task[2:-1]  # without the tensors: autograd frees what it saved after the backward pass, but not what is set on ctx
         ctx.first, ctx.sums = options.first, sums
@@ -285,7 +302,7 @@ class _Blocked(torch.autograd.Function):
         sums: Sums = ctx.sums
         d_x = _backward(task, _Pass(*saved), grad, sums.begun(task.compute, x.dtype))
         d_weights = sums.taken() if ctx.first else (None, None, None)
-        return d_x, *d_weights, None, None, None
+        return d_x, *d_weights, None, None, None, None
 
 
 class _Carried(NamedTuple):
@@ -304,14 +321,14 @@ class _Carried(NamedTuple):
 
 
 class _ChunkGradients(NamedTuple):
-    """inside: the chunk's tokens in its span.   begin: its place in the text.   d_attended: dY (R, C, D).
+    """inside: the chunk's tokens in its span.   begin: its place in the text.   d_read: dY (R, C, D), as the state is read.
 
     d_symmetric: dS + dS^T (R, C, C); dS^T alone where keys are detached.
     """
 
     inside: slice
     begin: int
-    d_attended: Tensor
+    d_read: Tensor
     d_symmetric: Tensor
 
 
@@ -367,12 +384,14 @@ def _scores_backward(task: Task, span: Span, scores: Tensor, d_attended: Tensor)
     chunks = []
     for inside, begin in reversed(span.chunks(task.cut.chunk)):
         d_here = d_attended[:, inside]
-        d_scores = (d_here @ v[:, inside].mT).tril_(-1)
-        if task.detach:  # no gradient through keys and values: dQ = dS Q
-            chunks.append(_ChunkGradients(inside, begin, d_here, d_scores.mT))
-            continue
-        chunks.append(_ChunkGradients(inside, begin, d_here, d_scores + d_scores.mT))
-        add_product(d_v[:, inside], scores[:, inside, : inside.stop - inside.start].mT, d_here)
+        d_read, d_scores = d_here, (d_here @ v[:, inside].mT).tril_(-1)
+        if task.fade is not None:
+            task.fade.on_scores(d_scores, span.block.head)
+            d_read = (d_here * task.fade.read(d_here.shape[1])[span.block.head]).to(v.dtype)
+        d_symmetric = d_scores.mT if task.detach else d_scores + d_scores.mT  # no gradient through keys and values: dQ = dS Q
+        chunks.append(_ChunkGradients(inside, begin, d_read, d_symmetric))
+        if not task.detach:
+            add_product(d_v[:, inside], scores[:, inside, : inside.stop - inside.start].mT, d_here)
     return d_v, chunks
 
 
@@ -414,9 +433,9 @@ def _state_backward(
             add_product(state, q, v, -1)
     before = state if chunk.begin else initial
     if before is not None:
-        add_product(d_q, before.to(v.dtype), chunk.d_attended.mT)
+        add_product(d_q, before.to(v.dtype), chunk.d_read.mT)
     if chunk.begin and d_state is not None and not task.detach:
-        add_product(d_state, q, chunk.d_attended)
+        add_product(d_state, q, chunk.d_read)
 
 
 def _residual(x: Tensor, read: Tensor) -> Tensor:

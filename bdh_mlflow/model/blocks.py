@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bdh_mlflow.model.dropout import Dropout, keep_probability
+from bdh_mlflow.model.fade import Fade
 from bdh_mlflow.model.kernels import Buffers, Kernels, by_neuron, ranges
 from bdh_mlflow.model.layer import ACTIVITY_STRIDE, LayerWeights
 from bdh_mlflow.model.rope import RopeTable, rope_table
@@ -112,7 +113,8 @@ class Task(NamedTuple):
     """The inputs of one layer.
 
     x: (B, T, D).   compute: E^T, F^T and G, as `Arranged` holds them.   rope: (N / 2, T), or the frequencies (N,) to make it span by span.
-    detach: see `layer.attend`.   initial_state: (B, H, N, D), of the text before, a constant; None: the text begins and ends here.
+    detach, fade: see `layer.attend`; fade is for a chunk.   initial_state: (B, H, N, D), of the text before, a constant; None: the text
+    begins and ends here.
     """
 
     x: Tensor
@@ -123,6 +125,7 @@ class Task(NamedTuple):
     dropout: float = 0.0
     seed: int = 0
     detach: bool = False
+    fade: Fade | None = None
     initial_state: Tensor | None = None
 
     @property

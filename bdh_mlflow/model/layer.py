@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdh_mlflow.model.fade import Fade
 from bdh_mlflow.model.rope import RopeTable, rotate
 
 ACTIVITY_STRIDE = 64  # tokens; active neurons are counted at every 64th, well under 1 % of a forward pass
@@ -53,22 +54,28 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x if x.dtype is torch.float64 else x.float(), x.shape[-1:])
 
 
-def attend(q: Tensor, v: Tensor, detach: bool = False, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def attend(
+    q: Tensor, v: Tensor, detach: bool = False, initial_state: Tensor | None = None, fade: Fade | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Strictly causal linear attention with keys equal to queries.
 
     out[t] = q[t] initial_state + sum over s < t of <q[t], q[s]> v[s]. The diagonal is excluded: without an initial state out[0] is exactly
     zero.   detach: no gradient reaches the keys and values, so none reaches earlier tokens: the state is taken as it is, without
     backpropagation through time.   q: (B, H, T, N), sparse activations after rotation.   v: (B, 1, T, D), shared by all heads.
-    initial_state: (B, H, N, D), the sum of q[s] v[s]^T over the text before.   Returns (B, H, T, D) and, given an initial state, that sum
-    after the last token.
+    initial_state: (B, H, N, D), the sum of q[s] v[s]^T over the text before.   fade: of scores with distance, for T tokens.
+    Returns (B, H, T, D) and, given an initial state, that sum after the last token.
     Cost: 2 T^2 (N + D) FLOPs per head and T^2 scores, against 4 T N D and an (N, D) state for the recurrent form.
     """
     keys, values = (q.detach(), v.detach()) if detach else (q, v)
     scores = (q @ keys.mT).tril(diagonal=-1)
-    attended = scores @ values
+    attended = (scores if fade is None else scores * fade.scores) @ values
     if initial_state is None:
         return attended, None
-    return attended + q @ initial_state, initial_state + keys.mT @ values
+    if fade is None:
+        return attended + q @ initial_state, initial_state + keys.mT @ values
+    tokens = q.shape[2]
+    kept, added = fade.over(tokens) * initial_state, keys.mT @ (fade.written(tokens) * values)
+    return attended + fade.read(tokens) * (q @ initial_state), kept + added
 
 
 def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -77,11 +84,12 @@ def plain_product(name: str, x: Tensor, weight: Tensor) -> Tensor:
 
 
 class LayerOptions(NamedTuple):
-    """activity: added to, if given.   product: multiplies by the projections.   detach: see `attend`."""
+    """activity: added to, if given.   product: multiplies by the projections.   detach, fade: see `attend`."""
 
     activity: Activity | None = None
     product: Product = plain_product
     detach: bool = False
+    fade: Fade | None = None
 
 
 PLAIN = LayerOptions()
@@ -106,9 +114,9 @@ def carried_layer(
     before, as seen from position 0.   Returns (B, 1, T, D), normed, and, given an initial state, the one after the last token, still seen
     from position 0.   Holds several (B, H, T, N) tensors at a time.
     """
-    activity, product, detach = options
+    activity, product, detach, fade = options
     xs = F.relu(product("encoder", x, weights.encoder))
-    attended, final_state = attend(rotate(xs, table), x, detach, initial_state)
+    attended, final_state = attend(rotate(xs, table), x, detach, initial_state, fade)
     ys = F.relu(product("encoder_v", norm(attended), weights.encoder_v))
     gated = xs * ys
     if activity is not None:
@@ -119,11 +127,11 @@ def carried_layer(
     return norm(x + norm(read)), final_state
 
 
-def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor) -> Tensor:
+def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: Tensor, fade: Fade | None = None) -> Tensor:
     """One layer for one more token of each row, at a cost that does not depend on how many came before.
 
     x: (B, D), normed.   weights: `encoder_v` and `decoder` with a row for each neuron, (H, N, D).   table: (B, N / 2), a position a row.
-    state: (B, H, N, D), sum over earlier tokens of q[s] v[s]^T; updated in place.   Returns (B, D), normed.
+    state: (B, H, N, D), sum over earlier tokens of q[s] v[s]^T; updated in place.   fade: of it, with each token.   Returns (B, D), normed.
 
     On a CPU the rows of inactive neurons are skipped: never read from the state or `decoder`; neither written to the state nor read from
     `encoder_v` while fewer than SPARSE_BELOW_SHARE of the neurons are active.
@@ -141,6 +149,8 @@ def recurrent_layer(x: Tensor, weights: LayerWeights, table: RopeTable, state: T
                 memory.index_add_(0, active, torch.outer(keys[active], value))
             else:
                 memory.addr_(keys, value)
+            if fade is not None:
+                memory.mul_(fade.powers[head, 1])
             neurons = xs[row, head]
             if not neurons.is_cuda and int(neurons.count_nonzero()) < SPARSE_BELOW_SHARE * len(neurons):
                 active = neurons.nonzero().squeeze(1)

@@ -99,7 +99,7 @@ def _differences(first: ResolvedCheckpoint, own: Config, other: ResolvedCheckpoi
     """Why two models cannot be laid side by side: their shapes, tokens, number formats or frequencies."""
 
     def of(each: Config) -> Mapping[str, Any]:
-        keys = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size")
+        keys = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size", "attention_decay")
         formats = ("use_4bit", "use_fp8", "compute_dtype", "quantization_type")
         return {
             **{f"model.{key}": getattr(each.model, key) for key in keys},

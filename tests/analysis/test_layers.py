@@ -1,9 +1,11 @@
 """What the network computes is what analyses see."""
 
+import pytest
 import torch
 
 from bdh_mlflow.analysis.layers import activations, state_at
 from bdh_mlflow.model import layer
+from bdh_mlflow.model.fade import Fading
 from bdh_mlflow.model.rope import rope_at, rotate
 from tests.analysis import made
 
@@ -19,13 +21,15 @@ def test_activations_are_those_that_an_evaluation_counts() -> None:
             assert abs(float(active.float().mean()) - facts[f"bdh/active_{name}_l{depth}"]) < 1e-6
 
 
-def test_a_state_is_what_attention_reads_at_its_token() -> None:
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_a_state_is_what_attention_reads_at_its_token(decay: float) -> None:
     model = made.model(heads=2, multiplier=4)
+    model.fade = Fading(2, decay)
     idx = torch.randint(0, 256, (1, 30))
     first = next(iter(activations(model, idx)))
     table = rope_at(torch.arange(30), model.attn.each)
-    attended = layer.attend(rotate(first.x, table), first.value.unsqueeze(1))[0]
+    attended = layer.attend(rotate(first.x, table), first.value.unsqueeze(1), fade=model.fade(30, first.x.device))[0]
     for head in (0, 1):
         for position in (1, 7, 29):
-            read = first.x[0, head, position] @ state_at(first, head, model.attn.each, position)[0]
+            read = first.x[0, head, position] @ state_at(first, head, model, position)[0]
             assert torch.allclose(read, attended[0, head, position], rtol=1e-3, atol=1e-3 * float(attended.abs().max()))

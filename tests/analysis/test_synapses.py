@@ -17,7 +17,7 @@ def test_the_strongest_are_those_of_the_state() -> None:
     model, ids = made.model(heads=2, multiplier=4), torch.randint(0, 256, (60,)).tolist()
     found = synapses.analyze(model, ids, 1, 1, decode, {})
     layers = list(activations(model, torch.tensor([ids])))
-    matrix = (state_at(layers[1], 1, model.attn.each, 60)[0] @ model.encoder_v[1]).detach()
+    matrix = (state_at(layers[1], 1, model, 60)[0] @ model.encoder_v[1]).detach()
     matrix.fill_diagonal_(0)
     source, target = divmod(int(matrix.argmax()), model.neurons)
     assert found.tables[0].rows[0][:2] == [f"{source} -> {target}", f"{float(matrix[source, target]):.3f}"]

@@ -13,7 +13,15 @@ from bdh_mlflow.errors import ConfigError
 PROJECT = Path(__file__).parents[2]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"n_layer": 6, "n_embd": 256, "dropout": 0.1, "n_head": 4, "mlp_internal_dim_multiplier": 128, "vocab_size": 256},
+    "model": {
+        "n_layer": 6,
+        "n_embd": 256,
+        "dropout": 0.1,
+        "n_head": 4,
+        "mlp_internal_dim_multiplier": 128,
+        "vocab_size": 256,
+        "attention_decay": 0.0,
+    },
     "training": {
         "block_size": 512,
         "batch_size": 8,

@@ -67,7 +67,7 @@ def test_transformers_gives_our_logits_and_our_text(store: MlflowClient, text: P
 
 @pytest.fixture
 def four_bit(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path) -> tuple[Path, Loaded]:
-    return exported(tmp_path, "low_precision.use_4bit=true", "model.mlp_internal_dim_multiplier=64")
+    return exported(tmp_path, "low_precision.use_4bit=true", "model.mlp_internal_dim_multiplier=64", "model.attention_decay=2")
 
 
 def test_weights_are_those_of_the_evaluation_and_the_card_says_where_they_come_from(four_bit: tuple[Path, Loaded], tmp_path: Path) -> None:

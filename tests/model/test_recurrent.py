@@ -16,11 +16,16 @@ WINDOW, WINDOWS = 12, 5
 ANGLES = 1e-5  # tables of rotations have the precision of fp32
 
 
-@pytest.fixture(params=["reference", "blocked", "chunks", "recomputed", "detached"])
-def carrying(request: pytest.FixtureRequest) -> BDH:
+def made(decay: float = 0.0) -> BDH:
     torch.manual_seed(0)
-    model = BDH(BDHConfig(n_layer=3, n_embd=12, n_head=2, dropout=0.0, mlp_internal_dim_multiplier=6)).double()
-    if request.param in ("blocked", "chunks"):
+    shape = BDHConfig(n_layer=3, n_embd=12, n_head=2, dropout=0.0, mlp_internal_dim_multiplier=6, attention_decay=decay)
+    return BDH(shape).double()
+
+
+@pytest.fixture(params=["reference", "blocked", "chunks", "recomputed", "detached", "fading", "fading blocked"])
+def carrying(request: pytest.FixtureRequest) -> BDH:
+    model = made(1.5 if "fading" in request.param else 0.0)
+    if request.param in ("blocked", "chunks", "fading blocked"):
         model.use("blocked", plan=LONG if request.param == "chunks" else None)
     model.recompute, model.detach_state = request.param == "recomputed", request.param == "detached"
     return model
@@ -50,7 +55,7 @@ def gradients(model: BDH, losses: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(torch.stack(losses).sum(), list(model.parameters())))
 
 
-@pytest.mark.parametrize("carrying", ["reference", "recomputed", "detached"], indirect=True)  # in blocks the state is a constant
+@pytest.mark.parametrize("carrying", ["reference", "recomputed", "detached", "fading"], indirect=True)  # in blocks the state is a constant
 def test_untruncated_gradients_are_those_of_one_long_text(carrying: BDH) -> None:
     state, losses = carrying.initial_state(3), []
     for window in windows():
@@ -70,10 +75,9 @@ def truncated(model: BDH) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("plan", [None, LONG, Plan(1, 4, 4, 2)])
-def test_truncated_gradients_of_blocks_are_those_of_the_definition(plan: Plan | None, detach: bool) -> None:
-    torch.manual_seed(0)
-    model = BDH(BDHConfig(n_layer=3, n_embd=12, n_head=2, dropout=0.0, mlp_internal_dim_multiplier=6)).double()
+@pytest.mark.parametrize(("plan", "decay"), [(None, 0.0), (LONG, 0.0), (Plan(1, 4, 4, 2), 0.0), (None, 1.5), (Plan(2, 12, 12, 2), 1.5)])
+def test_truncated_gradients_of_blocks_are_those_of_the_definition(plan: Plan | None, decay: float, detach: bool) -> None:
+    model = made(decay)
     model.detach_state = detach
     expected = truncated(model)
     model.use("blocked", plan=plan)
