@@ -5,16 +5,17 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, ema_option, load_model, print_table, read_config, text_for
+from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, ema_option, load_model, place, print_table, read_config, text_for
 from bdh_mlflow.errors import InputError, TrackingError
 from bdh_mlflow.files import shown
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.generate import Loaded, Sampling
+    from bdh_mlflow.inference.memory import Memory
 
 
 @click.command()
@@ -77,6 +78,8 @@ def evaluate(runs: tuple[str, ...], config_path: str, folders: tuple[str, ...], 
 @click.option("--stop", default="", help="Text after which generation ends.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the sampling; the same seed gives the same text.")
 @ema_option
+@click.option("--state", metavar="FILE", help="Go on after the text that --save-state has kept there, as if it stood before the prompt.")
+@click.option("--save-state", metavar="FILE", help="Keep what the model remembers of the text, prompt and what it writes, in a file.")
 @click.option("--interactive", is_flag=True, help="Read one prompt per line until the end of input (Ctrl-D).")
 def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_tokens: int, interactive: bool, **how_to: Any) -> None:
     """Continue a prompt with the model of RUN.
@@ -86,6 +89,10 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
     """
     from bdh_mlflow.inference import generate
 
+    kept = _Kept(how_to.pop("state"), how_to.pop("save_state"))
+    if (interactive or len(prompts) > 1) and any(kept):
+        raise click.UsageError("--state and --save-state are of one text; give one --prompt")
+    kept.check()
     if interactive and prompts:
         raise click.UsageError("--interactive asks for prompts itself; give it without --prompt")
     if prompts.count("-") > 1:
@@ -107,7 +114,38 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
         for text, written in zip(texts, generate.write_all(loaded, texts, max_new_tokens, how), strict=True):
             click.echo(f"{text}{written}\n")
         return
-    _stream(loaded, texts[0], max_new_tokens, how)
+    memory = kept.read(loaded)
+    _stream(loaded, texts[0], max_new_tokens, how, memory)
+    if memory is not None:
+        kept.write(loaded, memory, run)
+
+
+class _Kept(NamedTuple):
+    """Files of a model's state: to go on from, and to write."""
+
+    source: str | None
+    target: str | None
+
+    def check(self) -> None:
+        """Raises InputError for a file that cannot be written."""
+        if self.target is not None and not Path(place(self.target)).absolute().parent.is_dir():
+            raise InputError(f"--save-state {self.target}: there is no folder {shown(Path(place(self.target)).parent)}")
+
+    def read(self, loaded: "Loaded") -> "Memory | None":
+        from bdh_mlflow.inference import memory
+
+        if self.source is not None:
+            return memory.read(Path(place(self.source)), loaded.model)
+        return memory.Memory.fresh(loaded.model) if self.target is not None else None
+
+    def write(self, loaded: "Loaded", read: "Memory", run: str) -> None:
+        from bdh_mlflow.inference import memory
+
+        if self.target is None:
+            return
+        memory.write(Path(place(self.target)), read, loaded.model, f"{loaded.path}, step {loaded.step}")
+        again = f"bdh-mlflow generate {shlex.quote(run)} --state {shlex.quote(self.target)} --prompt TEXT"
+        click.echo(f"State after {read.tokens:,} tokens: {self.target}. Go on: {again}", err=True)
 
 
 def _converse(loaded: "Loaded", max_new_tokens: int, how: "Sampling") -> None:
@@ -162,11 +200,11 @@ def _changed(max_new_tokens: int, how: "Sampling", text: str) -> "tuple[int, Sam
     return max_new_tokens, how
 
 
-def _stream(loaded: "Loaded", prompt: str, max_new_tokens: int, how: "Sampling") -> None:
+def _stream(loaded: "Loaded", prompt: str, max_new_tokens: int, how: "Sampling", memory: "Memory | None" = None) -> None:
     """Print the prompt and each piece of text as it is generated; nothing if the prompt is refused."""
     from bdh_mlflow.inference import generate
 
-    pieces = generate.write(loaded, prompt, max_new_tokens, how)
+    pieces = generate.write(loaded, prompt, max_new_tokens, how, memory)
     click.echo(prompt, nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)

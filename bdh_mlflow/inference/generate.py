@@ -17,6 +17,7 @@ from torch import Tensor
 from bdh_mlflow.config import Config, resolve
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.inference import export
+from bdh_mlflow.inference.memory import Memory
 from bdh_mlflow.model import bdh, fp8, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
@@ -104,12 +105,13 @@ class Sampling:
                 raise InputError(f"{name}: {getattr(self, name)}; accepted: {words}")
 
 
-def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
+def write(loaded: Loaded, prompt: str, max_new_tokens: int, sampling: Sampling = Sampling(), memory: Memory | None = None) -> Iterator[str]:
     """Continue a prompt, yielding text as it is generated; a character of several bytes is yielded when it is complete.
 
-    Raises InputError for a prompt that is too long: when called, not at the first piece.
+    memory: of the text before, and at the end of this text, too.   Raises InputError for a prompt that is too long: when called, not at the
+    first piece.
     """
-    return loaded.tokenizer.stream(map(int, _stream(loaded, [prompt], max_new_tokens, sampling)))
+    return loaded.tokenizer.stream(map(int, _stream(loaded, [prompt], max_new_tokens, sampling, memory)))
 
 
 def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling()) -> list[str]:
@@ -120,9 +122,14 @@ def write_all(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampl
     return [loaded.tokenizer.decode(token for token in row if token != bdh.STOPPED) for row in tokens]
 
 
-def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling) -> Iterator[torch.Tensor]:
+def _stream(
+    loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, memory: Memory | None = None
+) -> Iterator[torch.Tensor]:
     tokenizer = loaded.tokenizer
-    ids = [_encoded(tokenizer, "prompt", prompt) or [tokenizer.separator] for prompt in prompts]
+    ids = [_encoded(tokenizer, "prompt", prompt) for prompt in prompts]
+    if memory is not None:
+        ids = [memory.reading(each) for each in ids]
+    ids = [each or [tokenizer.separator] for each in ids]
     longest = max(map(len, ids))
     if longest > LONGEST_PROMPT:
         raise InputError(f"prompt of {longest:,} tokens; at most {LONGEST_PROMPT:,} are taken")
@@ -132,13 +139,15 @@ def _stream(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, samplin
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    return loaded.model.stream(
+    written = loaded.model.stream(
         [torch.tensor(row, device=device) for row in ids],
         max_new_tokens,
         Sampler(sampling.temperature, sampling.top_k, sampling.top_p),
         stop=_encoded(tokenizer, "stop", sampling.stop),
         generator=generator,
+        state=None if memory is None else memory.state,
     )
+    return written if memory is None else memory.written(written, sum(map(len, ids)))
 
 
 def _encoded(tokenizer: Tokenizer, name: str, text: str) -> list[int]:

@@ -114,38 +114,43 @@ class BDH(nn.Module):
         *,
         stop: Sequence[int] = (),
         generator: torch.Generator | None = None,
+        state: RecurrentState | None = None,
     ) -> Iterator[Tensor]:
         """The tokens of `generate` one by one, each (B, 1), as they are generated.
 
         prompts: (B, T) ids, or B one-dimensional tensors of any lengths.   stop: sequence of ids that ends a row; the row's tokens after it
-        are STOPPED, and the iteration ends when all rows have ended.
+        are STOPPED, and the iteration ends when all rows have ended.   state: of B rows, of the text before the prompts; at the end that of
+        all tokens but the last one generated.
         """
         rows = list(prompts)
         if not rows or any(row.shape[0] == 0 for row in rows):
             raise ValueError("generate needs a prompt of at least one token")
         if max_new_tokens < 1:
             return
-        last, states = self._prefill(rows)
+        last, states = self._prefill(rows, state)
         weights = self._weights_by_neuron()
         position = torch.tensor([row.shape[0] for row in rows], device=last.device)
         generated: list[list[int]] = [[] for _ in rows]
         done = torch.zeros(len(rows), 1, dtype=torch.bool, device=last.device)
+        token: Tensor | None = None
         for _ in range(max_new_tokens):
+            if token is not None:
+                table, fading = rope_at(position, self.attn.each), self.fade(1, last.device)
+                last = self.embedded(token.clamp_min(0))[:, 0, 0]
+                for each in states:
+                    last = layer.recurrent_layer(last, weights, table, each, fading)
+                position += 1
             token = sampler.draw(last @ self.lm_head, generator).masked_fill(done, STOPPED)
             yield token
-            if stop:
-                for row, ids in enumerate(generated):
-                    ids.append(int(token[row]))
-                    done[row] |= ids[-len(stop) :] == list(stop)
-                if done.all():
-                    return
-            table, fading = rope_at(position, self.attn.each), self.fade(1, last.device)
-            last = self.embedded(token.clamp_min(0))[:, 0, 0]
-            for state in states:
-                last = layer.recurrent_layer(last, weights, table, state, fading)
-            position += 1
+            for row, ids in enumerate(generated) if stop else ():
+                ids.append(int(token[row]))
+                done[row] |= ids[-len(stop) :] == list(stop)
+            if stop and done.all():
+                break
+        if state is not None:
+            state.layers = [seen_from(each, position, self.attn.each) for each in states]
 
-    def _prefill(self, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _prefill(self, prompts: list[Tensor], before: RecurrentState | None) -> tuple[Tensor, list[Tensor]]:
         """Output of the last layer at the last token of each prompt, (B, D), and the state of each layer after it, (B, H, N, D)."""
         weights, lengths = self.layer_weights(), [prompt.shape[0] for prompt in prompts]
         outs, states = self.embed.weight.new_empty(len(prompts), self.config.n_embd), self.initial_state(len(prompts)).layers
@@ -153,8 +158,9 @@ class BDH(nn.Module):
             rows = [row for row, own in enumerate(lengths) if own == length]
             x = self.embedded(torch.stack([prompts[row] for row in rows]))
             arranged, table = blocks.arrange(weights, x.dtype, self._plan(x, x.dtype)), self.rope_by_neuron(length)
-            for state in states:
-                x, state[rows] = blocked.prefill(x, arranged, table, fade=self.fade(arranged.cut.chunk, x.device))
+            for depth, state in enumerate(states):
+                initial = None if before is None else before.layers[depth][rows]
+                x, state[rows] = blocked.prefill(x, arranged, table, initial, self.fade(arranged.cut.chunk, x.device))
             outs[rows] = x[:, 0, -1]
         return outs, states
 

@@ -56,13 +56,15 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def seen_from(state: Tensor, tokens: int, freqs: Tensor) -> Tensor:
+def seen_from(state: Tensor, tokens: int | Tensor, freqs: Tensor) -> Tensor:
     """A sum of rotated keys times values as it is seen from a token `tokens` positions later, which then has position 0.
 
     The scores of queries and keys depend on their distance only; counted from there, no position outgrows what fp32 can hold.
-    state: (..., N, D).   freqs: (N,), full turns a token.   Returns the same shape, computed in fp32 at least.
+    state: (B, H, N, D).   tokens: of all rows, or of each, (B,).   freqs: (N,), full turns a token.   Returns the same shape, computed in
+    fp32 at least.
     """
-    cos, sin = (t.view(-1, 1) for t in rope_at(torch.tensor([tokens], device=freqs.device), freqs))
+    later = torch.as_tensor(tokens, device=freqs.device).view(-1)
+    cos, sin = (t[:, None, :, None] for t in rope_at(later, freqs))
     even, odd = state[..., 0::2, :], state[..., 1::2, :]
     return torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-2).flatten(-3, -2)
 

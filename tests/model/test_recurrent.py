@@ -101,5 +101,5 @@ def test_a_state_seen_from_later_gives_the_scores_of_the_distance() -> None:
     key, query, value = (norm(torch.randn(1, size, generator=torch.Generator().manual_seed(size))) for size in (8, 8, 3))
     state = rotate(key, rope_at(torch.tensor([5]), freqs)).T @ value
     far = rotate(query, rope_at(torch.tensor([27]), freqs)) @ state
-    near = rotate(query, rope_at(torch.tensor([7]), freqs)) @ seen_from(state, 20, freqs)
+    near = rotate(query, rope_at(torch.tensor([7]), freqs)) @ seen_from(state[None, None], 20, freqs)[0, 0]
     assert torch.allclose(far, near, atol=1e-5)
