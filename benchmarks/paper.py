@@ -113,14 +113,12 @@ def size(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
     for seed in seeds:
         for multiplier in (4, 8, 16, 32):
             settings = {"dataset.parquet_dir": latin, "model.mlp_internal_dim_multiplier": multiplier, "training.seed": seed}
-            begun = time.perf_counter()
             run = train(f"size-{multiplier}-{seed}", settings, count)
-            took = time.perf_counter() - begun
             config = Config.from_yaml(Path(run) / "config.yaml")
             gpt = gpt_loss(config, seed)
             yield (
                 f"seed {seed}: n {multiplier * config.model.n_embd:>5}, {config.parameters / 1e6:.2f} M: "
-                f"BDH {loss_of(run):.3f} ({took:.0f} s); "
+                f"BDH {loss_of(run):.3f} ({seconds_of(run):.0f} s); "
                 f"GPT {gpt.parameters / 1e6:.2f} M: {gpt.loss:.3f} ({gpt.seconds:.0f} s)"
             )
 
@@ -155,7 +153,7 @@ def carry(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
         for carries, decay in (("false", 0), ("true", 0), ("true", 1)):
             given = {**settings, "training.carry_state": carries, "model.attention_decay": decay}
             run = train(f"carry-{carries}-{decay}-{seed}", given, count)
-            printed = command("evaluate", run, "--carry", "--no-log")
+            printed = command("evaluate", run, "--carry", "--no-log", "--batches", "100")
             (carried,), (alone,) = (re.findall(pattern, printed) for pattern in (r"val/loss (\S+)", r"; (\S+) on the same"))
             yield (
                 f"seed {seed}, carry_state {carries}, attention_decay {decay}: windows alone {float(alone):.3f}, "
@@ -230,6 +228,12 @@ def loss_of(run: str) -> float:
     """val/loss of a run's last checkpoint."""
     manifests = [json.loads(path.read_text()) for path in Path(run).glob("checkpoint_*.json")]
     return float(max(manifests, key=lambda manifest: manifest["step"])["val_loss"])
+
+
+def seconds_of(run: str) -> float:
+    """From the first record of a run to its last."""
+    records = (Path(run) / "journal.jsonl").read_text().splitlines()
+    return float(json.loads(records[-1])["at_ms"] - json.loads(records[0])["at_ms"]) / 1000
 
 
 def points(run: str, pattern: str) -> list[tuple[int, dict[str, float]]]:

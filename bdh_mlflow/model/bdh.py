@@ -74,6 +74,8 @@ class BDH(nn.Module):
         idx, targets: (B, T) integer ids.   state: of the text before, and afterwards that of this text, too; in the blocked form no
         gradient comes through it.   Returns logits (B, T, V) and the loss in nats per token, fp32, or None.
         """
+        if state is not None:
+            state.expect(len(idx))
         logits = self._through_layers(self.embedded(idx), state).squeeze(1) @ self.lm_head
         if targets is None:
             return logits, None
@@ -127,6 +129,8 @@ class BDH(nn.Module):
             raise ValueError("generate needs a prompt of at least one token")
         if max_new_tokens < 1:
             return
+        if state is not None:
+            state.expect(len(rows))
         last, states = self._prefill(rows, state)
         weights = self._weights_by_neuron()
         position = torch.tensor([row.shape[0] for row in rows], device=last.device)

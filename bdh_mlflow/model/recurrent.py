@@ -14,6 +14,11 @@ class RecurrentState:
     def __init__(self, layers: Iterable[Tensor]) -> None:
         self.layers = list(layers)
 
+    def expect(self, rows: int) -> None:
+        """Raises ValueError for a text of another number of rows: one row's state would silently be everybody's."""
+        if any(len(layer) != rows for layer in self.layers):
+            raise ValueError(f"a state of {len(self.layers[0])} rows for a text of {rows}")
+
     def detached(self) -> "RecurrentState":
         """The same values as constants: no gradient reaches the text that was read."""
         return RecurrentState(layer.detach() for layer in self.layers)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bdh_mlflow.model import layer
-from bdh_mlflow.model.bdh import BDH, BDHConfig
+from bdh_mlflow.model.bdh import BDH, BDHConfig, Form
 from bdh_mlflow.model.blocks import Plan
 from bdh_mlflow.model.fade import fade, rates
 from tests.model.test_bdh import relative_error
@@ -43,6 +43,16 @@ def test_no_decay_is_the_published_network_to_the_bit() -> None:
     assert model.fade(9, torch.device("cpu")) is None
     without = fading(decay=1e-12)
     assert relative_error(without(idx(2, 9))[0].detach(), model(idx(2, 9))[0].detach()) < 1e-9
+
+
+@pytest.mark.parametrize("form", ["reference", "blocked"])
+@pytest.mark.parametrize("decay", [1e3, 1e308])
+def test_a_strong_decay_overflows_nowhere(decay: float, form: Form) -> None:
+    """Factors of tokens that come later are infinite, and what divides by a faded state is, too: neither is computed."""
+    model = fading(decay=decay)
+    model.use(form)
+    model(idx(2, 60), idx(2, 60))[1].backward()
+    assert all(bool(weights.grad.isfinite().all()) for weights in model.parameters())
 
 
 @pytest.mark.parametrize("plan", [None, Plan(2, 60, 60, 4), Plan(1, 60, 60, 2)])

@@ -9,6 +9,7 @@ from bdh_mlflow.model.blocks import Plan
 from bdh_mlflow.model.layer import norm
 from bdh_mlflow.model.recurrent import RecurrentState
 from bdh_mlflow.model.rope import frequencies, rope_at, rotate, seen_from
+from bdh_mlflow.model.sampling import Sampler
 from tests.model.test_bdh import relative_error
 
 LONG = Plan(2, 8, 4, 6)  # windows of 12 are one span and a half, in chunks of 4
@@ -49,6 +50,25 @@ def test_windows_give_the_logits_of_one_long_text_and_leave_its_state(carrying: 
     assert relative_error(expected, carrying(text()[:, :-1])[0]) < ANGLES
     for own, long in zip(state.layers, whole.layers, strict=True):
         assert relative_error(own, long) < ANGLES
+
+
+@torch.no_grad()
+def test_windows_of_any_lengths_are_the_text(carrying: BDH) -> None:
+    """Also of one token, and across chunks (flash-linear-attention#1140 had others)."""
+    state, parts, at = carrying.initial_state(3), [], 0
+    for length in (1, 1, 7, 2, 19, 30):
+        parts.append(carrying(text()[:, at : at + length], None, state)[0])
+        at += length
+    assert relative_error(torch.cat(parts, dim=1), carrying(text()[:, :-1])[0]) < ANGLES
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_state_of_other_rows_is_refused(carrying: BDH, rows: int) -> None:
+    """One row would be broadcast, and of more the first ones read."""
+    with pytest.raises(ValueError, match=f"a state of {rows} rows for a text of 3"):
+        carrying(text(), None, carrying.initial_state(rows))
+    with pytest.raises(ValueError, match=f"a state of {rows} rows for a text of 3"):
+        next(carrying.stream(text(), 1, Sampler(0.0, None, None), state=carrying.initial_state(rows)))
 
 
 def gradients(model: BDH, losses: list[Tensor]) -> list[Tensor]:
