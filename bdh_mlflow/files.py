@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import os
 import threading
@@ -42,8 +43,22 @@ def shown(path: str | os.PathLike[str]) -> str:
     return printable(full)
 
 
+def target_of(path: Path) -> Path:
+    """The regular file, there or to be, that a path leads to, behind links.
+
+    Raises OSError for a folder, and for a device or a pipe, in whose place a rename would put a file.
+    """
+    path = path.resolve()
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all, and sync its folder, so that renames before it are on disk too."""
+    """Write a small file whole or not at all, and sync its folder, so that renames before it are on disk too.   Raises OSError."""
+    path = target_of(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:

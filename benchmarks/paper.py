@@ -154,7 +154,7 @@ def carry(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
             given = {**settings, "training.carry_state": carries, "model.attention_decay": decay}
             run = train(f"carry-{carries}-{decay}-{seed}", given, count)
             printed = command("evaluate", run, "--carry", "--no-log", "--batches", "100")
-            (carried,), (alone,) = (re.findall(pattern, printed) for pattern in (r"val/loss (\S+)", r"; (\S+) on the same"))
+            (carried,), (alone,) = (re.findall(pattern, printed) for pattern in (r"val/loss_carried (\S+)", r"val/loss_stream (\S+):"))
             yield (
                 f"seed {seed}, carry_state {carries}, attention_decay {decay}: windows alone {float(alone):.3f}, "
                 f"with the state before {float(carried):.3f}"

@@ -38,6 +38,11 @@ def analyze(model: BDH, ids: list[int], layer: int, head: int, decode: Callable[
     reading = model.layer_weights().encoder_v[head].float()
     moments = np.unique(np.linspace(1, len(ids), min(MOMENTS, len(ids))).astype(int))
     strongest = largest(state_at(found, head, model, len(ids))[0].float().cpu(), reading.cpu(), SHOWN)
+    known = {**made_of, "layer": layer, "head": head, "tokens": len(ids)}
+    name = f"synapses_l{layer}h{head}"
+    if not len(strongest.weights):
+        says = f"no synapse of layer {layer}, head {head} is above zero after {len(ids):,} tokens"
+        return Finding(name, says, [], {f"analysis/synapse_strength_l{layer}h{head}": 0.0}, known)
     sources, targets = torch.from_numpy(strongest.sources), torch.from_numpy(strongest.targets)
     values = np.array([_values(state_at(found, head, model, int(moment))[0], reading, sources, targets) for moment in moments]).T
     rows = []
@@ -45,7 +50,6 @@ def analyze(model: BDH, ids: list[int], layer: int, head: int, decode: Callable[
         grew = int(moments[int(np.argmax(np.diff(values[number], prepend=0.0)))])
         context = decode(ids[max(0, grew - CONTEXT) : grew])
         rows.append([f"{source} -> {target}", f"{values[number, -1]:.3f}", str(grew), repr(context)])
-    known = {**made_of, "layer": layer, "head": head, "tokens": len(ids)}
     share = float(strongest.weights.sum()) / max(strongest.spread, 1e-12) / max(len(strongest.weights), 1)
     says = (
         f"the {len(strongest.weights)} strongest of {model.neurons**2:,} synapses of layer {layer}, head {head} are {share:.0f} standard "
@@ -54,7 +58,7 @@ def analyze(model: BDH, ids: list[int], layer: int, head: int, decode: Callable[
     table = Table("strongest synapses", ["neuron x -> y", "after the text", "grew most by token", "which ends"], rows)
     metrics = {f"analysis/synapse_strength_l{layer}h{head}": share}
     data = {"moments": moments.tolist(), "values": values.tolist(), "synapses": [row[0] for row in rows]}
-    return Finding(f"synapses_l{layer}h{head}", says, [table], metrics, known, _figure(values, moments, rows, known), data)
+    return Finding(name, says, [table], metrics, known, _figure(values, moments, rows, known), data)
 
 
 def activations_at(model: BDH, ids: Tensor, layer: int) -> Any:

@@ -1,6 +1,7 @@
 """Commands about one trained run and its delivery: evaluate, generate, sync, doctor."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import click
 
 from bdh_mlflow.cli.common import DEFAULT_CONFIG, Launch, config_option, ema_option, load_model, place, print_table, read_config, text_for
 from bdh_mlflow.errors import InputError, TrackingError
-from bdh_mlflow.files import shown
+from bdh_mlflow.files import reason_of, shown, target_of
 
 if TYPE_CHECKING:
     from bdh_mlflow.inference.generate import Loaded, Sampling
@@ -50,9 +51,11 @@ def evaluate(runs: tuple[str, ...], config_path: str, folders: tuple[str, ...], 
             row.append(f"{measured.loss:.4f} ({measured.bits_per_byte:.4f})")
             if one:
                 click.echo(f"{loaded.path}: step {loaded.step}")
-                click.echo(f"val/loss {measured.loss:.4f} nats per token, val/bpb {measured.bits_per_byte:.4f} on {dataset.parquet_dir}")
+                kind = "_carried" * how["carry"]
+                losses = f"val/loss{kind} {measured.loss:.4f} nats per token, val/bpb{kind} {measured.bits_per_byte:.4f}"
+                click.echo(f"{losses} on {dataset.parquet_dir}")
                 if measured.alone is not None:
-                    click.echo(f"with the state of the windows before; {measured.alone:.4f} on the same windows without")
+                    click.echo(f"val/loss_stream {measured.alone:.4f}: the same windows, each read alone")
             if log and loaded.run_id is not None:
                 names = load.record(loaded, measured, read_config(config_path).tracking, "_carried" * how["carry"] + "_ema" * ema)
                 click.echo(f"Logged to run {loaded.run_id} as {' and '.join(names)}", err=not one)
@@ -91,7 +94,7 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
 
     kept = _Kept(how_to.pop("state"), how_to.pop("save_state"))
     if (interactive or len(prompts) > 1) and any(kept):
-        raise click.UsageError("--state and --save-state are of one text; give one --prompt")
+        raise click.UsageError("--state and --save-state are of one text: they go with one --prompt, and not with --interactive")
     kept.check()
     if interactive and prompts:
         raise click.UsageError("--interactive asks for prompts itself; give it without --prompt")
@@ -117,7 +120,7 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
     memory = kept.read(loaded)
     _stream(loaded, texts[0], max_new_tokens, how, memory)
     if memory is not None:
-        kept.write(loaded, memory, run)
+        kept.write(loaded, memory, shlex.quote(run) + " --ema" * ema)
 
 
 class _Kept(NamedTuple):
@@ -128,8 +131,16 @@ class _Kept(NamedTuple):
 
     def check(self) -> None:
         """Raises InputError for a file that cannot be written."""
-        if self.target is not None and not Path(place(self.target)).absolute().parent.is_dir():
-            raise InputError(f"--save-state {self.target}: there is no folder {shown(Path(place(self.target)).parent)}")
+        if self.target is None:
+            return
+        try:
+            folder = target_of(Path(place(self.target))).parent
+        except OSError as error:
+            raise InputError(f"--save-state {self.target}: cannot be written: {reason_of(error)}") from None
+        if not folder.is_dir():
+            raise InputError(f"--save-state {self.target}: there is no folder {shown(folder)}")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"--save-state {self.target}: cannot be written: no permission to write in {shown(folder)}")
 
     def read(self, loaded: "Loaded") -> "Memory | None":
         from bdh_mlflow.inference import memory
@@ -143,8 +154,9 @@ class _Kept(NamedTuple):
 
         if self.target is None:
             return
-        memory.write(Path(place(self.target)), read, loaded.model, f"{loaded.path}, step {loaded.step}")
-        again = f"bdh-mlflow generate {shlex.quote(run)} --state {shlex.quote(self.target)} --prompt TEXT"
+        average = ", the average of its weights" * run.endswith(" --ema")
+        memory.write(Path(place(self.target)), read, loaded.model, f"{shown(loaded.path)}, step {loaded.step}{average}")
+        again = f"bdh-mlflow generate {run} --state {shlex.quote(self.target)} --prompt TEXT"
         click.echo(f"State after {read.tokens:,} tokens: {self.target}. Go on: {again}", err=True)
 
 

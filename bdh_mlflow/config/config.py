@@ -67,6 +67,13 @@ INCOMPATIBLE = tuple(
         ("low_precision.use_fp8", True, "low_precision.compute_dtype", ("float16",), "FP8 has scales of its own; set it to bfloat16"),
         ("low_precision.use_fp8", True, "training.layer_form", ("blocked",), "FP8 runs in the reference form; set it to auto"),
         ("low_precision.use_fp8", True, "training.compile", (True,), "delayed scaling is not traced by torch.compile; set it to auto"),
+        (
+            "training.carry_state",
+            True,
+            "low_precision.compute_dtype",
+            ("float16",),
+            "what a state sums up outgrows its range; set it to bfloat16",
+        ),
         ("training.recompute", False, "training.layer_form", ("blocked",), "this form always recomputes; set one of them to auto"),
         ("fp8.emulate", True, "low_precision.use_fp8", (False,), "there is nothing to emulate; set it to true, or fp8.emulate to false"),
         ("training.strategy", "fsdp", "low_precision.use_4bit", (True,), "quantised copies do not know shares; set it to false"),

@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bdh_mlflow.config import DataLoaderConfig
 from bdh_mlflow.data.ahead import Ahead
-from bdh_mlflow.data.columns import RowGroup
 from bdh_mlflow.data.parquet import ParquetText, shuffled
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
@@ -206,6 +205,7 @@ class _Walk:
         self._lanes = [_Lane(self) for _ in range(order.lanes)]
         self._epoch_order: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self._ahead = Ahead[Ids]()
+        self._recent: dict[int, Ids] = {}  # row groups whose parts are being opened: all lanes come to the next one at about the same time
 
     def next_windows(self, count: int) -> Ids:
         """The next windows of the run, lane after lane.   Returns (count, block_size + 1).
@@ -248,21 +248,29 @@ class _Walk:
         """Training text of the row group opened as number `group_index` in the run; -1 is the separator before all text."""
         if group_index < 0:
             return self.separator
+        whole, part = divmod(group_index, self._parts)
         if self._text.is_remote:  # also what the lanes will open next
             self._begin([group_index, *range(self._next_group, self._next_group + 1 + len(self._lanes))])
-        return self._ahead.take(group_index, self._reader(group_index))
+        if self._parts == 1:
+            return self._ahead.take(whole, self._reader(whole))
+        if whole not in self._recent:
+            self._recent = dict([*self._recent.items()][-1:])
+            self._recent[whole] = self._ahead.take(whole, self._reader(whole))
+        tokens = self._recent[whole]
+        return tokens[part * len(tokens) // self._parts : (part + 1) * len(tokens) // self._parts]
 
     def _begin(self, indices: Iterable[int]) -> None:
-        for index in indices:
-            self._ahead.begin(index, self._reader(index))
+        for whole in dict.fromkeys(index // self._parts for index in indices):
+            if whole not in self._recent:
+                self._ahead.begin(whole, self._reader(whole))
 
-    def _reader(self, group_index: int) -> Callable[[], Ids]:
-        epoch, place = divmod(group_index, self._units)
+    def _reader(self, whole: int) -> Callable[[], Ids]:
+        """whole: number of a row group in the run, counted as if none were cut into parts."""
+        groups = self._text.row_groups
+        epoch, place = divmod(whole, len(groups))
         if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, shuffled(self._units, self.seed, -1 - epoch))
-        number, part = divmod(int(self._epoch_order[1][place]), self._parts)
-        group = self._text.row_groups[number]
-        return functools.partial(_part, self._text, group, part, self._parts)
+            self._epoch_order = (epoch, shuffled(len(groups), self.seed, -1 - epoch))
+        return functools.partial(self._text.training_tokens, groups[self._epoch_order[1][place]])
 
     def position(self) -> Position:
         return {"next_unit": self._next_group, "turn": self._turn, "lanes": [lane.state() for lane in self._lanes]}
@@ -278,19 +286,13 @@ class _Walk:
         """Continue from `position`.   Raises DataError for one of another number of lanes."""
         if len(position["lanes"]) != len(self._lanes):
             raise DataError(
-                f"{shown(self._text.root)}: the checkpoint read {len(position['lanes'])} row groups at once, not {len(self._lanes)}"
+                f"{shown(self._text.root)}: the checkpoint read {len(position['lanes'])} places of it at once, not {len(self._lanes)}"
             )
         self._next_group, self._turn = position["next_unit"], position["turn"]
         if self._text.is_remote:
             self._begin(index for state in position["lanes"] for index in (state[0], *state[3::2]) if index >= 0)
         for lane, state in zip(self._lanes, position["lanes"], strict=True):
             lane.seek(state)
-
-
-def _part(text: ParquetText, group: RowGroup, part: int, parts: int) -> Ids:
-    """One of so many equal parts of a row group's training text."""
-    tokens = text.training_tokens(group)
-    return tokens[part * len(tokens) // parts : (part + 1) * len(tokens) // parts]
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

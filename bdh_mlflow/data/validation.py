@@ -34,12 +34,12 @@ def drawn(text: ParquetText, batches: int, batch_size: int, block_size: int) -> 
 def stream(text: ParquetText, batches: int, batch_size: int, block_size: int) -> list[Tensor]:
     """Windows of rows that read on: row b of a batch begins where row b of the one before ended. Else as `drawn`.
 
-    Where there is less text than asked for there are fewer batches, of fewer rows if there is no window for each.
+    Where there is less text than asked for there are fewer rows, and at last fewer batches of one row.
     """
     if text.val_fraction == 0:
         return []
     windows = _windows(text, batches * batch_size, block_size)
-    rows = min(batch_size, len(windows))
+    rows = max(1, min(batch_size, len(windows) // batches))
     each = len(windows) // rows
     return [torch.from_numpy(windows[number : number + each * rows : each].copy()) for number in range(min(batches, each))]
 

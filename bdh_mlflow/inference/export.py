@@ -7,6 +7,7 @@ MLflow nor the training loop.
 """
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from torch import Tensor
 from bdh_mlflow import __version__, checkpoint
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import BdhError, CheckpointError, InputError, SaveError
+from bdh_mlflow.files import reason_of, shown, target_of
 from bdh_mlflow.model import fourbit
 from bdh_mlflow.model.bdh import BDH, PROJECTIONS
 from bdh_mlflow.model.rope import FREQUENCIES
@@ -109,14 +111,23 @@ def write(path: Path, source: Source, kind: Format) -> ExportResult:
     metadata = {HEADER: header, DIGEST: digest(header, tensors)}
     if source.tokenizer.content is not None:  # its own digest is in the configuration
         metadata[TOKENIZER] = base64.b64encode(source.tokenizer.content).decode()
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"{path}: not written: {error}") from error
+    save_whole(path, tensors, metadata)
     return ExportResult(path, path.stat().st_size, 8 * packed / quantised if quantised else None)
+
+
+def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; an older one is replaced only by a complete one.   Raises SaveError."""
+    partial = None
+    try:
+        target = target_of(path)
+        partial = target.with_name(target.name + ".partial")
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        raise SaveError(f"{shown(path)}: not written: {reason_of(error)}") from error
 
 
 def read(path: Path) -> ExportedModel:

@@ -115,6 +115,8 @@ def record(loaded: Loaded, measured: Measured, config: TrackingConfig, suffix: s
     text = measured.text
     name = re.sub(r"[^\w.-]", "_", text.root.name)
     values = {f"eval/{name}_loss{suffix}": measured.loss, f"eval/{name}_bpb{suffix}": measured.bits_per_byte}
+    if measured.alone is not None:
+        values[f"eval/{name}_loss{suffix.replace('_carried', '_stream')}"] = measured.alone
     client, now_ms = store.connect(config), int(1000 * time.time())
     with store.reported(f"run {loaded.run_id}: the evaluation cannot be logged"):
         client.log_batch(loaded.run_id, [Metric(key, value, now_ms, loaded.step) for key, value in values.items()], synchronous=True)

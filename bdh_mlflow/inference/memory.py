@@ -8,15 +8,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bdh_mlflow.errors import CheckpointError, InputError, SaveError
+from bdh_mlflow.errors import CheckpointError, InputError
 from bdh_mlflow.files import reason_of, shown
-from bdh_mlflow.inference.export import digest
+from bdh_mlflow.inference.export import DIGEST, digest, save_whole
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.recurrent import RecurrentState
 
@@ -55,44 +53,34 @@ def write(path: Path, memory: Memory, model: BDH, of: str) -> None:
     Raises SaveError.
     """
     tensors = {f"layer_{depth}": layer[0].cpu().contiguous() for depth, layer in enumerate(memory.state.layers)}
-    header = {"weights": _digest(model), "of": of, "last": memory.last, "tokens": memory.tokens}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={HEADER: json.dumps(header)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"{shown(path)}: the state is not written: {reason_of(error) if isinstance(error, OSError) else error}") from error
+    header = json.dumps({"weights": _digest(model), "of": of, "last": memory.last, "tokens": memory.tokens})
+    save_whole(path, tensors, {HEADER: header, DIGEST: digest(header, tensors)})
 
 
 def read(path: Path, model: BDH) -> Memory:
     """What `write` wrote.   Raises CheckpointError for any other file, InputError for one of other weights."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            layers = [file.get_tensor(f"layer_{depth}").unsqueeze(0) for depth in range(model.config.n_layer)]
-            held = {name: header[name] for name in ("weights", "of", "last", "tokens")}
+            metadata = file.metadata() or {}
+            if HEADER not in metadata:
+                raise CheckpointError(f"{shown(path)}: no state that generate --save-state wrote")
+            layers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise CheckpointError(f"{shown(path)}: no such file") from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = "it does not say what it is of" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{shown(path)}: damaged, or no state that generate --save-state wrote: {reason}") from None
-    _check(path, held, model)
-    expected = model.initial_state(1).layers
-    if any(own.shape != layer.shape or not bool(layer.isfinite().all()) for own, layer in zip(expected, layers, strict=True)):
-        raise CheckpointError(f"{shown(path)}: damaged: it has other sizes than this model, or values that are not finite")
-    return Memory(RecurrentState(layer.to(own) for layer, own in zip(layers, expected, strict=True)), held["last"], held["tokens"])
-
-
-def _check(path: Path, held: dict[str, Any], model: BDH) -> None:
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{shown(path)}: damaged, or no state that generate --save-state wrote: {reason_of(error)}") from None
+    if digest(metadata[HEADER], layers) != metadata.get(DIGEST):
+        raise CheckpointError(f"{shown(path)}: damaged: its contents are not what was written (sha256 differs)")
+    held = json.loads(metadata[HEADER])  # written by `write`, as its digest says
     if held["weights"] != _digest(model):
         raise InputError(
-            f"{shown(path)}: read by other weights ({held['of']}), so it means nothing to these; name that model, or read the text again"
+            f"{shown(path)}: saved with other weights ({held['of']}); name that checkpoint, or run the prompt again without --state"
         )
-    last, tokens = held["last"], held["tokens"]
-    if type(last) is not int or type(tokens) is not int or not (0 <= last < model.config.vocab_size and tokens > 0):
-        raise CheckpointError(f"{shown(path)}: damaged: last token {last!r}, {tokens!r} tokens")
+    like = model.decoder
+    state = RecurrentState(layers[f"layer_{depth}"].unsqueeze(0).to(like) for depth in range(model.config.n_layer))
+    return Memory(state, held["last"], held["tokens"])
 
 
 def _digest(model: BDH) -> str:
-    return digest("", {name: weights.cpu() for name, weights in model.state_dict().items()})
+    """Of what computes the state: the weights, and how attention fades."""
+    return digest(str(model.config.attention_decay), {name: weights.cpu() for name, weights in model.state_dict().items()})

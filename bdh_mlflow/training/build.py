@@ -16,6 +16,7 @@ from bdh_mlflow.data import order, validation
 from bdh_mlflow.data.order import Batch, TrainingBatches
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.distributed import ALONE, World
+from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.model import bdh, native, precision
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.precision import Precision
@@ -141,6 +142,8 @@ def build_trainer(built: Built, saver: Saver, tracker: Tracker, progress: Progre
     )
     trainer = Trainer(parts, config.training)
     if (state := built.origin.state) is not None:
+        if built.reads_on and config.training.carry_state and "carried_state" not in state:
+            raise ResumeError("the checkpoint holds no carried_state, without which its rows cannot read on")
         trainer.load_state_dict(state if built.reads_on else {**state, "carried_state": {}})
         for group in built.optimizer.param_groups:  # a fork may decay otherwise than the state it was loaded from
             group["weight_decay"] = config.training.weight_decay

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bdh_mlflow.distributed import World
+from bdh_mlflow.errors import ResumeError
 
 
 class Recurrent(Protocol):
@@ -30,7 +31,7 @@ class Carry:
 
     def __init__(self, fresh: Callable[[int], Recurrent], rows: int, passes: int, world: World) -> None:
         self.fresh = fresh
-        self._rows, self._world = rows, world
+        self._rows, self._passes, self._world = rows, passes, world
         self._states = {number: fresh(rows) for number in world.passes(passes)}
         self._next: dict[int, Recurrent] = {}
 
@@ -53,8 +54,15 @@ class Carry:
         return {"layers": [self._world.concatenated(layer) for layer in own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; an empty one, of a training that carried none, leaves rows that have read nothing."""
+        """Continue from `state`; an empty one, of a training that carried none, leaves rows that have read nothing.
+
+        Raises ResumeError for states of another network or of other rows.
+        """
+        own = next(iter(self._states.values())).layers
+        expected = [(self._rows * self._passes, *layer.shape[1:]) for layer in own]
+        if state and (found := [tuple(layer.shape) for layer in state["layers"]]) != expected:
+            raise ResumeError(f"the checkpoint's carried_state has the shapes {found}; this configuration needs {expected}")
         for number in self._states:
-            own = self._states[number] = self.fresh(self._rows)
+            fresh = self._states[number] = self.fresh(self._rows)
             for depth, layer in enumerate(state.get("layers", [])):
-                own.layers[depth].copy_(layer[number * self._rows : (number + 1) * self._rows])
+                fresh.layers[depth].copy_(layer[number * self._rows : (number + 1) * self._rows])

@@ -6,6 +6,7 @@ import torch
 from bdh_mlflow.analysis import synapses
 from bdh_mlflow.analysis.layers import activations, state_at
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.model.fade import Fading
 from tests.analysis import made
 
 
@@ -23,6 +24,16 @@ def test_the_strongest_are_those_of_the_state() -> None:
     assert found.tables[0].rows[0][:2] == [f"{source} -> {target}", f"{float(matrix[source, target]):.3f}"]
     assert len(found.data["values"]) == synapses.SHOWN
     assert found.data["moments"][-1] == 60
+
+
+def test_a_layer_that_remembers_nothing_is_told() -> None:
+    model = made.model(heads=2, multiplier=4)
+    model.fade = Fading(2, 1e6)
+    with torch.no_grad():
+        model.encoder_v.zero_()
+    found = synapses.analyze(model, torch.randint(0, 256, (60,)).tolist(), 1, 1, decode, {})
+    assert found.says == "no synapse of layer 1, head 1 is above zero after 60 tokens"
+    assert found.figure is None
 
 
 def test_short_texts_and_unknown_places_are_refused() -> None:

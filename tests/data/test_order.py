@@ -190,6 +190,20 @@ def test_rows_that_read_on_give_the_text_as_it_is(tmp_path: Path, kind: str, sha
         assert torch.equal(next(updates(json.loads(json.dumps(every[k][1].position))))[0], every[k + 1][0])
 
 
+def test_a_row_group_that_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a vocabulary each reading would encode it again."""
+    write_shards(tmp_path, documents(90), shards=1, row_group_size=30)
+    text, read = opened(tmp_path), list[int]()
+    real = text.training_tokens
+    monkeypatch.setattr(text, "training_tokens", lambda group: read.append(group.number) or real(group))
+    for position in (None, next(iter(TrainingBatches(text, Order(1, 12, 8, 7, consecutive=True), None))).position):
+        read.clear()
+        batches = iter(TrainingBatches(text, Order(1, 12, 8, 7, consecutive=True), position))
+        while next(batches).epoch < 1:
+            pass
+        assert len(read) <= 3 + 3 + 1, "once an epoch, and what the next one begins with"
+
+
 def test_tokens_are_the_same_prepared_and_made_when_they_are_read(tmp_path: Path) -> None:
     """Windows, positions and epochs; the text is the same documents, so a training may go over from one to the other."""
     for kind in ("text", "tokens"):

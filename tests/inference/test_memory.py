@@ -1,18 +1,17 @@
 """What was read goes on: in memory, and through a file."""
 
-import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bdh_mlflow.errors import CheckpointError, InputError
 from bdh_mlflow.inference import generate, memory
 from bdh_mlflow.inference.generate import Loaded, Sampling
-from bdh_mlflow.inference.memory import HEADER, Memory
+from bdh_mlflow.inference.memory import Memory
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.sampling import Sampler
 from bdh_mlflow.vocabulary import BYTES
@@ -68,22 +67,23 @@ def test_other_weights_and_other_files_are_refused(loaded: Loaded, tmp_path: Pat
     joined(loaded, "a", 3, kept)
     memory.write(file, kept, loaded.model, "run_1/checkpoint_5.pt, step 5")
     other = BDH(loaded.model.config)
-    with pytest.raises(InputError, match=r"read by other weights \(run_1/checkpoint_5.pt, step 5\)"):
+    with pytest.raises(InputError, match=r"saved with other weights \(run_1/checkpoint_5.pt, step 5\)"):
         memory.read(file, other)
-    header = {"weights": "", "of": "", "last": 1, "tokens": 1}
-    for name, content in (("none", None), ("text", b"text"), ("plain", {}), ("odd", header)):
+    for name, content in (("none", None), ("text", b"text"), ("empty", b""), ("plain", {"x": torch.zeros(1)})):
         bad = tmp_path / name
         if isinstance(content, bytes):
             bad.write_bytes(content)
         elif content is not None:
-            save_file({"x": torch.zeros(1)}, bad, metadata={HEADER: json.dumps(content)} if content else None)
-        with pytest.raises(CheckpointError, match=r"no such file|damaged"):
+            save_file(content, bad)
+        with pytest.raises(CheckpointError, match=r"no such file|damaged|no state that generate"):
             memory.read(bad, loaded.model)
-    broken = {name: layer * float("nan") for name, layer in load_file(file).items()}
-    with safe_open(file, framework="pt") as opened:
-        save_file(broken, tmp_path / "nan", metadata=opened.metadata())
-    with pytest.raises(CheckpointError, match="not finite"):
-        memory.read(tmp_path / "nan", loaded.model)
+    with pytest.raises(CheckpointError, match=r"damaged, or no state"):
+        memory.read(tmp_path, loaded.model)
+    whole = file.read_bytes()
+    for at in (len(whole) - 5, whole.index(b"last") + 8):  # a value, and the header
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match="damaged"):
+            memory.read(file, loaded.model)
 
 
 def test_generate_keeps_and_takes_up_a_state(store: MlflowClient, text: Path, tiny: Path) -> None:
@@ -94,9 +94,15 @@ def test_generate_keeps_and_takes_up_a_state(store: MlflowClient, text: Path, ti
     assert "State after 9 tokens: s.state. Go on: bdh-mlflow generate latest --state s.state --prompt TEXT" in first.output
     second = run_cli("generate", "latest", "--prompt", "", "--max-new-tokens", "7", "--state", "s.state", *options)
     assert (first.output.split("\nState")[0] + second.output.rstrip("\n")).strip() == whole.strip()
+    os.mkfifo("pipe")
+    Path("link").symlink_to("linked")
+    assert run_cli("generate", "latest", "--prompt", "a", "--max-new-tokens", "1", "--save-state", "link", *options).exit_code == 0
+    assert (Path("link").is_symlink(), Path("linked").is_file()) == (True, True)
     for words, message in (
         (("--state", "s.state", "--interactive"), "are of one text"),
         (("--save-state", "none/s"), "--save-state none/s: there is no folder none"),
+        (("--save-state", "text"), "--save-state text: cannot be written: Is a directory"),
+        (("--save-state", "pipe"), "--save-state pipe: cannot be written: not a regular file"),
         (("--state", "absent", "--prompt", "a"), "absent: no such file"),
         (("--state", "tiny.yaml", "--prompt", "a"), "damaged, or no state"),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import files
 from bdh_mlflow.distributed import ALONE, World
-from bdh_mlflow.errors import DataError, StoppedError
+from bdh_mlflow.errors import DataError, ResumeError, StoppedError
 from bdh_mlflow.model.recurrent import RecurrentState
 from bdh_mlflow.training.carry import Carry
 from bdh_mlflow.training.parts import Stream
@@ -95,6 +95,12 @@ def test_each_process_has_the_rows_of_its_passes() -> None:
     assert second.begin(3).layers[0].flatten().tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("layers", [[], [torch.zeros(8, 1)] * 2, [torch.zeros(4, 1)], [torch.zeros(8, 2)]])
+def test_states_of_another_network_or_of_other_rows_are_refused(layers: list[Tensor]) -> None:
+    with pytest.raises(ResumeError, match=r"carried_state has the shapes .*; this configuration needs \[\(8, 1\)\]"):
+        Carry(fresh, 2, 4, ALONE).load_state_dict({"layers": layers})
+
+
 def carried(run_dir: Path, step: int) -> list[Tensor]:
     layers: list[Tensor] = files.load(run_dir / f"checkpoint_{step}.pt")["carried_state"]["layers"]
     return layers
@@ -113,9 +119,11 @@ def test_a_training_carries_its_states_and_a_fork_begins_them_anew_where_the_ord
         assert [step for step, _ in history(store, run.info.run_id, name)] == [3, 6]
     last = {name: history(store, run.info.run_id, name)[-1][1] for name in ("val/loss_carried", "val/loss_stream")}
     measured = run_cli("evaluate", run.info.run_id, "--carry", "--config", str(tiny))
-    assert f"val/loss {last['val/loss_carried']:.4f}" in measured.output
-    assert f"{last['val/loss_stream']:.4f} on the same windows without" in measured.output
-    assert store.get_run(run.info.run_id).data.metrics["eval/text_loss_carried"] == pytest.approx(last["val/loss_carried"])
+    assert f"val/loss_carried {last['val/loss_carried']:.4f}" in measured.output
+    assert f"val/loss_stream {last['val/loss_stream']:.4f}: the same windows, each read alone" in measured.output
+    logged = store.get_run(run.info.run_id).data.metrics
+    assert logged["eval/text_loss_carried"] == pytest.approx(last["val/loss_carried"])
+    assert logged["eval/text_loss_stream"] == pytest.approx(last["val/loss_stream"])
     refused = train(tiny, *CARRY, "training.carry_state=false", resume=str(run_dir))
     assert (refused.exit_code, "training.carry_state was true, config says false" in refused.output) == (2, True)
     forked = train(tiny, *CARRY, "training.max_iters=7", "training.batch_size=1", resume=str(run_dir), fork=True)
@@ -123,6 +131,8 @@ def test_a_training_carries_its_states_and_a_fork_begins_them_anew_where_the_ord
     assert "read from its beginning" in forked.output
     (other,) = set(checkpoint.list_all(Path("checkpoints"))) - {run_dir}
     assert carried(other, 7)[0].shape[0] == 2
+    half = train(tiny, *CARRY, "low_precision.compute_dtype=float16")
+    assert (half.exit_code, "cannot be combined with training.carry_state true" in half.output) == (2, True)
     again = train(tiny, *CARRY, "training.max_iters=7", "model.dropout=0", resume=str(run_dir), fork=True)
     assert again.exit_code == 0, again.output
     assert "read from its beginning" not in again.output, "rows read on, with their states"
