@@ -111,7 +111,7 @@ def merge(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
 def size(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
     latin, count = texts("latin", python_texts()), steps or 1000
     for seed in seeds:
-        for multiplier in (4, 8, 16, 32):
+        for multiplier in (4, 8, 16):
             settings = {"dataset.parquet_dir": latin, "model.mlp_internal_dim_multiplier": multiplier, "training.seed": seed}
             run = train(f"size-{multiplier}-{seed}", settings, count)
             config = Config.from_yaml(Path(run) / "config.yaml")
