@@ -150,7 +150,7 @@ def carry(seeds: Sequence[int], steps: int | None) -> Iterator[str]:
     latin, count = texts("latin", python_texts()), steps or 1000
     for seed in seeds:
         settings = {"dataset.parquet_dir": latin, "training.seed": seed}
-        for carries, decay in (("false", 0), ("true", 0), ("true", 1)):
+        for carries, decay in (("false", 0), ("true", 0), ("true", 1), ("true", 4), ("true", 16), ("false", 4)):
             given = {**settings, "training.carry_state": carries, "model.attention_decay": decay}
             run = train(f"carry-{carries}-{decay}-{seed}", given, count)
             printed = command("evaluate", run, "--carry", "--no-log", "--batches", "100")
