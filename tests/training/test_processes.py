@@ -20,8 +20,9 @@ from bdh_mlflow.checkpoint import BackgroundWriter, RunDirectory
 from bdh_mlflow.distributed import Group
 from bdh_mlflow.errors import ConfigError, InputError
 from bdh_mlflow.tracking.tracker import Tracker
-from bdh_mlflow.training import build, processes, trainer
+from bdh_mlflow.training import build, processes
 from bdh_mlflow.training.agreement import refuse_differences
+from bdh_mlflow.training.evaluate import Evaluator
 from tests.conftest import history, only_run, run_cli, tiny_config
 from tests.groups import in_group
 from tests.training.together import FSDP, Left, at_step, curves, digests, end, followers, train
@@ -88,7 +89,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_step(
     ("owner", "name", "left"),
     [
         (build, "open_together", []),
-        (trainer, "evaluate", ["checkpoint_3.pt"]),
+        (Evaluator, "loss", ["checkpoint_3.pt"]),
         (BackgroundWriter, "save", ["checkpoint_3.pt"]),
     ],
     ids=["load", "evaluation", "save"],
