@@ -120,7 +120,7 @@ def generate(run: str, config_path: str, prompts: tuple[str, ...], max_new_token
     memory = kept.read(loaded)
     _stream(loaded, texts[0], max_new_tokens, how, memory)
     if memory is not None:
-        kept.write(loaded, memory, shlex.quote(run) + " --ema" * ema)
+        kept.write(loaded, memory, run, ema=ema)
 
 
 class _Kept(NamedTuple):
@@ -149,14 +149,14 @@ class _Kept(NamedTuple):
             return memory.read(Path(place(self.source)), loaded.model)
         return memory.Memory.fresh(loaded.model) if self.target is not None else None
 
-    def write(self, loaded: "Loaded", read: "Memory", run: str) -> None:
+    def write(self, loaded: "Loaded", read: "Memory", run: str, *, ema: bool) -> None:
         from bdh_mlflow.inference import memory
 
         if self.target is None:
             return
-        average = ", the average of its weights" * run.endswith(" --ema")
+        average = ", the average of its weights" * ema
         memory.write(Path(place(self.target)), read, loaded.model, f"{shown(loaded.path)}, step {loaded.step}{average}")
-        again = f"bdh-mlflow generate {run} --state {shlex.quote(self.target)} --prompt TEXT"
+        again = f"bdh-mlflow generate {shlex.quote(run)}{' --ema' * ema} --state {shlex.quote(self.target)} --prompt TEXT"
         click.echo(f"State after {read.tokens:,} tokens: {self.target}. Go on: {again}", err=True)
 
 

@@ -185,8 +185,10 @@ class _Lane:
         count = (len(stream) - 1) // size
         if count:
             overlapping = np.lib.stride_tricks.sliding_window_view(stream, size + 1)[::size]
-            later = 1 + shuffled(count - 1, self._walk.seed, group_index + 1)
-            self.windows = overlapping if self._walk.consecutive else overlapping[np.concatenate(([0], later))]
+            if not self._walk.consecutive:
+                later = 1 + shuffled(count - 1, self._walk.seed, group_index + 1)
+                overlapping = overlapping[np.concatenate(([0], later))]
+            self.windows = overlapping
         self._rest = stream[count * size :].copy()
 
 

@@ -74,10 +74,9 @@ class Source:
 
         Raises InputError for weights without a configuration or an average, ConfigError without its tokenizer.
         """
-        if found.checkpoint is None or "format" not in found.state:
-            raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
+        own = found.config()
+        assert found.checkpoint is not None, "it has a configuration"
         manifest = found.checkpoint.manifest
-        own = Config.from_saved(found.state["config"], found.path, manifest.written_by)
         tokenizer = find(own.tokenizer, found.path.parent)
         return cls(weights_of(found, average), manifest.step, own, tokenizer, None if average else manifest.val_loss)
 
@@ -115,6 +114,27 @@ def write(path: Path, source: Source, kind: Format) -> ExportResult:
     return ExportResult(path, path.stat().st_size, 8 * packed / quantised if quantised else None)
 
 
+def read_whole(path: Path, header: str, foreign: str, other: str, remedy: str = "") -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of `save_whole` whose metadata hold `header` and the DIGEST of header and tensors.
+
+    Raises CheckpointError for what is damaged, and for other files.   foreign, other: what a file without the header is, and one of another
+    format, in words.   remedy: behind what is said of a damaged one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if header not in metadata:
+                raise CheckpointError(f"{path}: {foreign}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, or {other}: {error}") from None
+    if digest(metadata[header], tensors) != metadata.get(DIGEST):
+        raise CheckpointError(f"{path}: damaged: its contents are not what was written (sha256 differs){remedy}")
+    return metadata, tensors
+
+
 def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; an older one is replaced only by a complete one.   Raises SaveError."""
     partial = None
@@ -132,20 +152,8 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 def read(path: Path) -> ExportedModel:
     """The model in a file that `write` wrote.   Raises CheckpointError for any other file, and for a damaged one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if HEADER not in metadata:
-                raise CheckpointError(
-                    f"{path}: not exported by bdh-mlflow (its header does not say how to run it); accepted: a file written by export"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a safetensors file: {error}") from None
-    if digest(metadata[HEADER], tensors) != metadata.get(DIGEST):
-        raise CheckpointError(f"{path}: damaged: its contents are not what was written (sha256 differs). Export it again")
+    foreign = "not exported by bdh-mlflow (its header does not say how to run it); accepted: a file written by export"
+    metadata, tensors = read_whole(path, HEADER, foreign, "not a safetensors file", ". Export it again")
     try:
         facts = json.loads(metadata[HEADER])
         config = Config.from_saved(facts["config"], path, facts["version"])

@@ -16,7 +16,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-from bdh_mlflow.config import Config, DatasetConfig, TrackingConfig
+from bdh_mlflow.config import DatasetConfig, TrackingConfig
 from bdh_mlflow.data import validation
 from bdh_mlflow.data.parquet import ParquetText
 from bdh_mlflow.errors import CheckpointError, InputError, NonFiniteError
@@ -50,9 +50,8 @@ def of_checkpoint(found: ResolvedCheckpoint, average: bool = False) -> Loaded:
 
     Raises CheckpointError for weights without a configuration, InputError without an average, ConfigError without its tokenizer.
     """
-    if found.checkpoint is None or "format" not in found.state:
-        raise CheckpointError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
-    own = Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
+    own = found.config()
+    assert found.checkpoint is not None, "it has a configuration"
     tokenizer = find(own.tokenizer, found.path.parent)
     contents = generate.Contents(export.weights_of(found, average), own, tokenizer, found.state.get("precision_state_dict", {}))
     step, notes = found.checkpoint.manifest.step, tuple(f"skipped {note}" for note in found.notes)

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bdh_mlflow.errors import CheckpointError, InputError
-from bdh_mlflow.files import reason_of, shown
-from bdh_mlflow.inference.export import DIGEST, digest, save_whole
+from bdh_mlflow.errors import InputError
+from bdh_mlflow.files import shown
+from bdh_mlflow.inference.export import DIGEST, digest, read_whole, save_whole
 from bdh_mlflow.model.bdh import BDH
 from bdh_mlflow.model.recurrent import RecurrentState
 
@@ -59,18 +58,8 @@ def write(path: Path, memory: Memory, model: BDH, of: str) -> None:
 
 def read(path: Path, model: BDH) -> Memory:
     """What `write` wrote.   Raises CheckpointError for any other file, InputError for one of other weights."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if HEADER not in metadata:
-                raise CheckpointError(f"{shown(path)}: no state that generate --save-state wrote")
-            layers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError:
-        raise CheckpointError(f"{shown(path)}: no such file") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{shown(path)}: damaged, or no state that generate --save-state wrote: {reason_of(error)}") from None
-    if digest(metadata[HEADER], layers) != metadata.get(DIGEST):
-        raise CheckpointError(f"{shown(path)}: damaged: its contents are not what was written (sha256 differs)")
+    other = "no state that generate --save-state wrote"
+    metadata, layers = read_whole(path, HEADER, other, other)
     held = json.loads(metadata[HEADER])  # written by `write`, as its digest says
     if held["weights"] != _digest(model):
         raise InputError(

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.config import Config
+from bdh_mlflow.errors import CheckpointError
 from bdh_mlflow.tracking import journal
 
 GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
@@ -31,6 +33,12 @@ class ResolvedCheckpoint:
         if self.checkpoint is None or self.named_run:
             return self.named_run
         return run_of(self.checkpoint)
+
+    def config(self) -> Config:
+        """The configuration that it was trained with.   Raises CheckpointError for weights without one, ConfigError for a malformed one."""
+        if self.checkpoint is None or "format" not in self.state:
+            raise CheckpointError(f"{self.path}: bare weights without a configuration; train from it first (a warm start)")
+        return Config.from_saved(self.state["config"], self.path, self.checkpoint.manifest.written_by)
 
     @property
     def address(self) -> str:

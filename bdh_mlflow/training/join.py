@@ -88,11 +88,10 @@ def check_kept(begun: Begun, config: Config) -> None:
 
 def _own(found: ResolvedCheckpoint) -> Config:
     """The configuration of a checkpoint.   Raises InputError for weights without one, and for weights that are no numbers."""
-    if found.checkpoint is None or "format" not in found.state:
-        raise InputError(f"{found.path}: bare weights without a configuration; train from it first (a warm start)")
+    config = found.config()
     if broken := [name for name, weights in found.state["model_state_dict"].items() if not bool(weights.isfinite().all())]:
         raise InputError(f"{found.path}: {', '.join(broken)}: not all values are finite; choose a checkpoint from before it diverged")
-    return Config.from_saved(found.state["config"], found.path, found.checkpoint.manifest.written_by)
+    return config
 
 
 def _differences(first: ResolvedCheckpoint, own: Config, other: ResolvedCheckpoint, config: Config) -> list[str]:
