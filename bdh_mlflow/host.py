@@ -107,6 +107,13 @@ def loaded() -> None:
         gc.enable()
 
 
+def disown(descriptor: int) -> None:
+    """In a forked process, give up a file that it shares with its parent; the number stays taken, so that nothing else gets it."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 def python_module(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of this package in a process of its own, which is to call `loaded`.
 

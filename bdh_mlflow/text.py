@@ -27,6 +27,12 @@ def is_storable(text: str) -> bool:
     return storable(text) == text
 
 
+def shortened(text: str, longest: int) -> str:
+    """A text of at most so many characters; the end of a shortened one says how many it had."""
+    end = f"... ({len(text):,} characters)"
+    return text if len(text) <= longest else text[: longest - len(end)] + end
+
+
 def verbatim(label: str) -> str:
     """A label that matplotlib shows as it is: a dollar sign would start a formula, a leading underscore would hide it."""
     return label.replace("$", r"\$").lstrip("_")
@@ -47,6 +53,15 @@ class Sample(NamedTuple):
         return f"{self.prompt}\u27e6{self.written}\u27e7\n"
 
 
+class LoggedPoint(NamedTuple):
+    """A point among the metrics of a run.   at_ms: its time stamp, Unix time in ms."""
+
+    key: str
+    value: float
+    step: int
+    at_ms: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Loss on the validation text after a step.
@@ -63,3 +78,9 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """The same loss in bits per byte of text."""
         return bits_per_byte(self.loss, self.bytes_per_token)
+
+    @property
+    def points(self) -> tuple[LoggedPoint, ...]:
+        """Its points among the run's metrics."""
+        values = {"val/loss": self.loss, "val/bpb": self.bits_per_byte}
+        return tuple(LoggedPoint(key, value, self.step, self.logged_at_ms) for key, value in values.items())

@@ -128,7 +128,7 @@ def trained(case: str, steps: int, seed: int, folder: Path) -> Result:
         sys.exit(f"{case}: {done.stdout}{done.stderr}")
     (run_dir,) = checkpoint.list_all(folder / "checkpoints")
     saved, _ = checkpoint.newest(run_dir)
-    assert saved is not None
+    assert isinstance(saved, checkpoint.Checkpoint)
     assert saved.manifest.val_loss is not None
     assert saved.manifest.mlflow_run_id is not None
     points = MlflowClient(uri).get_metric_history(saved.manifest.mlflow_run_id, "perf/step_ms")

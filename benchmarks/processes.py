@@ -109,7 +109,7 @@ class Runs:
     def digests(self, name: str) -> dict[str, str]:
         return {c.path.name: c.manifest.files[0].sha256 for c in self.checkpoints(name)}
 
-    def checkpoints(self, name: str) -> tuple[checkpoint.Checkpoint, ...]:
+    def checkpoints(self, name: str) -> tuple[checkpoint.Saved, ...]:
         folders = checkpoint.list_all(self.folder / name / "checkpoints")
         return checkpoint.list_run(folders[0]).checkpoints if folders else ()
 

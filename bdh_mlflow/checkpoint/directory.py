@@ -13,18 +13,11 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from bdh_mlflow.checkpoint.files import (
-    FORMAT,
-    Checkpoint,
-    SaveInfo,
-    State,
-    Throttle,
-    file_name,
-    list_run,
-    not_saved,
-    write,
-)
+from bdh_mlflow import host
+from bdh_mlflow.checkpoint.files import FORMAT, SaveInfo, State, Throttle, not_saved, write
 from bdh_mlflow.checkpoint.manifest import Provenance
+from bdh_mlflow.checkpoint.saved import Checkpoint, Saved, Snapshot, file_name, list_run
+from bdh_mlflow.checkpoint.snapshot import SnapshotOrigin, Taken, complete, take
 from bdh_mlflow.errors import ResumeError
 from bdh_mlflow.files import atomic_write, try_lock
 from bdh_mlflow.text import Evaluation
@@ -93,6 +86,23 @@ class RunDirectory:
         except (OSError, RuntimeError) as error:
             raise not_saved(self.path / file_name(state["step"]), error) from error
 
+    def take(self, given: Path, step: int, *, written_once: bool) -> Taken:
+        """Files of another program as they are now; see `snapshot.take`.   Raises InputError, SaveError."""
+        self.make()
+        try:
+            return take(given, self.path, step, written_once=written_once)
+        except OSError as error:
+            raise not_saved(given, error) from error
+
+    def complete(
+        self, taken: Taken, origin: SnapshotOrigin, metrics: Mapping[str, float], run_id: str | None, throttle: Throttle
+    ) -> Snapshot:
+        """Make a checkpoint of them; see `snapshot.complete`.   Raises InputError, SaveError; earlier checkpoints are not touched."""
+        try:
+            return complete(taken, origin, metrics, run_id, self._now(), throttle)
+        except OSError as error:
+            raise not_saved(taken.given, error) from error
+
     def _now(self) -> datetime:
         """This instant, or, where the clock was set back since the last save beside this run, one just after that.
 
@@ -137,6 +147,11 @@ class RunDirectory:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
+    def disown(self) -> None:
+        """In a forked process: the lock is its parent's."""
+        if self._lock is not None:
+            host.disown(self._lock)
+
     def close(self) -> None:
         """Release the lock, so that another process may train here."""
         if self._lock is not None:
@@ -172,7 +187,7 @@ def by_last_save(checkpoint_dir: Path) -> list[Path]:
     return [c.path.parent for c in sorted(_last_saves(checkpoint_dir), key=lambda c: (c.saved_at, c.path), reverse=True)]
 
 
-def _last_saves(checkpoint_dir: Path) -> list[Checkpoint]:
+def _last_saves(checkpoint_dir: Path) -> list[Saved]:
     """The checkpoint of each run that was saved last."""
     runs = (list_run(folder).checkpoints for folder in list_all(checkpoint_dir))
     return [max(checkpoints, key=lambda c: c.saved_at) for checkpoints in runs if checkpoints]

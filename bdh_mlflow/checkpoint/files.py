@@ -16,164 +16,25 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
-from pydantic import ValidationError
-
 from bdh_mlflow.checkpoint.manifest import FileRecord, Manifest, Provenance
+from bdh_mlflow.checkpoint.saved import PARTIAL, Checkpoint, file_name
 from bdh_mlflow.errors import CheckpointError, SaveError
-from bdh_mlflow.files import atomic_write, first_line, reason_of
+from bdh_mlflow.files import atomic_write, reason_of
 from bdh_mlflow.text import Evaluation
 
 if TYPE_CHECKING:  # imported in the functions that open a file: listing and mirroring do without
     import torch
 
 FORMAT = 3
-CONFIG_NAME = "config.yaml"
 PIECE_BYTES = 2**18
-_FILE = re.compile(r"checkpoint_(\d+)\.pt")
 
 State = dict[str, Any]
 Throttle = Callable[[float], object]
 """Called after each piece of a file with the seconds that writing it took; may wait, to leave the machine to the training."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk.   path: of its first file, whatever that is named now."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def files(self) -> list[tuple[Path, FileRecord]]:
-        """Where its files are, and what the manifest says of each."""
-        first, *others = self.manifest.files
-        return [(self.path, first), *((self.path.with_name(file.name), file) for file in others)]
-
-    @property
-    def manifest_path(self) -> Path:
-        """The file that says what it should be, written last."""
-        return self.path.with_suffix(".json")
-
-    @property
-    def saved_at(self) -> datetime:
-        """The instant when it was saved, as its manifest says, else as the file system does."""
-        if (instant := self.manifest.instant) is not None:
-            return instant
-        try:
-            return datetime.fromtimestamp(self.manifest_path.stat().st_mtime, UTC)
-        except OSError:  # gone meanwhile
-            return datetime.fromtimestamp(0, UTC)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Checkpoints of one run directory by step, and files that are not (path, reason)."""
-
-    checkpoints: tuple[Checkpoint, ...]
-    rejected: tuple[tuple[Path, str], ...]
-
-
-def file_name(step: int) -> str:
-    """Name of the checkpoint after `step` updates."""
-    return f"checkpoint_{step}.pt"
-
-
-def step_of(path: Path) -> int | None:
-    """Step in a checkpoint's file name, None for another kind of file."""
-    match = _FILE.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-def list_run(run_dir: Path) -> Listing:
-    """Checkpoints of a run directory, by manifest and size; contents are not read (see `verify`)."""
-    checkpoints, rejected = [], []
-    for path in run_dir.glob("checkpoint_*.pt*"):
-        if path.suffix == ".partial":
-            rejected.append((path, "the save was interrupted"))
-        elif step_of(path) is not None:
-            try:
-                checkpoints.append(describe(path))
-            except CheckpointError as error:
-                rejected.append((path, str(error).partition(": ")[2]))
-    return Listing(tuple(sorted(checkpoints, key=lambda c: c.manifest.step)), tuple(sorted(rejected)))
-
-
-def describe(path: Path) -> Checkpoint:
-    """A checkpoint by its manifest.   Raises CheckpointError if there is none or the file's size is another."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    manifest_path = path.with_suffix(".json")
-    if not manifest_path.is_file():
-        raise CheckpointError(f"{path}: not a checkpoint (no manifest {manifest_path.name} beside it: the save was interrupted)")
-    try:
-        manifest = Manifest.from_json(json.loads(manifest_path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, each["loc"])) for each in error.errors()) or "no fields"
-        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: missing or invalid: {wrong})") from None
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {first_line(error)})") from None
-    if step_of(path) not in (None, manifest.step):
-        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is of step {manifest.step})")
-    found = Checkpoint(path, manifest)
-    for file, said in found.files:
-        try:
-            size = file.stat().st_size
-        except OSError as error:  # retention of its own process was quicker
-            raise CheckpointError(f"{file}: {reason_of(error)}") from None
-        if size != said.bytes:
-            raise CheckpointError(f"{file}: damaged ({size:,} bytes, its manifest says {said.bytes:,})")
-    return found
-
-
-def verify(checkpoint: Checkpoint) -> None:
-    """Read all its files and compare their digests.   Raises CheckpointError if one is another."""
-    for file, said in checkpoint.files:
-        digest = file_digest(file)
-        if digest != said.sha256:
-            raise CheckpointError(f"{file}: damaged (sha256 {digest[:12]}..., its manifest says {said.sha256[:12]}...)")
-
-
-def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The intact checkpoint of the highest step, and why each later file was skipped."""
-    listing = list_run(run_dir)
-    skipped = [f"{path}: {reason}" for path, reason in listing.rejected]
-    for checkpoint in reversed(listing.checkpoints):
-        try:
-            verify(checkpoint)
-        except CheckpointError as error:
-            skipped.append(str(error))
-        else:
-            return checkpoint, skipped
-    return None, skipped
-
-
-def best(checkpoints: tuple[Checkpoint, ...]) -> Checkpoint | None:
-    """The checkpoint of lowest validation loss, if any has a finite one; of equal ones the first."""
-    evaluated = [(c.manifest.val_loss, c.manifest.step, c) for c in checkpoints if c.manifest.is_evaluated]
-    return min(evaluated, key=lambda each: each[:2])[2] if evaluated else None
-
-
-def expired(run_dir: Path, keep: int | None, up_to: int) -> list[Checkpoint]:
-    """Checkpoints that retention gives up: of those up to step `up_to`, all but the newest `keep` and the best."""
-    if keep is None:
-        return []
-    checkpoints = tuple(c for c in list_run(run_dir).checkpoints if c.manifest.step <= up_to)
-    own = {None, *(c.manifest.mlflow_run_id for c in checkpoints[-1:])}
-    checkpoints = tuple(c for c in checkpoints if c.manifest.mlflow_run_id in own)  # files of other runs are not ours to delete
-    kept = {c.path for c in checkpoints[-keep:]}
-    top = best(checkpoints)
-    return [c for c in checkpoints if c.path not in kept and c != top]
-
-
-def remove(checkpoint: Checkpoint) -> None:
-    """Delete a checkpoint, its manifest first, so that it never looks like a whole one without being it."""
-    checkpoint.manifest_path.unlink(missing_ok=True)
-    for file, _ in checkpoint.files:
-        file.unlink(missing_ok=True)
 
 
 def load(path: Path) -> State:
@@ -208,12 +69,6 @@ def published_weights(state: Mapping[str, Any]) -> "dict[str, torch.Tensor] | No
             if "encoder" in bare and "lm_head" in bare:
                 return {key: value for key, value in bare.items() if isinstance(value, torch.Tensor)}
     return None
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def not_saved(path: Path, error: Exception) -> SaveError:
@@ -266,7 +121,7 @@ def write(run_dir: Path, state: State, about: SaveInfo, throttle: Throttle) -> C
     import torch
 
     path = run_dir / file_name(state["step"])
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
             pieces = _Pieces(file, throttle)
@@ -293,5 +148,5 @@ def write(run_dir: Path, state: State, about: SaveInfo, throttle: Throttle) -> C
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    atomic_write(checkpoint.manifest_path, json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False).encode())
+    atomic_write(checkpoint.manifest_path, json.dumps(manifest.to_json(), indent=1, allow_nan=False).encode())
     return checkpoint

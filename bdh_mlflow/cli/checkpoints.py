@@ -51,6 +51,7 @@ def _is_local(target: str) -> bool:
 def _list_local(target: Path, best: bool) -> None:
     """Files that are no checkpoints with the reason, then checkpoints; with `best` the best checkpoint alone."""
     from bdh_mlflow import checkpoint
+    from bdh_mlflow.checkpoint import Manifest
 
     rows, found = [], []
     for run_dir in checkpoint.list_all(target) or [target]:
@@ -59,12 +60,13 @@ def _list_local(target: Path, best: bool) -> None:
         found += [(c, c == top) for c in listing.checkpoints]
         rows += [[str(path), "", "", "", "", reason] for path, reason in listing.rejected if not best]
     if best:
-        top = checkpoint.best(tuple(c for c, _ in found))
+        top = checkpoint.best([c for c, _ in found if isinstance(c.manifest, Manifest)])
         found = [(c, True) for c, _ in found if c == top]
     for c, is_best in found:
         m = c.manifest
-        val = "" if m.val_loss is None else f"{m.val_loss:.4f}{' best' if is_best else ''}"
-        rows.append([str(c.path), str(m.step), f"{m.tokens_seen:,}", val, f"{m.bytes / 1e6:.1f} MB", m.mlflow_run_id or ""])
+        loss, tokens = (m.val_loss, f"{m.tokens_seen:,}") if isinstance(m, Manifest) else (None, "")
+        val = " ".join([*([] if loss is None else [f"{loss:.4f}"]), *(["best"] if is_best else [])])
+        rows.append([str(c.path), str(m.step), tokens, val, f"{m.bytes / 1e6:.1f} MB", m.mlflow_run_id or ""])
     if not rows:
         raise InputError(f"{shown(target)}: no checkpoints here{' with a validation loss' if best else ''}")
     print_table(["checkpoint", "step", "tokens", "val/loss", "size", "MLflow run"], rows)

@@ -109,7 +109,7 @@ class Attaching:
                 return made[0], False
         tags = {
             "mlflow.user": segment.user,
-            "mlflow.source.name": "bdh-mlflow train",
+            "mlflow.source.name": segment.source,
             "bdh.training": segment.training,
             "bdh.segment": str(segment.number),
         }

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import threading
 import time
 from array import array
@@ -24,11 +25,12 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
+from bdh_mlflow import host
 from bdh_mlflow.files import try_lock
 from bdh_mlflow.tracking.records import (
     FILES_LANE,
     POINTS_LANE,
-    CheckpointSaved,
+    AnyCheckpoint,
     End,
     JournalRecord,
     Points,
@@ -47,6 +49,8 @@ BLOCK_BYTES = 1 << 20
 _as_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each record
 _POINTS = b'{"kind":"points",'
 _LOSS = b'"train/loss":'
+_BESIDE = re.compile(rb'"values":{"(system|ckpt|tracker)/')
+"""Metrics about the machine and about ourselves, whose steps come in another order."""
 
 
 class Entry(NamedTuple):
@@ -101,6 +105,10 @@ class Journal:
                 raise OSError(f"{len(self._unwritten):,} bytes cannot be written")
         os.fsync(self._file)  # not under the lock: the loop appends meanwhile
 
+    def disown(self) -> None:
+        """In a forked process: what it appends goes nowhere."""
+        host.disown(self._file)
+
     def close(self) -> int:
         """Close the file.   Returns how many bytes could not be written."""
         with self._lock:
@@ -144,11 +152,14 @@ _DELIVERED = TypeAdapter(Delivered)
 
 @dataclass
 class _Span:
-    """The lines of one segment.   last: its last line.   losses: its last two lines with a training loss (a kill may have torn one)."""
+    """The lines of one segment.   last: its last line.   losses: its last two lines with a training loss (a kill may have torn one).
+    points: the same with metrics of any name but those of `_BESIDE`.
+    """
 
     segment: Entry
     last: tuple[int, int]
     losses: list[tuple[int, int]] = field(default_factory=list)
+    points: list[tuple[int, int]] = field(default_factory=list)
     end: Entry | None = None
 
 
@@ -256,7 +267,7 @@ class JournalIndex:
         assert isinstance(segment, Segment)
         last = self._entry(*span.last) or span.segment
         step = segment.first_step
-        for place in reversed(span.losses):
+        for place in reversed(span.losses or span.points):
             if entry := self._entry(*place):
                 step = max(step, getattr(entry.record, "step", step))
                 break
@@ -277,6 +288,8 @@ class JournalIndex:
                 span.last = start, end
                 if _LOSS in line:
                     span.losses = [*span.losses[-1:], (start, end)]
+                elif not span.losses and not _BESIDE.search(line):
+                    span.points = [*span.points[-1:], (start, end)]
             return
         entry = parsed(line, end)
         if entry is None:
@@ -292,7 +305,7 @@ class JournalIndex:
                 self._spans.append(_Span(entry, (start, end)))
             case End() if self._spans:
                 self._spans[-1].end = entry
-            case CheckpointSaved():
+            case record if isinstance(record, AnyCheckpoint):
                 self._last_checkpoint = end
             case Text(artifact=artifact):
                 self._last_text[artifact] = end
@@ -307,12 +320,20 @@ class JournalReader:
 
     def __init__(self, folder: Path) -> None:
         """Raises FileNotFoundError if there is no journal."""
+        self._path = folder
         self._folder = os.open(folder, os.O_RDONLY)
         try:
             self._file = os.open(FILE_NAME, os.O_RDWR, dir_fd=self._folder)  # some network file systems lock only what may be written
         except OSError:
             os.close(self._folder)
             raise
+
+    @property
+    def folder(self) -> Path:
+        """Where the folder is now; where the system does not tell, where it was."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/self/fd/{self._folder}").readlink()
+        return self._path
 
     @cached_property
     def index(self) -> JournalIndex:

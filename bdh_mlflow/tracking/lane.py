@@ -18,7 +18,8 @@ from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.journal import Delivered, Entry, JournalReader
 from bdh_mlflow.tracking.records import (
-    CheckpointSaved,
+    AnyCheckpoint,
+    ArtifactSaved,
     JournalRecord,
     Note,
     OnMessage,
@@ -239,10 +240,10 @@ def named(record: JournalRecord) -> str:
             return f"{', '.join(record.values)} at step {record.step}"
         case Text():
             return record.artifact
-        case CheckpointSaved():
-            return Path(record.path).name
+        case ArtifactSaved():
+            return record.artifact
         case Params():
             return f"params {', '.join(record.params)}"
         case Tags():
             return f"tags {', '.join(record.tags)}"
-    return record.kind
+    return Path(record.path).name if isinstance(record, AnyCheckpoint) else record.kind

@@ -23,8 +23,9 @@ from bdh_mlflow.tracking.lane import Abandoned, Lane, Shared, named
 from bdh_mlflow.tracking.records import (
     FILES_LANE,
     POINTS_LANE,
+    AnyCheckpoint,
+    ArtifactSaved,
     Attached,
-    CheckpointSaved,
     End,
     Input,
     Note,
@@ -112,7 +113,7 @@ class PointsLane(Lane):
             case End() as end:
                 run.log(batch)
                 if self._is_last(last):
-                    self._await_files()
+                    self._await_files(last.end)
                 if self._is_last(last):  # still: the wait may have been long
                     run.end(end.status)
                 shared.state.ended = shared.state.segment
@@ -141,12 +142,16 @@ class PointsLane(Lane):
             shared.state.segment = segment.number
         shared.say(Attached(run=shared.run.identity))
 
-    def _await_files(self) -> None:
-        """A run ends after its files, as long as there is hope for them."""
+    def _await_files(self, end: int) -> None:
+        """A run ends after the files that were recorded before it, as long as there is hope for them.   end: offset of its record."""
         self.awaiting_files.set()  # so that neither waits for the other
-        while not self.files.drained.wait(0.02) and not self.files.given_up.is_set():
-            if self.given_up.is_set():
-                raise Abandoned
+        try:
+            while not self.files.delivered(end) and not self.files.given_up.is_set():
+                if self.given_up.is_set():
+                    raise Abandoned
+                time.sleep(0.02)
+        finally:
+            self.awaiting_files.clear()
 
     def _mark_killed(self) -> None:
         """The last segment has not said how it ended and its process is gone: it was killed."""
@@ -157,7 +162,7 @@ class PointsLane(Lane):
             return
 
         def mark() -> None:
-            self._await_files()
+            self._await_files(reader.index.update())
             if not reader.is_training():  # still: the wait may have been long
                 shared.run.mark_killed(spans[-1].last_step)
                 shared.run.write_segments(reader.index.spans(), training=False)
@@ -184,6 +189,10 @@ class FilesLane(Lane):
         self._shared.segment = self._shared.reader.index.last_segment(self._offset)
         self._retry_rejected()
 
+    def delivered(self, end: int) -> bool:
+        """Whether everything of this lane up to an offset is done."""
+        return self.drained.is_set() or self._offset >= end
+
     def _finish(self) -> None:
         self._retry_rejected()
         left = [named(entry.record) for end in self._shared.state.set_aside if (entry := self._entry_at(end))]
@@ -197,7 +206,7 @@ class FilesLane(Lane):
         for entry in self._shared.reader.read_files(self._offset, stop):
             if entry.record.kind not in FILES_LANE:
                 continue
-            saved = isinstance(entry.record, CheckpointSaved)
+            saved = isinstance(entry.record, AnyCheckpoint)
             if batch and (isinstance(entry.record, Segment) or (saved and checkpoints) or len(batch) >= FILES_AT_ONCE):
                 yield batch
                 batch, checkpoints = [], 0
@@ -217,7 +226,9 @@ class FilesLane(Lane):
                     shared.segment = segment
                 case Text() as text:
                     texts.append(text)
-                case CheckpointSaved() as saved:
+                case ArtifactSaved() as artifact:
+                    acts.append(functools.partial(shared.run.artifact, shared.reader.folder / artifact.path, artifact.artifact))
+                case saved if isinstance(saved, AnyCheckpoint):
                     acts.append(functools.partial(self._mirror, entry, saved))
         if any(isinstance(entry.record, Segment | End) for entry in batch):
             acts.append(self._write_segments)
@@ -253,11 +264,11 @@ class FilesLane(Lane):
         reader.index.update()
         self._shared.run.write_segments(reader.index.spans(), training=reader.is_training())
 
-    def _mirror(self, entry: Entry, record: CheckpointSaved) -> None:
+    def _mirror(self, entry: Entry, record: AnyCheckpoint) -> None:
         shared, index, segment = self._shared, self._shared.reader.index, self._shared.segment
         keep, mirrored = (segment.keep, segment.mirror) if segment else (None, True)
         given, here = Path(record.path), shared.folder / Path(record.path).name
-        path = here if here.is_file() else given  # the run directory may have been moved since
+        path = here if here.exists() else given  # the run directory may have been moved since
         index.update()
         try:
             saved = checkpoint.describe(path)
@@ -266,13 +277,13 @@ class FilesLane(Lane):
                 shared.say(Note(text=f"tracking: {path.name} cannot be mirrored: {error}"))
             return  # else retention was quicker, or a rewind has replaced it and a later record names what is there now
         newest = not any(
-            isinstance(later.record, CheckpointSaved) for later in shared.reader.read_files(entry.end, max(entry.end, self._offset))
+            isinstance(later.record, AnyCheckpoint) for later in shared.reader.read_files(entry.end, max(entry.end, self._offset))
         )
         try:
             wait = functools.partial(self._await_points, entry)
-            shared.run.checkpoint(saved, record.evaluation, mirrored, keep, newest=newest, points_sent=wait)
+            shared.run.checkpoint(saved, record.points, mirrored, keep, newest=newest, points_sent=wait)
         except FileNotFoundError:
-            if path.is_file():
+            if path.exists():
                 raise  # else retention came in between
 
     def _retry_rejected(self) -> None:

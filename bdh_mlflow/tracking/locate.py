@@ -15,18 +15,19 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.checkpoint import Checkpoint, Saved, Snapshot
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import expanded
 from bdh_mlflow.errors import CheckpointError, ResumeError
 from bdh_mlflow.files import reason_of, shown
-from bdh_mlflow.tracking.resolved import GRAMMAR, ResolvedCheckpoint, run_of
+from bdh_mlflow.tracking.resolved import GRAMMAR, Located, ResolvedCheckpoint, run_of
 
 if TYPE_CHECKING:
     from bdh_mlflow.tracking.mirrored import MirrorReader
@@ -39,10 +40,13 @@ _WITH_STEP = re.compile(r"(runs:/+[^/:]+|(?![a-z][a-z0-9+.-]+:/).+):(\d+)", re.I
 
 
 class Locator:
-    """Finds checkpoints for one command, here and in the mirror; the store is opened when it is first needed, once."""
+    """Finds checkpoints for one command, here and in the mirror; the store is opened when it is first needed, once.
 
-    def __init__(self, checkpoint_dir: Path, config: TrackingConfig) -> None:
-        self._checkpoint_dir, self._config = checkpoint_dir, config
+    sort: of the checkpoints that are looked for, states of BDH or snapshots of another program's files.
+    """
+
+    def __init__(self, checkpoint_dir: Path, config: TrackingConfig, sort: type[Saved] = Checkpoint) -> None:
+        self._checkpoint_dir, self._config, self._sort = checkpoint_dir, config, sort
         self._notes: list[str] = []
 
     @functools.cached_property
@@ -53,12 +57,21 @@ class Locator:
         return MirrorReader(self._config)
 
     def find(self, target: str) -> ResolvedCheckpoint:
-        """The checkpoint that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""
+        """The state that `target` names, verified and loaded.   Raises ResumeError or CheckpointError."""
+        located = self.locate(target)
+        if isinstance(located.found, Path):
+            return ResolvedCheckpoint(located.found, None, checkpoint.load(located.found), located.notes)
+        assert isinstance(located.found, Checkpoint), "the sort that was looked for"
+        found = located.found
+        return ResolvedCheckpoint(found.path, found, checkpoint.load(found.path), located.notes, located.named_run)
+
+    def locate(self, target: str) -> Located:
+        """What `target` names, verified.   Raises ResumeError or CheckpointError."""
         target = _in_full(target)
         if target.endswith(".safetensors"):
             raise ResumeError(f"{target}: an exported file holds weights alone; generate and evaluate take it. Here: {GRAMMAR}")
         self._notes = []
-        found: Checkpoint | Path
+        found: Saved | Path
         run_id = None
         if (match := _WITH_STEP.fullmatch(target)) and not os.path.lexists(target):
             run_id, found = self._at_step(match[1], int(match[2]))
@@ -74,9 +87,9 @@ class Locator:
             found = self._at_uri(target)
         else:
             found = self._at_path(Path(target))
-        if isinstance(found, Path):
-            return ResolvedCheckpoint(found, None, checkpoint.load(found), tuple(self._notes))
-        return ResolvedCheckpoint(found.path, found, checkpoint.load(found.path), tuple(self._notes), run_id)
+        if not isinstance(found, Path | self._sort):
+            raise ResumeError(_of_other_sort(target, found))
+        return Located(found, tuple(self._notes), run_id)
 
     def mirrored(self, run: str) -> tuple[str, list[str]]:
         """Id of the run that holds the training, and artifact paths of its mirrored checkpoints, oldest first.   run: an id or runs:/ID."""
@@ -84,8 +97,14 @@ class Locator:
         run_id = self.mirror.training(match[1] if match else run).run_id
         return run_id, [path for _, path in reversed(self.mirror.checkpoints(run_id))]
 
-    def _latest(self) -> Checkpoint:
-        for run_dir in checkpoint.by_last_save(self._checkpoint_dir):
+    def _run_dirs(self) -> Iterator[Path]:
+        """Run directories with checkpoints of the sort, the one saved to last first."""
+        for folder in checkpoint.by_last_save(self._checkpoint_dir):
+            if any(isinstance(c, self._sort) for c in checkpoint.list_run(folder).checkpoints):
+                yield folder
+
+    def _latest(self) -> Saved:
+        for run_dir in self._run_dirs():
             found, skipped = checkpoint.newest(run_dir)
             self._notes += skipped
             if found:
@@ -94,30 +113,35 @@ class Locator:
 
     def _newest_mirrored(self) -> str:
         """Id of the newest run with a mirrored checkpoint."""
-        run_id = self.mirror.newest_run()
+        run_id = self.mirror.newest_run(self._sort)
         if run_id is None:
             raise ResumeError(f"latest: no checkpoint in {self._checkpoint_dir.absolute()} and none mirrored in {self.mirror}")
         return run_id
 
-    def _at_step(self, run: str, step: int) -> tuple[str | None, Checkpoint | Path]:
+    def _at_step(self, run: str, step: int) -> tuple[str | None, Saved | Path]:
         """The checkpoint of one step of a run, and the run's id if it is found by that."""
         if run == "latest":
-            folder = next(iter(checkpoint.by_last_save(self._checkpoint_dir)), None)
+            folder = next(self._run_dirs(), None)
             run = str(folder or self._newest_mirrored())
-            if folder and not (folder / checkpoint.file_name(step)).is_file():
+            if folder and not self._path_of(folder, step).exists():
                 run = run_of(checkpoint.list_run(folder).checkpoints[-1]) or run  # the mirror may have it
         uri = _RUNS_URI.fullmatch(run)
         if uri or _RUN_ID.fullmatch(run):
             return self._at_step_of_run(uri[1] if uri else run, step)
-        folder, path = Path(run), Path(run) / checkpoint.file_name(step)
+        folder, path = Path(run), self._path_of(Path(run), step)
         if not folder.is_dir():
             why = "a file is one step already, leave the number away" if folder.is_file() else f"no such folder (looked in {Path.cwd()})"
             raise ResumeError(f"{run}: {why}; accepted: {GRAMMAR}")
-        if not path.is_file():
+        if not path.exists():
             raise _no_such_step(run, step, {c.manifest.step for c in checkpoint.list_run(folder).checkpoints})
         return None, self._at_path(path)
 
-    def _at_step_of_run(self, run_id: str, step: int) -> tuple[str, Checkpoint | Path]:
+    def _path_of(self, run_dir: Path, step: int) -> Path:
+        """Where a checkpoint of a step is, if there is one."""
+        state = run_dir / checkpoint.file_name(step)
+        return state.with_suffix("") if self._sort is Snapshot else state
+
+    def _at_step_of_run(self, run_id: str, step: int) -> tuple[str, Saved | Path]:
         run_id, run_dir, _ = self.mirror.training(run_id)
         there = dict(self.mirror.checkpoints(run_id))
         if step in there:
@@ -129,7 +153,9 @@ class Locator:
         checkpoint.verify(here[step])
         return run_id, here[step]
 
-    def _at_path(self, path: Path) -> Checkpoint | Path:
+    def _at_path(self, path: Path) -> Saved | Path:
+        if (snapshot := _snapshot_around(path)) is not None:
+            return snapshot
         if path.is_dir():
             found, skipped = checkpoint.newest(path)
             self._notes += skipped
@@ -150,7 +176,7 @@ class Locator:
             raise CheckpointError(f"{error}" + (f". Newest complete: {others[-1].path.name}" if others else "")) from None
         return found
 
-    def _of_run(self, run_id: str) -> Checkpoint:
+    def _of_run(self, run_id: str) -> Saved:
         run_id, run_dir, _ = self.mirror.training(run_id)
         local, skipped = checkpoint.newest(self._checkpoint_dir / run_dir) if run_dir else (None, [])
         self._notes += skipped
@@ -168,10 +194,10 @@ class Locator:
             raise ResumeError("\n  ".join([f"run {run_id}: no checkpoint that verifies, {where}", *self._notes]))
         return local
 
-    def _at_run_path(self, run_id: str, path: str) -> Checkpoint | Path:
+    def _at_run_path(self, run_id: str, path: str) -> Saved | Path:
         run_id = self.mirror.training(run_id).run_id
         artifact = PurePosixPath(path)
-        if artifact.suffix != ".pt":
+        if checkpoint.step_of(Path(artifact)) is None and artifact.suffix != ".pt":
             return self._at_uri(f"runs:/{run_id}/{path}")
         local = self._checkpoint_dir / artifact.parent.name / artifact.name
         with contextlib.suppress(CheckpointError):
@@ -181,67 +207,88 @@ class Locator:
                 return found
         return self._fetch(f"runs:/{run_id}/{path}")
 
-    def _at_uri(self, uri: str) -> Checkpoint | Path:
-        if uri.endswith(".pt"):
+    def _at_uri(self, uri: str) -> Saved | Path:
+        if uri.endswith(".pt") or checkpoint.step_of(Path(uri)) is not None:
             return self._fetch(uri)
         self.mirror.client  # noqa: B018 - a store that does not answer is named before anything is made on disk
-        with self._download_folder() as folder:
+        with _download_folder(self._checkpoint_dir) as folder:
             root = self.mirror.download(uri, folder)
             skipped: list[str] = []
             candidates = []
-            for run_dir in sorted({p.parent for p in root.rglob("checkpoint_*.pt")}):
+            for run_dir in sorted({p.parent for p in root.rglob("checkpoint_*") if checkpoint.step_of(p) is not None}):
                 found, reasons = checkpoint.newest(run_dir)
                 skipped += reasons
                 candidates += [(found.manifest.step, found)] if found else []
             if not candidates:
                 raise ResumeError("\n  ".join([f"{uri}: no checkpoint that verifies in it", *skipped]))
             self._notes += skipped
-            return self._put_in_place(max(candidates, key=lambda c: c[0])[1])
+            return _put_in_place(max(candidates, key=lambda c: c[0])[1], self._checkpoint_dir)
 
-    def _fetch(self, uri: str) -> Checkpoint:
+    def _fetch(self, uri: str) -> Saved:
         """Download one checkpoint and its manifest, verify them, and put them where the run left them."""
         self.mirror.client  # noqa: B018
-        with self._download_folder() as folder:
+        with _download_folder(self._checkpoint_dir) as folder:
             path = self.mirror.download(uri, folder)
             with contextlib.suppress(ResumeError):
                 self.mirror.download(uri.removesuffix(".pt") + ".json", folder)
             found = checkpoint.describe(path)
             checkpoint.verify(found)
-            if (tokenizer := found.manifest.tokenizer) is not None:
+            if found.tokenizer is not None:
                 with contextlib.suppress(ResumeError):  # missing, it is asked for when text is read
-                    self.mirror.download(f"{uri.rpartition('/')[0]}/{tokenizer.name}", folder)
-            return self._put_in_place(found)
+                    self.mirror.download(f"{uri.rpartition('/')[0]}/{found.tokenizer.name}", folder)
+            return _put_in_place(found, self._checkpoint_dir)
 
-    def _put_in_place(self, found: Checkpoint) -> Checkpoint:
-        run_dir = self._checkpoint_dir / found.manifest.run_dir
-        for known in checkpoint.list_run(run_dir).checkpoints:
-            other = run_of(known)
-            if None not in (other, found.manifest.mlflow_run_id) and other != found.manifest.mlflow_run_id:
-                raise ResumeError(f"{run_dir}: holds checkpoints of another run ({other}); set another training.checkpoint_dir")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / found.path.name
-        path.with_suffix(".json").unlink(missing_ok=True)
-        found.path.replace(path)
-        found.manifest_path.replace(path.with_suffix(".json"))
-        if (tokenizer := found.manifest.tokenizer) is not None and (fetched := found.path.with_name(tokenizer.name)).is_file():
-            fetched.replace(run_dir / tokenizer.name)
-        return checkpoint.describe(path)
 
-    @contextlib.contextmanager
-    def _download_folder(self) -> Iterator[Path]:
-        """A folder on the file system of the checkpoints that is gone afterwards, with whatever was made for it and left empty."""
-        directory = self._checkpoint_dir
-        made = [p for p in (directory, *directory.parents) if not p.exists()]
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as folder:
-                yield Path(folder)
-        except OSError as error:
-            raise ResumeError(f"{directory}: cannot be written: {reason_of(error)}") from None
-        finally:
-            for folder_made in made:
-                with contextlib.suppress(OSError):
-                    folder_made.rmdir()
+def _put_in_place(found: Saved, checkpoint_dir: Path) -> Saved:
+    """Move a downloaded checkpoint to where its run left it.   Raises ResumeError where another run has that name."""
+    run_dir = checkpoint_dir / found.manifest.run_dir
+    for known in checkpoint.list_run(run_dir).checkpoints:
+        other = run_of(known)
+        if None not in (other, found.manifest.mlflow_run_id) and other != found.manifest.mlflow_run_id:
+            raise ResumeError(f"{run_dir}: holds checkpoints of another run ({other}); set another training.checkpoint_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / found.path.name
+    path.with_suffix(".json").unlink(missing_ok=True)
+    if path.is_dir():  # a damaged snapshot
+        shutil.rmtree(path)
+    found.path.replace(path)
+    found.manifest_path.replace(path.with_suffix(".json"))
+    if found.tokenizer is not None and (fetched := found.path.with_name(found.tokenizer.name)).is_file():
+        fetched.replace(run_dir / found.tokenizer.name)
+    return checkpoint.describe(path)
+
+
+@contextlib.contextmanager
+def _download_folder(directory: Path) -> Iterator[Path]:
+    """A folder on the file system of the checkpoints that is gone afterwards, with whatever was made for it and left empty."""
+    made = [p for p in (directory, *directory.parents) if not p.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ResumeError(f"{directory}: cannot be written: {reason_of(error)}") from None
+    finally:
+        for folder_made in made:
+            with contextlib.suppress(OSError):
+                folder_made.rmdir()
+
+
+def _snapshot_around(path: Path) -> Snapshot | None:
+    """The snapshot whose folder, or a file in whose folder, a path names; None if it is in none.   Raises CheckpointError."""
+    for folder in (path, *path.absolute().parents):
+        if folder.is_dir() and checkpoint.step_of(folder) is not None and folder.with_suffix(".json").is_file():
+            found = checkpoint.describe(folder)
+            checkpoint.verify(found)
+            return found if isinstance(found, Snapshot) else None
+    return None
+
+
+def _of_other_sort(target: str, found: Saved) -> str:
+    """Why a checkpoint is not of the sort that was looked for."""
+    if isinstance(found, Snapshot):
+        return f"{target}: {found.path} holds files of another program; bdh_mlflow.track.find gives their path to that one"
+    return f"{target}: {found.path} is the state of a BDH training; bdh-mlflow train --resume takes it"
 
 
 def _in_full(target: str) -> str:

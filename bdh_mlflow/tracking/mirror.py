@@ -14,13 +14,13 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.checkpoint import Checkpoint, Saved, Snapshot
 from bdh_mlflow.checkpoint.files import PIECE_BYTES
 from bdh_mlflow.files import first_line
 from bdh_mlflow.tracking import store
@@ -28,7 +28,7 @@ from bdh_mlflow.tracking.run_store import RunStore
 
 LARGE_BYTES = 50_000_000  # from here on a failed upload is worth a word about limits
 SAME_HOST_UPLOAD_BYTES_PER_S = 32e6  # to a server on this machine, which receives and writes with the cores that train
-MODEL_TYPE = "bdh-checkpoint"
+MODEL_TYPE, SNAPSHOT_TYPE = "bdh-checkpoint", "checkpoint"
 VAL_LOSS, VAL_BPB = "val/loss", "val/bpb"
 
 
@@ -48,7 +48,7 @@ class _Known:
     """What the store has of this run's checkpoints: of a run that this delivery has made, what was sent; of another one, what it says.
 
     sizes: files of a folder, once it was listed.   models: by step.   uploads: steps with a point `ckpt/upload_s`.   best: artifact path
-    and validation loss of the best checkpoint.   validation: name and digest of the validation text.
+    and score of the best checkpoint.   validation: name and digest of the validation text.
     """
 
     sizes: dict[str, dict[str, int | None]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Mirror:
         self.validation: tuple[str, str] | None = None
         """Name and digest of the validation text, where this delivery has sent them."""
 
-    def store(self, saved: Checkpoint, keep: int | None, evaluation: Callable[[], list[Metric]], *, newest: bool = True) -> None:
+    def store(self, saved: Saved, keep: int | None, evaluation: Callable[[], list[Metric]], *, newest: bool = True) -> None:
         """Mirror a checkpoint, check what arrived, tag it, then prune.   Raises whatever the store does; may be called again.
 
         keep: newest checkpoints that retention keeps.   evaluation: gives the points of the run's validation curves at its step; asked when
@@ -84,11 +84,11 @@ class Mirror:
         started, manifest = time.perf_counter(), saved.manifest
         remote = f"checkpoints/{saved.path.parent.name}"
         manifest_file = saved.manifest_path.read_bytes()  # now: retention or a rewind may come while the file is under way
-        known, self._known = self._known or self._asked(remote), None  # until all of it has gone well
+        known, self._known = self._known or self._asked(saved, remote), None  # until all of it has gone well
         if not self._is_there(saved, manifest_file, remote, known):
             self._run.together(
                 lambda: self._put_beside(saved, remote),
-                *(functools.partial(self._upload, f, said.bytes, remote) for f, said in saved.files),
+                *(functools.partial(self._upload, file, said.bytes, f"{remote}/{name}") for file, name, said in saved.files),
             )
             arrive = functools.partial(self._complete, saved, manifest_file, remote, known)
         else:
@@ -107,7 +107,7 @@ class Mirror:
             self._prune(remote, keep, manifest.step, known)
         self._known = known
 
-    def _asked(self, remote: str) -> _Known:
+    def _asked(self, saved: Saved, remote: str) -> _Known:
         """What the store says."""
         client, run_id, known = self._client, self._run.run_id, _Known()
 
@@ -116,7 +116,7 @@ class Mirror:
             inputs = run.inputs.dataset_inputs if run.inputs else []
             texts = [i.dataset for i in inputs if any(t.value == "validation" for t in i.tags)]
             known.validation = (texts[0].name, texts[0].digest) if texts else None
-            known.best = run.data.tags.get("bdh.best_checkpoint"), _number(run.data.tags.get("bdh.best_val_loss"))
+            known.best = run.data.tags.get("bdh.best_checkpoint"), saved.manifest.score_in(run.data.tags)
             linked.update(output.model_id for output in (run.outputs.model_outputs if run.outputs else []))
 
         linked: set[str] = set()
@@ -124,12 +124,12 @@ class Mirror:
         self._run.together(
             of_the_run,
             lambda: self._list(remote, known),
-            lambda: models.extend(store.models_of(client, self._run.identity.experiment_id, MODEL_TYPE, run_id)),
+            lambda: models.extend(store.models_of(client, self._run.identity.experiment_id, _type_of(saved), run_id)),
             lambda: known.uploads.update(m.step for m in client.get_metric_history(run_id, "ckpt/upload_s")),
         )
         for model in models:
-            evaluated = any(m.key == VAL_LOSS for m in model.metrics or [])
-            found = _Model(model.model_id, model.tags.get("bdh.sha256"), str(model.status) == "READY", model.model_id in linked, evaluated)
+            digest, ready = model.tags.get("bdh.sha256"), str(model.status) == "READY"
+            found = _Model(model.model_id, digest, ready, model.model_id in linked, evaluated=bool(model.metrics))
             known.models[store.whole_number((model.params or {}).get("step"))] = found
         return known
 
@@ -137,84 +137,94 @@ class Mirror:
         known.sizes[remote] = self._artifacts.sizes(remote)
         return known.sizes[remote]
 
-    def _is_there(self, saved: Checkpoint, manifest_file: bytes, remote: str, known: _Known) -> bool:
+    def _size(self, path: str, known: _Known) -> int | None:
+        """Size of a file among the artifacts; None where it is not there, or the store does not tell."""
+        folder, _, name = path.rpartition("/")
+        return (known.sizes[folder] if folder in known.sizes else self._list(folder, known)).get(name)
+
+    def _is_there(self, saved: Saved, manifest_file: bytes, remote: str, known: _Known) -> bool:
         """Whether an earlier attempt has stored this very checkpoint. The manifest of another one goes before its file is replaced."""
         sizes, name = known.sizes.get(remote, {}), saved.manifest_path.name
         if name not in sizes:
             return False
         if self._artifacts.read(f"{remote}/{name}") == manifest_file:
-            return all(sizes.get(file.name) == said.bytes for file, said in saved.files)
+            return all(self._size(f"{remote}/{name}", known) == said.bytes for _, name, said in saved.files)
         with contextlib.suppress(Exception):  # not every store lets files be deleted; it is replaced in a moment anyway
             self._artifacts.delete(f"{remote}/{name}")
         return False
 
-    def _put_beside(self, saved: Checkpoint, remote: str) -> None:
-        """The configuration and the tokenizer beside the checkpoints, once."""
+    def _put_beside(self, saved: Saved, remote: str) -> None:
+        """The files beside the checkpoints, once."""
         if remote not in self._beside:
-            tokenizer = saved.manifest.tokenizer
-            for name in (checkpoint.CONFIG_NAME, *([tokenizer.name] if tokenizer else [])):
+            for name in saved.beside:
                 self._artifacts.put(saved.path.parent / name, remote)
             self._beside.add(remote)
 
-    def _complete(self, saved: Checkpoint, manifest_file: bytes, remote: str, known: _Known) -> None:
+    def _complete(self, saved: Saved, manifest_file: bytes, remote: str, known: _Known) -> None:
         """The manifest, behind its files."""
         self._artifacts.put_text(manifest_file.decode(), f"{remote}/{saved.manifest_path.name}")
         self._verify(saved, len(manifest_file), remote, known)
 
-    def _upload(self, file: Path, size: int, remote: str) -> None:
+    def _upload(self, file: Path, size: int, path: str) -> None:
         if self._artifacts.folder is not None:
-            link_or_copy(file, self._artifacts.folder / remote / file.name)
+            link_or_copy(file, self._artifacts.folder / path)
             return
-        throttled = file.name not in self._begun  # only the first time: there are servers that give a request no more than some seconds
-        self._begun.add(file.name)
+        throttled = path not in self._begun  # only the first time: there are servers that give a request no more than some seconds
+        self._begun.add(path)
         try:
             if throttled and self._artifacts.shares_this_machine(file):
                 with ThrottledFile(file, SAME_HOST_UPLOAD_BYTES_PER_S, self._throttle) as content:
-                    self._artifacts.put_content(content, f"{remote}/{file.name}")
+                    self._artifacts.put_content(content, path)
             else:
-                self._artifacts.put(file, remote)
+                self._artifacts.put(file, str(PurePosixPath(path).parent))
         except FileNotFoundError:
             raise
         except Exception as error:  # each artifact store raises its own kinds
-            if size >= LARGE_BYTES and file.name not in self._warned:
-                self._warned.add(file.name)
+            if size >= LARGE_BYTES and path not in self._warned:
+                self._warned.add(path)
                 self._note(_about_limits(file, size, error))
             raise
 
-    def _verify(self, saved: Checkpoint, manifest_bytes: int, remote: str, known: _Known) -> None:
+    def _verify(self, saved: Saved, manifest_bytes: int, remote: str, known: _Known) -> None:
         """Size everywhere; the digest where the store is a folder here, unless both names are one file."""
-        for file, said in saved.files if self._artifacts.folder is not None else ():
+        for file, name, said in saved.files if self._artifacts.folder is not None else ():
             assert self._artifacts.folder is not None
-            copy = self._artifacts.folder / remote / file.name
+            copy = self._artifacts.folder / remote / name
             if not copy.samefile(file) and checkpoint.file_digest(copy) != said.sha256:
                 copy.unlink()
-                raise OSError(f"{remote}/{file.name} arrived damaged")
-        sizes, tokenizer = self._list(remote, known), saved.manifest.tokenizer
-        expected = [(file.name, said.bytes) for file, said in saved.files] + [(saved.manifest_path.name, manifest_bytes)]
-        for name, size in expected + ([(tokenizer.name, tokenizer.bytes)] if tokenizer else []):
-            if name not in sizes:
-                raise OSError(f"{remote}/{name} did not arrive")
-            if sizes[name] not in (size, None):
-                raise OSError(f"{remote}/{name} arrived with {sizes[name]} of {size} bytes")
+                raise OSError(f"{remote}/{name} arrived damaged")
+        expected = {f"{remote}/{name}": said.bytes for _, name, said in saved.files}
+        expected[f"{remote}/{saved.manifest_path.name}"] = manifest_bytes
+        if saved.tokenizer:
+            expected[f"{remote}/{saved.tokenizer.name}"] = saved.tokenizer.bytes
+        folders = {path.rpartition("/")[0] for path in expected}
+        self._run.together(*(functools.partial(self._list, folder, known) for folder in sorted(folders)))
+        for path, size in expected.items():
+            folder, _, name = path.rpartition("/")
+            if name not in known.sizes[folder]:
+                raise OSError(f"{path} did not arrive")
+            if known.sizes[folder][name] not in (size, None):
+                raise OSError(f"{path} arrived with {known.sizes[folder][name]} of {size} bytes")
 
-    def _pointers(self, saved: Checkpoint, newest: bool, known: _Known) -> dict[str, str]:
+    def _pointers(self, saved: Saved, newest: bool, known: _Known) -> dict[str, str]:
         manifest, (_, lowest) = saved.manifest, known.best
         tags = {"bdh.run_dir": manifest.run_dir} | ({"bdh.latest_checkpoint": manifest.artifact_path} if newest else {})
-        if manifest.val_loss is not None and manifest.val_loss < lowest:
-            known.best = manifest.artifact_path, manifest.val_loss
-            tags |= {"bdh.best_checkpoint": manifest.artifact_path, "bdh.best_val_loss": repr(manifest.val_loss)}
+        if manifest.score is not None and manifest.score < lowest:
+            known.best = manifest.artifact_path, manifest.score
+            tags |= {"bdh.best_checkpoint": manifest.artifact_path, **manifest.score_as_tags()}
         return tags
 
-    def _listed(self, saved: Checkpoint, known: _Known) -> _Model:
+    def _listed(self, saved: Saved, known: _Known) -> _Model:
         """A LoggedModel that points to the checkpoint, so that one search finds the best of all runs. Metadata, not a second copy."""
         client, manifest, run_id = self._client, saved.manifest, self._run.run_id
-        digest = manifest.files[0].sha256
+        digest = manifest.digest
         tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.sha256": digest}
         model = known.models.get(manifest.step)
         if model is None:
-            params = {"step": str(manifest.step), "tokens_seen": str(manifest.tokens_seen)}
-            name = f"bdh-step-{manifest.step}"  # not `checkpoint...`: runs:/ID/NAME would then mean the model
-            made = client.create_logged_model(self._run.identity.experiment_id, name, run_id, tags, params, MODEL_TYPE)
+            params = {"step": str(manifest.step), **_told_of(saved)}
+            # not `checkpoint...`: runs:/ID/NAME would then mean the model
+            name = f"step-{manifest.step}" if isinstance(saved, Snapshot) else f"bdh-step-{manifest.step}"
+            made = client.create_logged_model(self._run.identity.experiment_id, name, run_id, tags, params, _type_of(saved))
             model = known.models[manifest.step] = _Model(made.model_id, digest)
         elif model.sha256 != digest:
             client.set_logged_model_tags(model.model_id, tags)
@@ -238,9 +248,9 @@ class Mirror:
 
     def _prune(self, remote: str, keep: int, up_to: int, known: _Known) -> None:
         """The mirror keeps what retention keeps: the newest `keep` up to this step, and the best."""
-        steps = sorted(s for name in known.sizes[remote] if (s := checkpoint.step_of(Path(name))) is not None and s <= up_to)
-        for step in steps[:-keep]:
-            file = checkpoint.file_name(step)
+        there = {step: name for name in known.sizes[remote] if (step := checkpoint.step_of(Path(name))) is not None and step <= up_to}
+        for step in sorted(there)[:-keep]:
+            file = there[step]
             if known.best[0] == f"{remote}/{file}":
                 continue
             try:
@@ -307,13 +317,18 @@ def link_or_copy(source: Path, target: Path) -> None:
     partial.unlink(missing_ok=True)  # renaming a name of one file onto another name of it does nothing (rename(2))
 
 
-def _number(text: str | None) -> float:
-    """A finite number in a tag; infinity where there is none."""
-    try:
-        value = float(text or "inf")
-    except ValueError:
-        return math.inf
-    return value if math.isfinite(value) else math.inf
+def _type_of(saved: Saved) -> str:
+    return SNAPSHOT_TYPE if isinstance(saved, Snapshot) else MODEL_TYPE
+
+
+def _told_of(saved: Saved) -> dict[str, str]:
+    """What a LoggedModel says of a checkpoint besides its step."""
+    match saved:
+        case Checkpoint(manifest=state):
+            return {"tokens_seen": str(state.tokens_seen)}
+        case Snapshot(manifest=snapshot):
+            return {"name": snapshot.name}
+    return {}
 
 
 def _about_limits(file: Path, size: int, error: Exception) -> str:

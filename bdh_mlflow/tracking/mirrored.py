@@ -14,7 +14,7 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.checkpoint import Checkpoint, Saved
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError, ResumeError
 from bdh_mlflow.files import first_line
@@ -81,12 +81,13 @@ class MirrorReader:
             self._trainings |= {run_id: found, found.run_id: found}
         return self._trainings[run_id]
 
-    def newest_run(self) -> str | None:
-        """Id of the newest run of the experiment with a mirrored checkpoint."""
+    def newest_run(self, sort: type[Saved] = Checkpoint) -> str | None:
+        """Id of the newest run of the experiment with a mirrored checkpoint of a sort."""
         client = self.client
         with store.reported(f"runs of experiment {self._config.experiment} cannot be listed"):
             runs = store.runs_of(client, self._config.experiment)
-        return str(runs[0].info.run_id) if runs else None
+        states = sort is Checkpoint
+        return next((str(run.info.run_id) for run in runs if run.data.tags["bdh.latest_checkpoint"].endswith(".pt") is states), None)
 
     def run_of_job(self, job: str) -> str | None:
         """Id of the run with mirrored checkpoints that a launcher's job has begun; None if there is none.   Raises TrackingError."""
@@ -112,7 +113,7 @@ class MirrorReader:
         """The files of a run.   Raises ResumeError if there is none."""
         return Artifacts(self.training(run_id).artifact_uri, self.client.tracking_uri)
 
-    def fetch(self, run_id: str, path: str, folder: Path) -> Checkpoint:
+    def fetch(self, run_id: str, path: str, folder: Path) -> Saved:
         """Download a mirrored checkpoint with its manifest into `folder` and verify it.   Raises ResumeError or CheckpointError."""
         file = self.download(f"runs:/{run_id}/{path}", folder)
         self.download(f"runs:/{run_id}/{path.removesuffix('.pt')}.json", folder)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from bdh_mlflow.text import Evaluation
+from bdh_mlflow.text import Evaluation, LoggedPoint
 from bdh_mlflow.tracking.status import KnownRun, StoreStatus
 
 FORMAT = 2
@@ -80,7 +80,8 @@ class Segment(_Kind):
     resumed.   wrapper: run that `mlflow run` made for this process.   tracking_uri: credentials masked.   mirror: whether checkpoints are
     mirrored.   keep: newest checkpoints that retention keeps.   audit: metrics that a replayed step must give again to the bit.
     first_step: updates completed before this process.   processes: that train together, on `hosts`, this one being rank 0.   threads: of
-    each, 0 if not known.   reduction: in which order gradients are summed.   job: of the launcher that restarts processes.
+    each, 0 if not known.   reduction: in which order gradients are summed.   job: of the launcher that restarts processes.   source: the
+    program, as MLflow shows it.
     """
 
     kind = "segment"
@@ -106,6 +107,7 @@ class Segment(_Kind):
     threads: int = 0
     reduction: str = ""
     job: str | None = None
+    source: str = "bdh-mlflow train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,36 @@ class CheckpointSaved(_Kind):
         evaluation = e and Evaluation(int(e["step"]), float(e["values"]["val/loss"]), int(e["at_ms"]), each)
         return super().from_json({**tree, "evaluation": evaluation or None})
 
+    @property
+    def points(self) -> tuple[LoggedPoint, ...]:
+        """Those of the evaluation."""
+        return self.evaluation.points if self.evaluation else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotSaved(_Kind):
+    """A snapshot that is safe on disk.   path: absolute.   metrics: of it.   logged_at_ms: time stamp of the point of each."""
+
+    kind = "snapshot"
+    path: str
+    step: int
+    metrics: dict[str, float]
+    logged_at_ms: dict[str, int]
+
+    @property
+    def points(self) -> tuple[LoggedPoint, ...]:
+        """The metrics as points of the run."""
+        return tuple(LoggedPoint(key, value, self.step, self.logged_at_ms[key]) for key, value in self.metrics.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSaved(_Kind):
+    """A file or folder for the run's artifacts.   path: of our copy, relative to the journal's folder.   artifact: where it goes."""
+
+    kind = "artifact"
+    path: str
+    artifact: str
+
 
 @dataclass(frozen=True, kw_only=True)
 class End(_Kind):
@@ -220,14 +252,16 @@ class Unknown:
         return dict(self.fields)
 
 
-JournalRecord = Segment | Points | Params | Tags | Input | Text | CheckpointSaved | End | Unknown
+AnyCheckpoint = CheckpointSaved | SnapshotSaved
+_Known = Segment | Points | Params | Tags | Input | Text | CheckpointSaved | SnapshotSaved | ArtifactSaved | End
+JournalRecord = _Known | Unknown
 
-_RECORDS: dict[str, type[Segment | Points | Params | Tags | Input | Text | CheckpointSaved | End]] = {
-    known.kind: known for known in (Segment, Points, Params, Tags, Input, Text, CheckpointSaved, End)
+_RECORDS: dict[str, type[_Known]] = {
+    known.kind: known for known in (Segment, Points, Params, Tags, Input, Text, CheckpointSaved, SnapshotSaved, ArtifactSaved, End)
 }
 POINTS_LANE = frozenset(r.kind for r in (Segment, Params, Tags, Points, Input, End))
 """Kinds of record that become requests about the run itself."""
-FILES_LANE = frozenset(r.kind for r in (Segment, Text, CheckpointSaved, End))
+FILES_LANE = frozenset(r.kind for r in (Segment, Text, CheckpointSaved, SnapshotSaved, ArtifactSaved, End))
 """Kinds of record that become files among the artifacts."""
 
 

@@ -40,7 +40,7 @@ class Replay:
                 if key in self._audited:
                     self._compare(key, points.step, before.value, value)
         audit = AUDIT, points.step
-        if replayed and (audit not in logged or logged[audit].timestamp == at_ms):
+        if replayed and self._audited and (audit not in logged or logged[audit].timestamp == at_ms):
             logged.setdefault(audit, Metric(AUDIT, self._largest, at_ms, points.step))
             new[AUDIT] = logged[audit].value  # as it was first: the value is part of what tells points apart
         return [Metric(key, value, at_ms, points.step) for key, value in new.items()]

@@ -4,13 +4,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.checkpoint import Checkpoint, Saved
 from bdh_mlflow.config import Config
 from bdh_mlflow.errors import CheckpointError
 from bdh_mlflow.tracking import journal
 
 GRAMMAR = "latest, a path, a run id, runs:/RUN_ID[/checkpoints/.../checkpoint_N.pt] or an artifact URI; RUN:N for its step N"
 """What names a checkpoint, in words (see `locate`)."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a target names.   found: a verified checkpoint of either sort, or a file with weights of another program.   Others: as in
+    `ResolvedCheckpoint`.
+    """
+
+    found: Saved | Path
+    notes: tuple[str, ...]
+    named_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class ResolvedCheckpoint:
         return f"runs:/{self.run_id}/{self.checkpoint.manifest.artifact_path}"
 
 
-def run_of(found: Checkpoint) -> str | None:
+def run_of(found: Saved) -> str | None:
     """The MLflow run of a checkpoint: the one it was saved under, else the one its journal has got since."""
     state = journal.delivered(found.path.parent)
     return found.manifest.mlflow_run_id or (state.run_id if state else None)

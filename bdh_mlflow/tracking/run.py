@@ -9,16 +9,17 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from bdh_mlflow.checkpoint import Checkpoint
+from bdh_mlflow.checkpoint import Saved
 from bdh_mlflow.errors import TrackingError
-from bdh_mlflow.text import Evaluation
+from bdh_mlflow.text import LoggedPoint
 from bdh_mlflow.tracking import segments, store
 from bdh_mlflow.tracking.artifacts import Artifacts
 from bdh_mlflow.tracking.attach import Attaching, Attachment
@@ -30,8 +31,6 @@ from bdh_mlflow.tracking.replay import Replay, points_of
 from bdh_mlflow.tracking.run_store import RunStore
 from bdh_mlflow.tracking.samples import SampleTable
 from bdh_mlflow.tracking.together import AT_ONCE
-
-VALIDATION = "val/loss", "val/bpb"
 
 
 class RemoteRun:
@@ -47,7 +46,7 @@ class RemoteRun:
         self._mirror: Mirror
         self._samples: SampleTable
         self._replay: Replay | None = None
-        self._evaluations: dict[str, dict[int, Metric]] | None = None
+        self._evaluations: dict[str, dict[int, Metric]] = {}
         self._other_segments: Any = None
         self._furthest = 0
         self.attached = threading.Event()
@@ -102,7 +101,7 @@ class RemoteRun:
         self._mirror = Mirror(self._store, self._note, self._throttle, made_here=found.made_here)
         self._samples = SampleTable(self._store, found.run, empty=found.made_here)
         self._replay = Replay(self._logged if found.has_points else None, segment.audit, self._note)
-        self._evaluations = None if found.has_points else {}
+        self._evaluations = {}
         self._other_segments = None
         self.attached.set()
 
@@ -151,33 +150,41 @@ class RemoteRun:
 
     def checkpoint(
         self,
-        saved: Checkpoint,
-        evaluation: Evaluation | None,
+        saved: Saved,
+        evaluation: Sequence[LoggedPoint],
         mirror: bool,
         keep: int | None,
         *,
         newest: bool,
         points_sent: Callable[[], None],
     ) -> None:
-        """Mirror a checkpoint.   mirror: False only tags the run directory.   keep, newest: see `Mirror.store`.   points_sent: waits."""
+        """Mirror a checkpoint.   evaluation: of its step.   mirror: False only tags the run directory.   keep, newest: see `Mirror.store`.
+        points_sent: waits."""
         if not mirror:
             self._client.set_tag(self.run_id, "bdh.run_dir", saved.path.parent.name)
             return
 
         def points() -> list[Metric]:
-            if evaluation is None or not math.isfinite(evaluation.loss):
-                return []
-            points_sent()
-            if self._evaluations is None:
-                self._evaluations = {key: {} for key in VALIDATION}
-                for key, at_step in self._evaluations.items():
-                    at_step.update({m.step: m for m in self._client.get_metric_history(self.run_id, key)})
-            step, at_ms = evaluation.step, evaluation.logged_at_ms
-            now = dict(zip(VALIDATION, (evaluation.loss, evaluation.bits_per_byte), strict=True))
-            there = self._evaluations  # as the store has it: a replayed evaluation has another time stamp
-            return [there.get(key, {}).get(step) or Metric(key, value, at_ms, step) for key, value in now.items()]
+            finite = [p for p in evaluation if math.isfinite(p.value)]
+            if finite:
+                points_sent()
+            return [self._as_logged(point) for point in finite]
 
         self._mirror.store(saved, keep, points, newest=newest and not self._attachment.superseded)
+
+    def _as_logged(self, point: LoggedPoint) -> Metric:
+        """A point as the store has it: a replayed evaluation has another time stamp."""
+        if point.key not in self._evaluations:
+            history = self._client.get_metric_history(self.run_id, point.key) if self._attachment.has_points else ()
+            self._evaluations[point.key] = {m.step: m for m in history}
+        return self._evaluations[point.key].get(point.step) or Metric(point.key, point.value, point.at_ms, point.step)
+
+    def artifact(self, given: Path, artifact: str) -> None:
+        """Upload a file, or the files of a folder.   artifact: the file's or folder's place among the artifacts."""
+        place = PurePosixPath(artifact)
+        files = [(file, place / file.relative_to(given)) for file in sorted(given.rglob("*")) if file.is_file()]
+        for file, target in files if given.is_dir() else [(given, place)]:
+            self._store.artifacts.put(file, "" if target.parent == PurePosixPath() else str(target.parent))
 
     def end(self, status: str) -> None:
         """Set the run's status, which is not this process's to set if another one has gone on with the run."""

@@ -41,6 +41,9 @@ class ThreadSender:
         self._thread.join()
         return self._left
 
+    def disown(self) -> None:
+        """In a forked process, which has none of the threads, there is nothing to give up."""
+
     def _run(self) -> None:
         self._left = self.delivery.run()
 

@@ -63,6 +63,12 @@ class SubprocessSender:
         self._process.wait()
         return self._left
 
+    def disown(self) -> None:
+        """In a forked process, which else would keep the sender from noticing that its trainer is gone."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None and not stream.closed:
+                host.disown(stream.fileno())
+
     def _start(self, prepared: "subprocess.Popen[str] | None" = None) -> "subprocess.Popen[str]":
         process = prepared or _launch()
         assert process.stdin is not None
@@ -105,10 +111,13 @@ class SubprocessSender:
 
 
 class Prepared:
-    """Makes senders, the first of them from a process that is getting ready and makes the first request to the store."""
+    """Makes senders, the first of them from a process that is getting ready and makes the first request to the store.
 
-    def __init__(self) -> None:
-        self._ready: subprocess.Popen[str] | None = _launch()
+    without: variables of the environment that it is not to see.
+    """
+
+    def __init__(self, without: tuple[str, ...] = ()) -> None:
+        self._ready: subprocess.Popen[str] | None = _launch(without)
 
     def __call__(self, folder: Callable[[], Path], uri: str, on_message: OnMessage) -> SubprocessSender:
         """Start a sender; see `MakeSender`."""
@@ -141,9 +150,9 @@ class Prepared:
 
 
 @contextlib.contextmanager
-def prepared() -> Iterator[Prepared]:
-    """A process that gets ready while the body does; it becomes the first sender that is made, or ends."""
-    senders = Prepared()
+def prepared(without: tuple[str, ...] = ()) -> Iterator[Prepared]:
+    """A process that gets ready while the body does; it becomes the first sender that is made, or ends.   without: see `Prepared`."""
+    senders = Prepared(without)
     try:
         yield senders
     finally:
@@ -169,8 +178,9 @@ def _probed_here(tracking: TrackingConfig, continues: str | None) -> StoreStatus
     return store.probe_store(tracking, continues)
 
 
-def _launch() -> "subprocess.Popen[str]":
-    environment = {name: value for name, value in os.environ.items() if name != RETRIES or RETRIES_GIVEN}  # else it is our own choice
+def _launch(without: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    hidden = without if RETRIES_GIVEN else (*without, RETRIES)  # else that is our own choice
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     command = host.python_module("bdh_mlflow.tracking.sender")
     return subprocess.Popen(  # in a session of its own: Ctrl-C is for the trainer
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -17,9 +17,10 @@ from bdh_mlflow.config.settings import LONGEST_TAG
 from bdh_mlflow.errors import SaveError, TrackingError
 from bdh_mlflow.files import reason_of
 from bdh_mlflow.redact import masked
-from bdh_mlflow.text import Evaluation, Sample, storable
+from bdh_mlflow.text import Evaluation, LoggedPoint, Sample, shortened, storable
 from bdh_mlflow.tracking.journal import Journal
 from bdh_mlflow.tracking.records import (
+    ArtifactSaved,
     Attached,
     CheckpointSaved,
     End,
@@ -33,6 +34,7 @@ from bdh_mlflow.tracking.records import (
     Refused,
     RunIdentity,
     Segment,
+    SnapshotSaved,
     Tags,
     Text,
 )
@@ -48,6 +50,9 @@ class SenderHandle(Protocol):
 
     def close(self) -> int | None:
         """Nothing more will be appended: deliver.   Returns how many records could not be sent; None if nobody knows."""
+
+    def disown(self) -> None:
+        """In a forked process: this one is its parent's."""
 
 
 MakeSender = Callable[[Callable[[], Path], str, OnMessage], SenderHandle]
@@ -153,9 +158,27 @@ class Tracker:
         """A checkpoint that is safe on disk: it is mirrored, verified, and only then tagged as the latest.   evaluation: of its step."""
         self._journal.append(CheckpointSaved(path=str(path.absolute()), evaluation=evaluation))
 
+    def snapshot(self, path: Path, step: int, points: Sequence[LoggedPoint]) -> None:
+        """The same of files that another program wrote.   points: of their metrics among those of the run."""
+        metrics, times = {p.key: p.value for p in points}, {p.key: p.at_ms for p in points}
+        self._journal.append(SnapshotSaved(path=str(path.absolute()), step=step, metrics=metrics, logged_at_ms=times))
+
+    def artifact(self, path: str, artifact: str) -> None:
+        """A file or folder for the artifacts.   path: of a copy beside the journal.   artifact: where it goes."""
+        self._journal.append(ArtifactSaved(path=path, artifact=artifact))
+
+    def mark(self, status: str, tags: Mapping[str, str], step: int | None) -> None:
+        """How the run has ended, once everything recorded so far is sent; what is recorded later is sent as well."""
+        self._journal.append(End(status=status, tags=_outgoing_tags(tags), step=step))
+
+    def disown(self) -> None:
+        """In a forked process: the run is its parent's."""
+        self._journal.disown()
+        self.sender.disown()
+
     def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
         """Deliver what is left and set the run's status (FINISHED, FAILED, KILLED).   Returns how many records still wait."""
-        self._journal.append(End(status=status, tags=_outgoing_tags(tags), step=step))
+        self.mark(status, tags, step)
         unwritten = self._journal.close()
         if unwritten:
             self._note(f"tracking: lost: {unwritten:,} bytes of the journal could not be written to disk")
@@ -212,6 +235,18 @@ class NullTracker:
     def checkpoint(self, path: Path, evaluation: Evaluation | None) -> None:
         """Nothing."""
 
+    def snapshot(self, path: Path, step: int, points: Sequence[LoggedPoint]) -> None:
+        """Nothing."""
+
+    def artifact(self, path: str, artifact: str) -> None:
+        """Nothing."""
+
+    def mark(self, status: str, tags: Mapping[str, str], step: int | None) -> None:
+        """Nothing."""
+
+    def disown(self) -> None:
+        """Nothing."""
+
     def close(self, status: str, tags: Mapping[str, str], step: int | None) -> int:
         """Nothing is left."""
         return 0
@@ -223,13 +258,7 @@ def _outgoing(text: str) -> str:
 
 
 def _outgoing_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {key: _shortened(_outgoing(value)) for key, value in tags.items()}
-
-
-def _shortened(text: str) -> str:
-    """What MLflow takes as a tag; the end of a longer text says how long it was."""
-    end = f"... ({len(text):,} characters)"
-    return text if len(text) <= LONGEST_TAG else text[: LONGEST_TAG - len(end)] + end
+    return {key: shortened(_outgoing(value), LONGEST_TAG) for key, value in tags.items()}
 
 
 def _as_text(value: object) -> str:

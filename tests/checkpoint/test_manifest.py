@@ -28,7 +28,9 @@ def saved_with(folder: Path, number: int, **fields: Any) -> checkpoint.Checkpoin
         "run_dir": folder.name, "artifact_path": "", "saved_at": "",
     }  # fmt: skip
     path.with_suffix(".json").write_text(json.dumps({**usual, **fields}))
-    return checkpoint.describe(path)
+    found = checkpoint.describe(path)
+    assert isinstance(found, checkpoint.Checkpoint)
+    return found
 
 
 def test_all_files_of_a_manifest_belong_to_the_checkpoint(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_weights_are_those_of_the_evaluation_and_the_card_says_where_they_come_f
         assert not torch.equal(model.encoder, own.model.encoder), "rounded to 4 bits"
     (saved,) = Path("checkpoints").glob("*/checkpoint_3.pt")
     manifest, card = checkpoint.describe(saved).manifest, (folder / "README.md").read_text()
+    assert isinstance(manifest, checkpoint.Manifest)
     for part in (
         manifest.mlflow_run_id,
         manifest.data_digest,

@@ -10,6 +10,7 @@ from bdh_mlflow.text import Evaluation
 from bdh_mlflow.tracking import records
 from bdh_mlflow.tracking.records import (
     Alive,
+    ArtifactSaved,
     Attached,
     CheckpointSaved,
     End,
@@ -24,6 +25,7 @@ from bdh_mlflow.tracking.records import (
     Progress,
     Refused,
     RunIdentity,
+    SnapshotSaved,
     Tags,
     Text,
     Unknown,
@@ -42,6 +44,8 @@ RECORDS: list[JournalRecord] = [
     Text(artifact="samples/step_1.txt", text="t", rows=[ROW]),
     CheckpointSaved(path="/c.pt", evaluation=Evaluation(3, 1.5, 7)),
     CheckpointSaved(path="/c.pt", evaluation=None),
+    SnapshotSaved(path="/checkpoint_3", step=3, metrics={"loss": 1.5}, logged_at_ms={"loss": 7}),
+    ArtifactSaved(path="artifacts/a", artifact="a"),
     End(status="FINISHED", tags={}, step=None),
     Unknown(kind="hologram", fields={"depth": 3}),
 ]

@@ -1,0 +1,240 @@
+"""Files that another program wrote, taken as a checkpoint: as they are at one moment, whatever happens to them afterwards.
+
+`take` is what a training loop waits for: it copies the files into the run directory, which on file systems that clone costs no time (XFS,
+btrfs). Of files that nobody will write into again it only links them, and `complete` copies behind the loop; deleting or replacing them is
+harmless meanwhile, because a link holds the bytes. Every file of a snapshot is our own in the end: the mirror links to it, and a program
+that writes into its files once more must change neither. `complete` also digests and syncs the files, and writes the manifest last.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from bdh_mlflow.checkpoint.files import PIECE_BYTES, Throttle
+from bdh_mlflow.checkpoint.manifest import FileRecord, SnapshotManifest
+from bdh_mlflow.checkpoint.saved import PARTIAL, Snapshot
+from bdh_mlflow.errors import InputError
+from bdh_mlflow.files import atomic_write
+from bdh_mlflow.text import is_storable
+
+UNLINKED = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
+"""Why a file can be read and not linked: another file system, or one without links."""
+
+
+@dataclass(frozen=True)
+class SnapshotOrigin:
+    """What manifests say of where snapshots come from, the same for every one of a process; see `CommonManifest` and `SnapshotManifest`."""
+
+    segment: int
+    git_commit: str | None
+    git_dirty: bool | None
+    versions: dict[str, str]
+    best: str | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class _TakenFile:
+    """A file in the snapshot's folder.   linked: size and time of change (ns) of the owner's file that it still is, None for a copy."""
+
+    name: str
+    linked: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A snapshot without digests and manifest.   folder: where its files are, `checkpoint_N.partial`.   given: what its owner named."""
+
+    step: int
+    given: Path
+    is_folder: bool
+    folder: Path
+    files: tuple[_TakenFile, ...]
+
+
+def take(given: Path, run_dir: Path, step: int, *, written_once: bool) -> Taken:
+    """The files of `given` as they are now.   written_once: nobody will write into them again.
+
+    Raises InputError for what is no checkpoint: a path that is not there, an empty folder, anything but files and folders; OSError.
+    """
+    files, is_folder = list(_files_of(given)), given.is_dir()
+    folder = run_dir / f"checkpoint_{step}{PARTIAL}"
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        taken = tuple(_taken(path, folder, name, written_once) for name, path in files)
+    except FileNotFoundError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"{given}: {error.filename} vanished while the checkpoint was taken; delete files after `checkpoint` has returned"
+        ) from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Taken(step, given, is_folder, folder, taken)
+
+
+def complete(
+    taken: Taken, origin: SnapshotOrigin, metrics: Mapping[str, float], run_id: str | None, saved_at: datetime, throttle: Throttle
+) -> Snapshot:
+    """Make a checkpoint of it.   metrics: of this checkpoint, of which finite ones are kept.   throttle: called between pieces.
+
+    Raises OSError, and InputError where a linked file was written into meanwhile; then nothing of it is left.
+    """
+    target = taken.folder.with_suffix("")
+    try:
+        records = tuple(_completed(taken, file, throttle) for file in taken.files)
+        for folder in {taken.folder, *((taken.folder / file.name).parent for file in taken.files)}:
+            _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(taken.folder, ignore_errors=True)
+        raise
+    manifest = SnapshotManifest(
+        step=taken.step,
+        files=records,
+        run_dir=target.parent.name,
+        artifact_path=f"checkpoints/{target.parent.name}/{target.name}",
+        saved_at=saved_at.isoformat(timespec="microseconds"),
+        mlflow_run_id=run_id,
+        segment=origin.segment,
+        git_commit=origin.git_commit,
+        git_dirty=origin.git_dirty,
+        versions=origin.versions,
+        name=taken.given.name,
+        is_folder=taken.is_folder,
+        metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+        best=origin.best,
+        higher_is_better=origin.higher_is_better,
+    )
+    snapshot = Snapshot(target, manifest)
+    snapshot.manifest_path.unlink(missing_ok=True)  # of the same step before: never beside other files than its own
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(target)
+    taken.folder.rename(target)
+    atomic_write(snapshot.manifest_path, json.dumps(manifest.to_json(), indent=1, allow_nan=False).encode())
+    return snapshot
+
+
+def copy_of(given: Path, target: Path) -> None:
+    """A copy of a file, or of a folder with all its files, at a place where there is nothing yet, or older files of it.
+
+    Raises InputError for what is neither, OSError.
+    """
+    files, is_folder = list(_files_of(given)), given.is_dir()
+    for name, path in files:
+        file = target / name if is_folder else target
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}{PARTIAL}")
+        _copy(path, partial)
+        partial.replace(file)  # never into one that may be under way
+
+
+def _files_of(given: Path) -> Iterator[tuple[str, Path]]:
+    """Names, with `/`, and paths of the files of a file or folder; links are followed, but not round in a circle."""
+    if not given.exists():
+        raise InputError(f"{given}: no such file or folder (looked in {Path.cwd()})")
+    if not given.is_dir():
+        yield _checked(given.name, given), given
+        return
+    found, above = False, {given.resolve()}
+    for root, folders, names in os.walk(given, followlinks=True):
+        for folder in list(folders):
+            path = Path(root, folder)
+            if path.is_symlink():
+                if path.resolve() in above or given.resolve().is_relative_to(path.resolve()):
+                    folders.remove(folder)
+                above.add(path.resolve())
+        for name in sorted(names):
+            path, found = Path(root, name), True
+            yield _checked(path.relative_to(given).as_posix(), path), path
+    if not found:
+        raise InputError(f"{given}: an empty folder, which is no checkpoint")
+
+
+def _checked(name: str, path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: a link that leads nowhere") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file, which alone can be kept")
+    if not is_storable(name):
+        raise InputError(f"{str(path)!a}: not every artifact store takes such a name; rename it")
+    return name
+
+
+def _taken(path: Path, folder: Path, name: str, written_once: bool) -> _TakenFile:
+    place = folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if written_once:
+        try:
+            os.link(path.resolve(), place)
+        except OSError as error:
+            if error.errno not in UNLINKED:
+                raise
+        else:
+            now = place.stat()
+            return _TakenFile(name, (now.st_size, now.st_mtime_ns))
+    _copy(path, place)
+    return _TakenFile(name, None)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file within the kernel, which clones it where the file system can."""
+    with source.open("rb") as read, target.open("wb") as write:
+        with contextlib.suppress(OSError, AttributeError):  # other file systems, other systems: what is left is copied as usual
+            while os.copy_file_range(read.fileno(), write.fileno(), 1 << 30):
+                pass
+        at = os.fstat(write.fileno()).st_size
+        read.seek(at)
+        write.seek(at)
+        shutil.copyfileobj(read, write, 1 << 20)
+
+
+def _completed(taken: Taken, file: _TakenFile, throttle: Throttle) -> FileRecord:
+    """Digest and sync a file; a link becomes a copy meanwhile."""
+    place = taken.folder / file.name
+    own = place.with_name(place.name + PARTIAL) if file.linked else None
+    digest, size = hashlib.sha256(), 0
+    with place.open("rb") as read, own.open("wb") if own else contextlib.nullcontext() as write:
+        while True:
+            began = time.perf_counter()
+            piece = read.read(PIECE_BYTES)
+            if not piece:
+                break
+            digest.update(piece)
+            size += len(piece)
+            if write is not None:
+                write.write(piece)
+            throttle(time.perf_counter() - began)
+        if write is not None:
+            write.flush()
+        os.fsync((read if write is None else write).fileno())
+        after = os.fstat(read.fileno())
+    if own is not None:
+        if (after.st_size, after.st_mtime_ns) != file.linked or size != after.st_size:
+            raise InputError(
+                f"{taken.given}: {file.name} was written into before it was copied, so step {taken.step} is no checkpoint; "
+                f"give each checkpoint files of its own, or leave `written_once` out"
+            )
+        own.replace(place)
+    return FileRecord(file.name, size, digest.hexdigest())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""The Hugging Face Trainer, tracked: a callback in place of its own for MLflow (`report_to="none", callbacks=[TrackCallback()]`).
+
+Metrics have the names that its own gives them. Checkpoint folders are taken as they are saved, and mirrored behind the loop. Each of them
+says in its trainer_state.json which run it is of, so that `train(resume_from_checkpoint=...)` goes on in that run.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from bdh_mlflow import redact
+from bdh_mlflow.errors import InputError, SaveError
+from bdh_mlflow.track import endings
+from bdh_mlflow.track.begin import Origin, begin, say
+from bdh_mlflow.track.later import find
+from bdh_mlflow.track.run import Run
+from bdh_mlflow.track.settings import Settings, flat, settings_of
+
+_UNUSUAL = re.compile(r"[^0-9A-Za-z_\-\.\ :/]")  # what its own callback replaces in names of metrics
+
+
+class TrackCallback(TrainerCallback, ExportableState):
+    """Tracks what a Trainer does, on the first process of a group.
+
+    settings: or the name of the experiment alone. `name` and `best` are those of the TrainingArguments (run_name, metric_for_best_model,
+    greater_is_better) where they are not set here.   params: logged besides the model's configuration and the TrainingArguments.
+    resume: a checkpoint of a run to go on with, see `track.run`; give `resume_from_checkpoint` to `train`. Without it a training that
+    begins from a folder which this callback has tracked goes on in its run.   note: called with lines for the user.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | str | None = None,
+        *,
+        params: Mapping[str, object] | None = None,
+        resume: str | Path | None = None,
+        note: endings.Say = say,
+    ) -> None:
+        self._settings, self._params, self._note = settings_of(settings), flat(params or {}), note
+        self.resume_from_checkpoint = str(find(resume, self._settings, note=note)) if resume is not None else None
+        """Folder of the checkpoint that `resume` names, for `Trainer.train`; None without one."""
+        self._resume = self.resume_from_checkpoint
+        self.run: Run | None = None
+        """The run, from the beginning of training on; None on other processes than the first."""
+        self._skipped: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json is to hold: settings without secrets, and which run this is."""
+        settings = dataclasses.asdict(self._settings) | {"folder": str(self._settings.folder), "tags": dict(self._settings.tags)}
+        if settings["tracking_uri"] and redact.masked(settings["tracking_uri"]) != settings["tracking_uri"]:
+            settings["tracking_uri"] = None
+        run = {"run_id": self.run.id, "run_dir": self.run.made_directory().name} if self.run else {}
+        return {"args": {"settings": settings}, "attributes": run}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "TrackCallback":
+        """The inverse, for `restore_callback_states_from_checkpoint`."""
+        return cls(Settings(**state["args"]["settings"]))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begin the run, or go on with the one that the checkpoint is of."""
+        if state.is_world_process_zero:
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint made without this callback has none
+            if self.run is not None and self.run.marked and not self.run.ended:
+                self.run.end()  # of the training before
+            self._open(args, state, kwargs.get("model"))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Points of what the Trainer logs."""
+        if state.is_world_process_zero:
+            points = {
+                _UNUSUAL.sub("_", key): value for key, each in kwargs["logs"].items() if (value := self._number(key, each)) is not None
+            }
+            self._open(args, state, kwargs.get("model")).metrics(points, state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the checkpoint, once every process has written its part."""
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if self.run is None or not state.is_world_process_zero:
+            return
+        logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
+        metrics = {k: v for entry in logged for k, v in entry.items() if k.startswith("eval_") and isinstance(v, int | float)}
+        metrics = {_UNUSUAL.sub("_", key): value for key, value in metrics.items()}
+        try:
+            self.run.checkpoint(_folder_of(args, state), state.global_step, metrics, written_once=True)
+        except (InputError, SaveError) as error:  # training is worth more than its mirror
+            self._note(f"track: step {state.global_step} is not tracked: {error}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After a signal that is held: save, and stop training."""
+        if self.run is not None and self.run.stop_requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The run has finished; it stays open for an evaluation after it, and ends with the program or the next training."""
+        if self.run is not None:
+            with contextlib.suppress(InputError, SaveError) if self.run.stop_requested else contextlib.nullcontext():
+                self.run.end() if self.run.stop_requested else self.run.mark()
+
+    def _open(self, args: TrainingArguments, state: TrainerState, model: Any) -> Run:
+        """The run; begun, if there is none that is open."""
+        if self.run is None or self.run.ended:
+            if self._settings.signals and args.world_size > 1:
+                raise InputError("track.Settings: signals=True holds the signals of one process, and this is a group; leave it out")
+            config: Any = getattr(model, "config", None)
+            params = {**(config.to_dict() if hasattr(config, "to_dict") else {}), **args.to_dict(), **self._params}
+            self.run = begin(self._filled(args), flat(params), self._origin(state), self._note)
+            self._resume = None
+        return self.run
+
+    def _filled(self, args: TrainingArguments) -> Settings:
+        """The settings, and what the TrainingArguments say of the same."""
+        settings, best = self._settings, args.metric_for_best_model
+        if settings.name is None and args.run_name:
+            settings = dataclasses.replace(settings, name=args.run_name)
+        if settings.best is None and best:
+            best = best if best.startswith("eval_") else f"eval_{best}"
+            settings = dataclasses.replace(settings, best=best, higher_is_better=bool(args.greater_is_better))
+        return settings
+
+    def _origin(self, state: TrainerState) -> str | Origin | None:
+        """What the run goes on from."""
+        if self._resume is not None:
+            return self._resume
+        told = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        told = told[-1] if isinstance(told, list) else told
+        run = told.get("attributes", {})
+        return Origin.of_run(run.get("run_id"), run.get("run_dir"), state.global_step) if run else None
+
+    def _number(self, key: str, value: object) -> float | None:
+        """What is logged as a number; None for others, which are named once."""
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            return float(value)
+        if key not in self._skipped:
+            self._skipped.add(key)
+            self._note(f"track: {key} is no number ({type(value).__name__}) and is not logged")
+        return None
+
+
+def _folder_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder that the Trainer has just saved; in a search for hyperparameters each trial has one of its own."""
+    folder, name = Path(args.output_dir), f"checkpoint-{state.global_step}"
+    if state.is_hyper_param_search and (trials := sorted(folder.glob(f"run-*/{name}"), key=os.path.getmtime)):
+        return trials[-1]
+    return folder / name
