@@ -52,6 +52,10 @@ class TrackCallback(TrainerCallback, ExportableState):
         """The run, from the beginning of training on; None on other processes than the first."""
         self._skipped: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, as searches for hyperparameters start them: what it was made with."""
+        return self.__dict__ | {"run": None}
+
     def state(self) -> dict[str, Any]:
         """What trainer_state.json is to hold: settings without secrets, and which run this is."""
         settings = dataclasses.asdict(self._settings) | {"folder": str(self._settings.folder), "tags": dict(self._settings.tags)}

@@ -282,7 +282,7 @@ class Run:
         metrics = {p.key: p.value for p in points}
         saved = parts.directory.complete(taken, self._origin, metrics, self.id or parts.likely_run, throttle)
         self._tracker.metrics({"ckpt/save_s": time.perf_counter() - began}, taken.step)
-        self._tracker.snapshot(saved.path, taken.step, points)
+        self._tracker.snapshot(saved.path, points)
         try:
             for old in checkpoint.expired(parts.directory.path, parts.settings.keep, taken.step):
                 checkpoint.remove(old)

@@ -207,18 +207,18 @@ class CheckpointSaved(_Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotSaved(_Kind):
-    """A snapshot that is safe on disk.   path: absolute.   metrics: of it.   logged_at_ms: time stamp of the point of each."""
+    """A snapshot that is safe on disk.   path: absolute.   metrics: of it.   steps, logged_at_ms: of the point of each."""
 
     kind = "snapshot"
     path: str
-    step: int
     metrics: dict[str, float]
+    steps: dict[str, int]
     logged_at_ms: dict[str, int]
 
     @property
     def points(self) -> tuple[LoggedPoint, ...]:
         """The metrics as points of the run."""
-        return tuple(LoggedPoint(key, value, self.step, self.logged_at_ms[key]) for key, value in self.metrics.items())
+        return tuple(LoggedPoint(key, value, self.steps[key], self.logged_at_ms[key]) for key, value in self.metrics.items())
 
 
 @dataclass(frozen=True, kw_only=True)

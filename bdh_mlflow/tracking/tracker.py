@@ -158,10 +158,10 @@ class Tracker:
         """A checkpoint that is safe on disk: it is mirrored, verified, and only then tagged as the latest.   evaluation: of its step."""
         self._journal.append(CheckpointSaved(path=str(path.absolute()), evaluation=evaluation))
 
-    def snapshot(self, path: Path, step: int, points: Sequence[LoggedPoint]) -> None:
+    def snapshot(self, path: Path, points: Sequence[LoggedPoint]) -> None:
         """The same of files that another program wrote.   points: of their metrics among those of the run."""
-        metrics, times = {p.key: p.value for p in points}, {p.key: p.at_ms for p in points}
-        self._journal.append(SnapshotSaved(path=str(path.absolute()), step=step, metrics=metrics, logged_at_ms=times))
+        values, steps, times = ({p.key: getattr(p, name) for p in points} for name in ("value", "step", "at_ms"))
+        self._journal.append(SnapshotSaved(path=str(path.absolute()), metrics=values, steps=steps, logged_at_ms=times))
 
     def artifact(self, path: str, artifact: str) -> None:
         """A file or folder for the artifacts.   path: of a copy beside the journal.   artifact: where it goes."""
@@ -235,7 +235,7 @@ class NullTracker:
     def checkpoint(self, path: Path, evaluation: Evaluation | None) -> None:
         """Nothing."""
 
-    def snapshot(self, path: Path, step: int, points: Sequence[LoggedPoint]) -> None:
+    def snapshot(self, path: Path, points: Sequence[LoggedPoint]) -> None:
         """Nothing."""
 
     def artifact(self, path: str, artifact: str) -> None:

@@ -44,7 +44,7 @@ RECORDS: list[JournalRecord] = [
     Text(artifact="samples/step_1.txt", text="t", rows=[ROW]),
     CheckpointSaved(path="/c.pt", evaluation=Evaluation(3, 1.5, 7)),
     CheckpointSaved(path="/c.pt", evaluation=None),
-    SnapshotSaved(path="/checkpoint_3", step=3, metrics={"loss": 1.5}, logged_at_ms={"loss": 7}),
+    SnapshotSaved(path="/checkpoint_3", metrics={"loss": 1.5}, steps={"loss": 2}, logged_at_ms={"loss": 7}),
     ArtifactSaved(path="artifacts/a", artifact="a"),
     End(status="FINISHED", tags={}, step=None),
     Unknown(kind="hologram", fields={"depth": 3}),
