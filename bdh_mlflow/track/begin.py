@@ -19,7 +19,8 @@ from bdh_mlflow.checkpoint import RunDirectory, Snapshot, SnapshotOrigin
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError, ResumeError
 from bdh_mlflow.track import endings
-from bdh_mlflow.track.run import Parts, Run
+from bdh_mlflow.track.open import Parts
+from bdh_mlflow.track.run import Run
 from bdh_mlflow.track.settings import Settings, flat, settings_of
 from bdh_mlflow.track.signals import HeldSignals
 from bdh_mlflow.tracking import journal, system_metrics

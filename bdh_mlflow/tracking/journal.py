@@ -49,8 +49,7 @@ BLOCK_BYTES = 1 << 20
 _as_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each record
 _POINTS = b'{"kind":"points",'
 _LOSS = b'"train/loss":'
-_BESIDE = re.compile(rb'"values":{"(system|ckpt|tracker)/')
-"""Metrics about the machine and about ourselves, whose steps come in another order."""
+_BESIDE = re.compile(rb'"values":{"(system|ckpt|tracker)/')  # of the machine and of ourselves: their steps come in another order
 
 
 class Entry(NamedTuple):
