@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from scripts import browser
 from scripts.servers import serving
 from tests.conftest import run_cli, train
+from tests.track.test_loops import STACKS, last_run, run_loop
 
 
 @pytest.mark.slow  # a server and a browser: MLflow's pages really show what we log
@@ -26,6 +27,26 @@ def test_pages_show_runs_curves_samples_comparison_and_model(
         experiment = server.client.get_experiment_by_name("bdh").experiment_id
         (one,) = [run.info.run_id for run in server.client.search_runs([experiment]) if run.info.run_name == "one"]
         _check_pages(server.uri, one, server.client)
+
+
+@pytest.mark.slow  # three loops, a server and a browser: runs of `track` have the pages that ours have
+@pytest.mark.skipif(browser.chromium() is None, reason="no chromium (Debian: apt-get install --no-install-recommends chromium)")
+def test_pages_show_the_runs_of_other_loops(empty_store: Path, tmp_path: Path) -> None:
+    with serving(empty_store, tmp_path / "server") as server:
+        for stack in STACKS:
+            assert run_loop(stack, "none", server.uri).returncode == 0
+            run = last_run(server.client, stack)
+            folder = run.data.tags["bdh.run_dir"]
+            with browser.touring(server.uri, run.info.run_id) as tour:
+                page = tour.page
+                tour.runs()
+                expect(page.get_by_role("link", name=run.info.run_name, exact=True)).to_be_visible()
+                tour.charts()  # with curves in them
+                tour.artifact("checkpoints", folder, "checkpoint_40.json")
+                expect(page.get_by_text('"kind": "snapshot"').first).to_be_visible()
+                expect(page.get_by_text("checkpoint_40", exact=True)).to_be_visible()
+                for tab in ("Overview", "Model metrics", "System metrics", "Artifacts"):
+                    expect(page.get_by_role("tab", name=tab)).to_be_visible()
 
 
 def _check_pages(uri: str, run_id: str, client: MlflowClient) -> None:

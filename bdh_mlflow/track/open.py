@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from bdh_mlflow.checkpoint import RunDirectory, Snapshot, SnapshotOrigin
 from bdh_mlflow.errors import InputError, SaveError
@@ -47,6 +47,7 @@ class OpenRun:
         self._tracker = parts.tracker
         self._taking = Taking(Place(parts.directory, parts.tracker, parts.likely_run, parts.settings.keep, parts.note), parts.origin)
         self._last: dict[str, LoggedPoint] = {}
+        self._params: dict[str, Any] = {}
         self._step = self.first_step
         self._ended: str | None = None
         self._marked: Ending | None = None

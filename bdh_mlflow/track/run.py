@@ -12,7 +12,7 @@ from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.files import reason_of
 from bdh_mlflow.text import LoggedPoint, Sample
 from bdh_mlflow.track.open import OpenRun
-from bdh_mlflow.track.settings import checked_name, checked_step, checked_values, flat
+from bdh_mlflow.track.settings import LONGEST_NAME, checked_name, checked_step, checked_values, flat
 from bdh_mlflow.tracking.records import RunIdentity
 
 ARTIFACTS = "artifacts"
@@ -39,10 +39,19 @@ class Run(OpenRun):
             self._log(numbers, at)
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Settings of the run; mappings in it are flattened with dots. Each is written once: what the run has already stays."""
+        """Settings of the run; mappings in it are flattened with dots.
+
+        MLflow takes each once: what the run has already stays, and a tag `drift.<name>` says what it was to become.
+        """
         given = flat(values)
         self._check_open()
-        self._tracker.params(given)
+        new = {key: value for key, value in given.items() if key not in self._params}
+        changed = {key: value for key, value in given.items() if self._params.get(key, value) != value}
+        self._params |= new
+        if new:
+            self._tracker.params(new)
+        if changed:
+            self._tracker.tags({f"drift.{key}"[:LONGEST_NAME]: f"{self._params[key]} -> {value}" for key, value in changed.items()})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run; later values replace earlier ones."""

@@ -201,6 +201,19 @@ def test_a_run_belongs_to_its_process(store: MlflowClient, tmp_path: Path) -> No
     assert store.get_run(run.id).info.status == "FINISHED"
 
 
+def test_params_are_written_once_and_changes_are_tagged(store: MlflowClient) -> None:
+    notes: list[str] = []
+    with tracked(notes=notes, params={"lr": 0.1}) as run:
+        run.params({"lr": 0.1, "net": {"alpha": [1, 2]}})
+        run.params({"lr": 0.2, "net": {"alpha": torch.tensor([1, 2])}})
+    kept = store.get_run(run.id)
+    assert kept.data.params == {"lr": "0.1", "net.alpha": "[1, 2]"}
+    assert {k: v for k, v in kept.data.tags.items() if k.startswith("drift.")} == {
+        "drift.lr": "0.1 -> 0.2", "drift.net.alpha": "[1, 2] -> tensor([1, 2])",
+    }  # fmt: skip
+    assert not any("refused" in note for note in notes)
+
+
 def test_steps_may_go_backwards(store: MlflowClient) -> None:
     with tracked() as run:
         for step in (5, 2, 5):
