@@ -139,13 +139,21 @@ def checkpoints_verify(ctx: click.Context, target: str | None, config_path: str)
 def checkpoints_pull(target: str, config_path: str) -> None:
     """Download the checkpoint that TARGET names (a run id, runs:/..., an artifact URI), verify it and print its path.
 
-    It is stored under the checkpoint directory, in the run directory that it was saved in.
+    It is stored under the checkpoint directory, in the run directory that it was saved in. What another program has saved with
+    bdh_mlflow.track is the file or folder that it gave.
     """
+    from bdh_mlflow.checkpoint import Saved, Snapshot
     from bdh_mlflow.tracking import locate
 
     config = read_config(config_path)
-    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking).find(target)
-    click.echo(str(found.path))
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking, Saved).locate(target).found
+    match found:
+        case Snapshot(content=content):
+            click.echo(str(content))
+        case Saved(path=path):
+            click.echo(str(path))
+        case _:
+            click.echo(str(found))
 
 
 @checkpoints.command("export")

@@ -202,5 +202,5 @@ def _last_line(identity: RunIdentity | None, ending: Ending, step: int, left: in
     where = f"run {identity.name} ({identity.run_id})" if identity else "a run that the store has not named yet"
     line = f"track: {where}: {ending.status} after step {step:,}"
     if left or identity is None:
-        return f"{line}; {left:,} records wait in {shown(folder)}; deliver them: bdh-mlflow sync {shown(folder.parent)}"
+        return f"{line}; {left:,} records wait in {shown(folder)}; deliver them: bdh-mlflow sync {shown(folder)}"
     return f"{line}; {'' if identity.on_server else 'mlflow ui, then '}{identity.page}"

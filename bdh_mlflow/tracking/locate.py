@@ -42,7 +42,7 @@ _WITH_STEP = re.compile(r"(runs:/+[^/:]+|(?![a-z][a-z0-9+.-]+:/).+):(\d+)", re.I
 class Locator:
     """Finds checkpoints for one command, here and in the mirror; the store is opened when it is first needed, once.
 
-    sort: of the checkpoints that are looked for, states of BDH or snapshots of another program's files.
+    sort: of the checkpoints that are looked for, states of BDH or snapshots of another program's files; `Saved` for both.
     """
 
     def __init__(self, checkpoint_dir: Path, config: TrackingConfig, sort: type[Saved] = Checkpoint) -> None:
@@ -139,7 +139,7 @@ class Locator:
     def _path_of(self, run_dir: Path, step: int) -> Path:
         """Where a checkpoint of a step is, if there is one."""
         state = run_dir / checkpoint.file_name(step)
-        return state.with_suffix("") if self._sort is Snapshot else state
+        return state.with_suffix("") if issubclass(Snapshot, self._sort) and not state.exists() else state
 
     def _at_step_of_run(self, run_id: str, step: int) -> tuple[str, Saved | Path]:
         run_id, run_dir, _ = self.mirror.training(run_id)

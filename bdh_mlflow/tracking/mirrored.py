@@ -14,14 +14,14 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from bdh_mlflow import checkpoint
-from bdh_mlflow.checkpoint import Checkpoint, Saved
+from bdh_mlflow.checkpoint import Checkpoint, Saved, Snapshot
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError, ResumeError
 from bdh_mlflow.files import first_line
 from bdh_mlflow.redact import masked
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.artifacts import Artifacts
-from bdh_mlflow.tracking.mirror import MODEL_TYPE, VAL_BPB, VAL_LOSS
+from bdh_mlflow.tracking.mirror import MODEL_TYPE, SNAPSHOT_TYPE, VAL_BPB, VAL_LOSS
 from bdh_mlflow.tracking.records import JOB
 from bdh_mlflow.tracking.resolved import GRAMMAR
 
@@ -86,8 +86,10 @@ class MirrorReader:
         client = self.client
         with store.reported(f"runs of experiment {self._config.experiment} cannot be listed"):
             runs = store.runs_of(client, self._config.experiment)
-        states = sort is Checkpoint
-        return next((str(run.info.run_id) for run in runs if run.data.tags["bdh.latest_checkpoint"].endswith(".pt") is states), None)
+        fitting = [
+            run for run in runs if issubclass(Checkpoint if run.data.tags["bdh.latest_checkpoint"].endswith(".pt") else Snapshot, sort)
+        ]
+        return str(fitting[0].info.run_id) if fitting else None
 
     def run_of_job(self, job: str) -> str | None:
         """Id of the run with mirrored checkpoints that a launcher's job has begun; None if there is none.   Raises TrackingError."""
@@ -149,7 +151,9 @@ class MirrorReader:
                     raise InputError(f"experiment {config.experiment}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
                 experiment_id = experiment.experiment_id
             order = {"order_by": [{"field_name": f"metrics.{VAL_BPB}", "ascending": True}]} if best or run_id is None else {}
-            found = [m for m in store.models_of(client, experiment_id, MODEL_TYPE, run_id, **order) if str(m.status) == "READY"]
+            types = (MODEL_TYPE, SNAPSHOT_TYPE) if run_id is not None and not best else (MODEL_TYPE,)
+            listed = [m for each in types for m in store.models_of(client, experiment_id, each, run_id, **order)]
+            found = [m for m in listed if str(m.status) == "READY"]
             names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}
         rows = [_row(m, names.get(m.source_run_id or "", "")) for m in found]
         if run_id and not best:

@@ -1,6 +1,7 @@
 """How a run begins: refused with one error where it cannot, taken over from `mlflow run`, and without a server."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 from bdh_mlflow import track
 from bdh_mlflow.errors import InputError, ResumeError, TrackingError
 from scripts.servers import free_port
+from tests.conftest import run_cli
 from tests.track.runs import points, tracked, write
 
 
@@ -105,8 +107,10 @@ def test_without_a_server_everything_is_kept_and_delivered_later(
         run.artifact(write(tmp_path / "f.txt"), "files")
     assert f"track: {uri} does not answer; everything is kept until it does" in notes
     assert notes[-1].startswith("track: a run that the store has not named yet: FINISHED after step 2; ")
-    assert notes[-1].endswith("records wait in checkpoints/" + run.directory.name + "; deliver them: bdh-mlflow sync checkpoints")
-    assert track.sync(tracking_uri=os.environ["MLFLOW_TRACKING_URI"], note=notes.append) == 0
+    command = notes[-1].partition(" records wait in checkpoints/" + run.directory.name + "; deliver them: bdh-mlflow ")[2]
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    assert " records delivered, 0 left, 0 refused for good" in run_cli(*command.split(), "--tracking-uri", uri).output
+    assert track.sync(tracking_uri=uri, note=notes.append) == 0
     assert track.find("latest:1", "any").read_bytes() == b"1"
     with tracked(resume="latest") as again:
         again.metrics({"loss": 3.0}, 3)
@@ -155,3 +159,20 @@ def test_signals_are_held_in_the_main_thread_alone(store: MlflowClient) -> None:
     thread.join()
     assert "begin the run in the main thread" in str(caught[0])
     assert not list(Path().glob("checkpoints"))
+
+
+def test_the_command_line_knows_such_checkpoints(store: MlflowClient, tmp_path: Path) -> None:
+    with tracked(best="loss") as run:
+        for step in (1, 2):
+            run.checkpoint(write(tmp_path / "c.pt", b"%d" % step), step, {"loss": float(step)})
+    assert run_cli("checkpoints", "verify", "checkpoints").output.splitlines()[-1] == "2 intact, 0 damaged"
+    assert run_cli("checkpoints", "verify", run.id).output.splitlines()[-1] == "2 intact, 0 damaged"
+    for listed in (run_cli("checkpoints", "list", "checkpoints").output, run_cli("checkpoints", "list", run.id).output):
+        assert "checkpoint_1" in listed
+        assert "checkpoint_2" in listed
+    shutil.rmtree("checkpoints")
+    pulled = run_cli("checkpoints", "pull", f"{run.id}:1")
+    assert Path(pulled.output.splitlines()[-1]).read_bytes() == b"1"
+    refused = run_cli("generate", run.id, "--prompt", "x")
+    assert refused.exit_code == 2
+    assert "holds files of another program; bdh_mlflow.track.find gives their path to that one" in refused.output
