@@ -2,7 +2,8 @@
 
 import re
 
-_USER_INFO = re.compile(r"(?<=://)([^\s/@:]*)(:[^\s/@]*)?@")
+_USER_INFO = re.compile(r"(?<=://)([^\s/@:]*)(:(?:[^\s/\"']*|(?!\d+/)[^\s@\"']*))?@")
+"""A password may hold `@`, and `/` where it cannot begin with a port."""
 _SECRET_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:token|key|secret|password|signature|credential|sig)[\w.-]*=)[^&\s\"']+")
 
 

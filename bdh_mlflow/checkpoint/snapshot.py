@@ -12,13 +12,16 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from bdh_mlflow.checkpoint.files import PIECE_BYTES, Throttle
 from bdh_mlflow.checkpoint.manifest import FileRecord, SnapshotManifest
@@ -29,6 +32,10 @@ from bdh_mlflow.text import is_storable
 
 UNLINKED = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
 """Why a file can be read and not linked: another file system, or one without links."""
+
+
+_IN_URI = re.compile(r"#|%[0-9A-Fa-f]{2}")
+"""What MLflow reads as part of a URI when it fetches a file."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,10 @@ def copy_of(given: Path, target: Path) -> None:
     for name, path in files:
         file = target / name if is_folder else target
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}{PARTIAL}")
-        _copy(path, partial)
-        partial.replace(file)  # never into one that may be under way
+        descriptor, partial = tempfile.mkstemp(prefix=".", suffix=PARTIAL, dir=file.parent)
+        os.close(descriptor)
+        _copy(path, Path(partial))
+        Path(partial).replace(file)  # never into one that may be under way
 
 
 def _files_of(given: Path) -> Iterator[tuple[str, Path]]:
@@ -147,19 +155,23 @@ def _files_of(given: Path) -> Iterator[tuple[str, Path]]:
     if not given.is_dir():
         yield _checked(given.name, given), given
         return
-    found, above = False, {given.resolve()}
-    for root, folders, names in os.walk(given, followlinks=True):
-        for folder in list(folders):
-            path = Path(root, folder)
-            if path.is_symlink():
-                if path.resolve() in above or given.resolve().is_relative_to(path.resolve()):
-                    folders.remove(folder)
-                above.add(path.resolve())
-        for name in sorted(names):
-            path, found = Path(root, name), True
-            yield _checked(path.relative_to(given).as_posix(), path), path
+    found = list(_files_below(given, frozenset()))
     if not found:
         raise InputError(f"{given}: an empty folder, which is no checkpoint")
+    for path in found:
+        yield _checked(path.relative_to(given).as_posix(), path), path
+
+
+def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """above: the folders that lead to this one, behind links."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path, above | {real})
+        else:
+            yield path
 
 
 def _checked(name: str, path: Path) -> str:
@@ -169,8 +181,8 @@ def _checked(name: str, path: Path) -> str:
         raise InputError(f"{path}: a link that leads nowhere") from None
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: not a regular file, which alone can be kept")
-    if not is_storable(name):
-        raise InputError(f"{str(path)!a}: not every artifact store takes such a name; rename it")
+    if not is_storable(name) or _IN_URI.search(name):
+        raise InputError(f"{str(path)!a}: not every artifact store gives back a file of such a name; rename it")
     return name
 
 
@@ -205,9 +217,8 @@ def _copy(source: Path, target: Path) -> None:
 def _completed(taken: Taken, file: _TakenFile, throttle: Throttle) -> FileRecord:
     """Digest and sync a file; a link becomes a copy meanwhile."""
     place = taken.folder / file.name
-    own = place.with_name(place.name + PARTIAL) if file.linked else None
     digest, size = hashlib.sha256(), 0
-    with place.open("rb") as read, own.open("wb") if own else contextlib.nullcontext() as write:
+    with place.open("rb") as read, _replacement(place) if file.linked else contextlib.nullcontext() as write:
         while True:
             began = time.perf_counter()
             piece = read.read(PIECE_BYTES)
@@ -222,14 +233,18 @@ def _completed(taken: Taken, file: _TakenFile, throttle: Throttle) -> FileRecord
             write.flush()
         os.fsync((read if write is None else write).fileno())
         after = os.fstat(read.fileno())
-    if own is not None:
-        if (after.st_size, after.st_mtime_ns) != file.linked or size != after.st_size:
-            raise InputError(
-                f"{taken.given}: {file.name} was written into before it was copied, so step {taken.step} is no checkpoint; "
-                f"give each checkpoint files of its own, or leave `written_once` out"
-            )
-        own.replace(place)
+    if file.linked and ((after.st_size, after.st_mtime_ns) != file.linked or size != after.st_size):
+        raise InputError(
+            f"{taken.given}: {file.name} was written into before it was copied, so step {taken.step} is no checkpoint; "
+            f"give each checkpoint files of its own, or leave `written_once` out"
+        )
     return FileRecord(file.name, size, digest.hexdigest())
+
+
+def _replacement(link: Path) -> BinaryIO:
+    """A file in the place of a link, open for writing; who has the link open still reads what it led to."""
+    link.unlink()
+    return link.open("xb")
 
 
 def _sync_folder(folder: Path) -> None:

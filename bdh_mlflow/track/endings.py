@@ -47,7 +47,7 @@ def of(error: BaseException) -> Ending:
     name = type(error).__name__
     if name == "SIGTERMException":  # Lightning's, which is a SystemExit without a code
         return Ending("KILLED", "SIGTERM", str(error))
-    if isinstance(error, SystemExit) and error.code in (None, 0):
+    if (isinstance(error, SystemExit) and error.code in (None, 0)) or isinstance(error, GeneratorExit):
         return Ending("FINISHED", "finished")
     return Ending("FAILED", name, str(error))
 
@@ -67,6 +67,7 @@ _installed: list[bool] = []
 def opened(run: OpenRun) -> None:
     """From now on a run is ended with the program at the latest."""
     _open.append(run)
+    _error.clear()  # the program has gone on
     if not _installed:
         _installed.append(True)
         before = sys.excepthook

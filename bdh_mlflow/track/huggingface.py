@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,20 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from bdh_mlflow import redact
 from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.track import endings
 from bdh_mlflow.track.begin import Origin, begin, say
 from bdh_mlflow.track.later import find
 from bdh_mlflow.track.run import Run
-from bdh_mlflow.track.settings import Settings, flat, settings_of
+from bdh_mlflow.track.settings import Settings, flat, settings_of, usable, usual_params
 
 _UNUSUAL = re.compile(r"[^0-9A-Za-z_\-\.\ :/]")  # what its own callback replaces in names of metrics
+
+
+_made: list["TrackCallback"] = []
+"""The last one that a program made."""
+_tracking: "weakref.WeakValueDictionary[int, TrackCallback]" = weakref.WeakValueDictionary()
+"""Which one tracks a Trainer, by its arguments."""
 
 
 class TrackCallback(TrainerCallback, ExportableState):
@@ -34,6 +40,7 @@ class TrackCallback(TrainerCallback, ExportableState):
     greater_is_better) where they are not set here.   params: logged besides the model's configuration and the TrainingArguments.
     resume: a checkpoint of a run to go on with, see `track.run`; give `resume_from_checkpoint` to `train`. Without it a training that
     begins from a folder which this callback has tracked goes on in its run.   note: called with lines for the user.
+    restored: for a Trainer that makes its callbacks anew when it restores their states: it is the one that was made last.
     """
 
     def __init__(
@@ -43,7 +50,12 @@ class TrackCallback(TrainerCallback, ExportableState):
         params: Mapping[str, object] | None = None,
         resume: str | Path | None = None,
         note: endings.Say = say,
+        restored: bool = False,
     ) -> None:
+        if restored and _made:
+            self.__dict__ = _made[-1].__dict__
+            return
+        _made[:] = [self]
         self._settings, self._params, self._note = settings_of(settings), flat(params or {}), note
         self.resume_from_checkpoint = str(find(resume, self._settings, note=note)) if resume is not None else None
         """Folder of the checkpoint that `resume` names, for `Trainer.train`; None without one."""
@@ -57,32 +69,25 @@ class TrackCallback(TrainerCallback, ExportableState):
         return self.__dict__ | {"run": None}
 
     def state(self) -> dict[str, Any]:
-        """What trainer_state.json is to hold: settings without secrets, and which run this is."""
-        settings = dataclasses.asdict(self._settings) | {"folder": str(self._settings.folder), "tags": dict(self._settings.tags)}
-        if settings["tracking_uri"] and redact.masked(settings["tracking_uri"]) != settings["tracking_uri"]:
-            settings["tracking_uri"] = None
+        """What trainer_state.json is to hold: which run this is, and nothing that could be secret."""
         run = {"run_id": self.run.id, "run_dir": self.run.made_directory().name} if self.run else {}
-        return {"args": {"settings": settings}, "attributes": run}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "TrackCallback":
-        """The inverse, for `restore_callback_states_from_checkpoint`."""
-        return cls(Settings(**state["args"]["settings"]))
+        return {"args": {"restored": True}, "attributes": {"tracked": run}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin the run, or go on with the one that the checkpoint is of."""
         if state.is_world_process_zero:
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint made without this callback has none
-            if self.run is not None and self.run.marked and not self.run.ended:
-                self.run.end()  # of the training before
+            if self.run is not None and not self.run.ended:  # of the training before, which has ended, or failed without a word
+                self.run.end(None if self.run.marked else "FAILED")
             self._open(args, state, kwargs.get("model"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Points of what the Trainer logs."""
         if state.is_world_process_zero:
-            points = {
-                _UNUSUAL.sub("_", key): value for key, each in kwargs["logs"].items() if (value := self._number(key, each)) is not None
-            }
+            points, others = usable(kwargs["logs"], _usual)
+            for key in set(others) - self._skipped:
+                self._note(f"track: {key} is no number, or has no name that MLflow stores, and is not logged")
+            self._skipped.update(others)
             self._open(args, state, kwargs.get("model")).metrics(points, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -92,8 +97,7 @@ class TrackCallback(TrainerCallback, ExportableState):
         if self.run is None or not state.is_world_process_zero:
             return
         logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-        metrics = {k: v for entry in logged for k, v in entry.items() if k.startswith("eval_") and isinstance(v, int | float)}
-        metrics = {_UNUSUAL.sub("_", key): value for key, value in metrics.items()}
+        metrics, _ = usable({k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")}, _usual)
         try:
             self.run.checkpoint(_folder_of(args, state), state.global_step, metrics, written_once=True)
         except (InputError, SaveError) as error:  # training is worth more than its mirror
@@ -113,11 +117,15 @@ class TrackCallback(TrainerCallback, ExportableState):
     def _open(self, args: TrainingArguments, state: TrainerState, model: Any) -> Run:
         """The run; begun, if there is none that is open."""
         if self.run is None or self.run.ended:
+            other = _tracking.get(id(args))
+            if other is not None and other.run is not None and other.run is not self.run and not other.run.ended:
+                raise InputError("two TrackCallbacks track one Trainer; leave one of them out")
+            _tracking[id(args)] = self
             if self._settings.signals and args.world_size > 1:
                 raise InputError("track.Settings: signals=True holds the signals of one process, and this is a group; leave it out")
             config: Any = getattr(model, "config", None)
             params = {**(config.to_dict() if hasattr(config, "to_dict") else {}), **args.to_dict(), **self._params}
-            self.run = begin(self._filled(args), flat(params), self._origin(state), self._note)
+            self.run = begin(self._filled(args), usual_params(params), self._origin(state), self._note)
             self._resume = None
         return self.run
 
@@ -128,7 +136,7 @@ class TrackCallback(TrainerCallback, ExportableState):
             settings = dataclasses.replace(settings, name=args.run_name)
         if settings.best is None and best:
             best = best if best.startswith("eval_") else f"eval_{best}"
-            settings = dataclasses.replace(settings, best=best, higher_is_better=bool(args.greater_is_better))
+            settings = dataclasses.replace(settings, best=_usual(best), higher_is_better=bool(args.greater_is_better))
         return settings
 
     def _origin(self, state: TrainerState) -> str | Origin | None:
@@ -137,19 +145,13 @@ class TrackCallback(TrainerCallback, ExportableState):
             return self._resume
         told = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
         told = told[-1] if isinstance(told, list) else told
-        run = told.get("attributes", {})
+        run = told.get("attributes", {}).get("tracked", {})
         return Origin.of_run(run.get("run_id"), run.get("run_dir"), state.global_step) if run else None
 
-    def _number(self, key: str, value: object) -> float | None:
-        """What is logged as a number; None for others, which are named once."""
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            return float(value)
-        if key not in self._skipped:
-            self._skipped.add(key)
-            self._note(f"track: {key} is no number ({type(value).__name__}) and is not logged")
-        return None
+
+def _usual(key: str) -> str:
+    """The name that the Trainer's own callback gives a metric."""
+    return _UNUSUAL.sub("_", key)
 
 
 def _folder_of(args: TrainingArguments, state: TrainerState) -> Path:

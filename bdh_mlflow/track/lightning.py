@@ -17,7 +17,7 @@ from bdh_mlflow.track import endings
 from bdh_mlflow.track.begin import begin, say
 from bdh_mlflow.track.later import find
 from bdh_mlflow.track.run import Run
-from bdh_mlflow.track.settings import Settings, flat, settings_of
+from bdh_mlflow.track.settings import Settings, settings_of, usable, usual_params
 
 _is_other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
 if TYPE_CHECKING or not (_is_other or importlib.util.find_spec("lightning") is None):
@@ -46,7 +46,9 @@ class TrackLogger(Logger):
         self.ckpt_path = str(find(resume, self._settings, note=note)) if resume is not None else None
         """File of the checkpoint that `resume` names, for `Trainer.fit`; None without one."""
         self._run: Run | None = None
-        self._taken: dict[int, tuple[str, bool]] = {}
+        self._taken: dict[int, tuple[str, tuple[bool, bool]]] = {}
+        self._skipped: set[str] = set()
+        self._monitored: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For processes that Lightning starts: what it was made with; the run begins in the first of them."""
@@ -62,8 +64,8 @@ class TrackLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the experiment."""
-        return self._settings.config().experiment
+        """Name of the experiment, as a folder may be called: Lightning saves checkpoints in one of this name."""
+        return re.sub(r"[^\w.-]+", "_", self._settings.config().experiment).strip(".") or "experiment"
 
     @property
     def version(self) -> str | None:
@@ -75,42 +77,49 @@ class TrackLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Params of the run; mappings in them are flattened with `/`, as Lightning's own loggers do."""
         given = vars(params) if isinstance(params, Namespace) else dict(params or {})
-        self.experiment.params(flat(given, joint="/"))
+        self.experiment.params(usual_params(given, joint="/"))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Points; text among them is left out."""
-        points = {_UNUSUAL.sub("", key): value for key, value in metrics.items() if not isinstance(value, str)}
-        self.experiment.metrics(points, step or 0)
+        """Points; what is no number is left out, and named once."""
+        points, others = usable(metrics, _usual)
+        for key in set(others) - self._skipped:
+            self._note(f"track: {key} is no number, or has no name that MLflow stores, and is not logged")
+        self._skipped.update(others)
+        self.experiment.metrics(points, int(step or 0))
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Take the file that was saved last. Of several at one step one is taken, a whole state rather than weights alone."""
+        """Take the file that was saved last. Of several at one step one is taken: a whole state before weights, then one with a score."""
         path, step = checkpoint_callback._last_checkpoint_saved, checkpoint_callback._last_global_step_saved
-        partial = bool(checkpoint_callback.save_weights_only)
-        before = self._taken.get(step)
-        if before is not None and before[0] != path and (partial or not before[1]):
-            return
         run, monitor, score = self.experiment, checkpoint_callback.monitor, checkpoint_callback.current_score
-        metrics = {}
-        if monitor is not None and score is not None:
-            name = _UNUSUAL.sub("", monitor)
-            metrics[name] = float(score)
-            if self._settings.best is None:
-                run.compare_by(name, higher_is_better=checkpoint_callback.mode == "max")
+        metrics = {} if monitor is None or score is None else {_usual(monitor): float(score)}
+        worth = not checkpoint_callback.save_weights_only, bool(metrics)
+        before = self._taken.get(step)
+        if before is not None and before[0] != path and worth <= before[1]:
+            return
+        if metrics and self._settings.best is None and self._monitored is None:
+            self._monitored = next(iter(metrics))  # of several monitored metrics the first: others do not compare with it
+            run.compare_by(self._monitored, higher_is_better=checkpoint_callback.mode == "max")
         try:
             run.checkpoint(path, step, metrics, written_once=True)
         except (InputError, SaveError) as error:  # training is worth more than its mirror
             self._note(f"track: step {step} is not tracked: {error}")
         else:
-            self._taken[step] = path, partial
+            self._taken[step] = path, worth
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Set the run's status.   status: success, finished or failed."""
+        self._taken.clear()  # another fit begins with other files
         if self._run is None or self._run.ended:
             return
         try:
             self._run.mark("FINISHED" if status in ("success", "finished") else "FAILED", sys.exc_info()[1])
         except (InputError, SaveError) as error:
             self._note(f"track: the last checkpoint is not tracked: {error}")
+
+
+def _usual(key: str) -> str:
+    """The name that Lightning's own logger gives a metric."""
+    return _UNUSUAL.sub("", key)

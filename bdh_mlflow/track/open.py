@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ class OpenRun:
         self._ended: str | None = None
         self._marked: Ending | None = None
         self._foreign = False
+        self._changing = threading.RLock()  # checkpoints are taken one at a time, and none while the run ends
         endings.opened(self)
 
     def __enter__(self) -> Self:
@@ -59,7 +61,7 @@ class OpenRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._foreign and self._ended is None:
-            self._end(endings.of(error) if error is not None else self._stopped())
+            self._end(endings.of(error) if error is not None else self._marked or self._stopped())
 
     def __reduce__(self) -> NoReturn:
         raise InputError("a run belongs to the process that began it: hand values to the main process, and log them there")
@@ -119,8 +121,9 @@ class OpenRun:
 
         Raises SaveError if the checkpoint could not be written.
         """
-        self._check_open()
-        self._taking.finish()
+        with self._changing:
+            self._check_open()
+            self._taking.finish()
         return self._tracker.wait(patience_s) if patience_s else self._tracker.identity
 
     def mark(self, status: str = "FINISHED", error: BaseException | None = None) -> None:
@@ -130,26 +133,30 @@ class OpenRun:
         the last checkpoint.
         """
         ending = endings.of(error) if error is not None else Ending(endings.checked(status), status.lower())
-        self._check_open()
-        self._marked = ending
-        try:
-            self._taking.finish()
-        finally:
-            self._tracker.mark(ending.status, ending.tags(self._step), self._step)
+        with self._changing:
+            self._check_open()
+            self._marked = ending
+            try:
+                self._taking.finish()
+            finally:
+                self._tracker.mark(ending.status, ending.tags(self._step), self._step)
 
     def end(self, status: str | None = None) -> None:
         """Deliver what is left and end the run.   status: FINISHED, FAILED or KILLED; if not given, as it was marked, else KILLED after a
         signal that is held, else FINISHED.   Raises SaveError of the last checkpoint.
         """
-        self._check_open()
-        self._end(self._marked or self._stopped() if status is None else Ending(endings.checked(status), status.lower()))
+        with self._changing:
+            self._check_open()
+            self._end(self._marked or self._stopped() if status is None else Ending(endings.checked(status), status.lower()))
 
     def _end(self, ending: Ending) -> None:
         """End the run once, whatever else fails, and then raise what is to be raised."""
-        parts, self._ended = self._parts, ending.status
-        endings.closed(self)
+        parts = self._parts
         try:
-            self._deliver(ending)
+            with self._changing:
+                self._ended = ending.status
+                endings.closed(self)
+                self._deliver(ending)
         finally:
             if parts.held is not None:
                 parts.held.release()
@@ -187,6 +194,8 @@ class OpenRun:
     def disown(self) -> None:
         """In a forked process: the run is its parent's."""
         self._foreign = True
+        if self._parts.held is not None:
+            self._parts.held.restore()
         self._tracker.disown()
         self._parts.directory.disown()
 

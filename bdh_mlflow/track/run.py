@@ -1,5 +1,6 @@
 """A tracked run: what a training loop calls. Each call is a line in the journal, files are copied, and the rest happens behind the loop."""
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -10,13 +11,16 @@ from bdh_mlflow import checkpoint, redact
 from bdh_mlflow.checkpoint.manifest import is_inside
 from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.files import reason_of
-from bdh_mlflow.text import LoggedPoint, Sample
+from bdh_mlflow.text import LoggedPoint, Sample, is_storable, shortened
 from bdh_mlflow.track.open import OpenRun
-from bdh_mlflow.track.settings import LONGEST_NAME, checked_name, checked_step, checked_values, flat
+from bdh_mlflow.track.settings import LONGEST_NAME, checked_name, checked_path, checked_samples, checked_step, checked_values, flat
 from bdh_mlflow.tracking.records import RunIdentity
 
 ARTIFACTS = "artifacts"
 """Folder in the run directory with our copies of what `Run.artifact` was given."""
+
+
+LONGEST_FILE_NAME = 255  # bytes
 
 
 class Run(OpenRun):
@@ -55,13 +59,15 @@ class Run(OpenRun):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run; later values replace earlier ones."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"tags: {values!r} is no mapping of names to text")
         given = {checked_name("tag", key): str(value) for key, value in values.items()}
         self._check_open()
         self._tracker.tags(given)
 
     def samples(self, samples: Iterable[Sample | tuple[str, str]], step: SupportsIndex) -> None:
         """What a language model writes: pairs of a prompt and its continuation, shown as a table of the run."""
-        given, at = [Sample(*each) for each in samples], checked_step(step)
+        given, at = checked_samples(samples), checked_step(step)
         self._check_open()
         if given:
             self._tracker.samples(given, at)
@@ -69,6 +75,8 @@ class Run(OpenRun):
     def text(self, text: str, artifact: str) -> None:
         """A small text file among the artifacts.   artifact: its path there; a later one replaces an earlier one of the name."""
         artifact = _checked_place(artifact)
+        if not isinstance(text, str):
+            raise InputError(f"text of {artifact}: {shortened(repr(text), 100)} is no text")
         self._check_open()
         self._tracker.text(text, artifact)
 
@@ -77,7 +85,7 @@ class Run(OpenRun):
 
         It is copied into the run directory before this returns, and uploaded behind the loop.   Raises SaveError if it cannot be copied.
         """
-        given = Path(path)
+        given = checked_path(path)
         place = PurePosixPath(_checked_place(f"{folder}/{given.name}" if folder else given.name))
         self._check_open()
         beside = f"{ARTIFACTS}/{place}"
@@ -98,12 +106,14 @@ class Run(OpenRun):
         into these files again (to delete or replace them is no writing): they are linked at once and copied behind the loop. Raises
         SaveError, also of the checkpoint before.
         """
-        began, at, numbers = time.perf_counter(), checked_step(step), checked_values(metrics or {})
+        began, given, at, numbers = time.perf_counter(), checked_path(path), checked_step(step), checked_values(metrics or {})
         for key in numbers:
             checked_name("metric", key)
-        self._check_open()
-        taken = self._taking.take(Path(path), at, written_once=written_once)
-        self._taking.complete(taken, self._points(numbers, at))
+        with self._changing:
+            self._check_open()
+            taken = self._taking.take(given, at, written_once=written_once)
+            self._step = max(self._step, at)
+            self._taking.complete(taken, self._points(numbers, at))
         self._tracker.metrics({"ckpt/blocked_ms": 1e3 * (time.perf_counter() - began)}, at)
 
     def compare_by(self, metric: str, *, higher_is_better: bool = False) -> None:
@@ -186,6 +196,7 @@ class NullRun:
 
 def _checked_place(artifact: object) -> str:
     """A path among the artifacts.   Raises InputError."""
-    if not isinstance(artifact, str) or not is_inside(artifact) or redact.masked(artifact) != artifact:
-        raise InputError(f"artifact {artifact!r}: accepted: a relative path with `/`, without `..`")
+    good = isinstance(artifact, str) and is_inside(artifact) and is_storable(artifact) and redact.masked(artifact) == artifact
+    if not isinstance(artifact, str) or not good or max(len(os.fsencode(part)) for part in artifact.split("/")) > LONGEST_FILE_NAME:
+        raise InputError(f"artifact {shortened(repr(artifact), 100)}: accepted: a relative path with `/`, without `..`")
     return artifact

@@ -7,7 +7,8 @@ import operator
 import os
 import re
 import typing
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +19,13 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import store_uri
 from bdh_mlflow.config.settings import LONGEST_EXPERIMENT, LONGEST_PARAM, LONGEST_RUN_NAME
 from bdh_mlflow.errors import InputError
-from bdh_mlflow.text import shortened
+from bdh_mlflow.text import Sample, shortened
 
 LONGEST_NAME = 250
 """Characters of the name of a metric, param or tag that MLflow stores."""
-_NAME = re.compile(r"[\w.\- :/]+")
-"""What MLflow takes as the name of a metric, param or tag."""
+DEEPEST = 50  # levels of params
+_NAME, _UNUSUAL = re.compile(r"[\w.\- :/]+"), re.compile(r"[^\w.\- :/]")
+"""What MLflow takes as the name of a metric, param or tag, and what not."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Settings:
                 store_uri(self.tracking_uri, Path.cwd(), expand=False)
         except ValueError as error:
             raise InputError(f"track.Settings: tracking_uri: {error}") from None
+        try:
+            self.config()
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise InputError(f"track.Settings: {'.'.join(map(str, wrong['loc']))} is {wrong['input']!r}: {wrong['msg']}") from None
 
     def config(self) -> TrackingConfig:
         """The same for the rooms that deal with MLflow."""
@@ -130,17 +137,68 @@ def checked_values(values: object) -> dict[str, float]:
     return numbers
 
 
-def flat(params: object, prefix: str = "", joint: str = ".") -> dict[str, Any]:
-    """Params by their names; those in mappings are joined, with dots, and values that are no plain ones are text.   Raises InputError."""
+def checked_path(path: object) -> Path:
+    """A path.   Raises InputError."""
+    if not isinstance(path, str | os.PathLike) or isinstance(given := os.fspath(path), bytes) or not given or "\0" in given:
+        raise InputError(f"{path!r} is no path of a file or folder")
+    return Path(given)
+
+
+def checked_samples(samples: object) -> list[Sample]:
+    """Pairs of texts.   Raises InputError."""
+    found = []
+    for each in samples if isinstance(samples, Iterable) else [samples]:
+        if not isinstance(each, tuple | list) or len(each) != 2 or not all(isinstance(text, str) for text in each):
+            raise InputError(f"sample {shortened(repr(each), 100)}: accepted: a pair of texts, prompt and continuation")
+        found.append(Sample(*each))
+    return found
+
+
+def usual_name(name: object) -> str:
+    """The nearest name that MLflow stores; empty for what has none."""
+    text = re.sub(r"/{2,}", "/", _UNUSUAL.sub("_", str(name))).strip("/")
+    return text if text and os.path.normpath(text) == text and not text.startswith("..") and len(text) <= LONGEST_NAME else ""
+
+
+def usable(values: Mapping[str, Any], rename: Callable[[str], str]) -> tuple[dict[str, float], list[str]]:
+    """Of what another program logs the numbers, under names that MLflow stores, and what is none."""
+    numbers: dict[str, float] = {}
+    others = []
+    for key, value in values.items():
+        try:
+            numbers |= checked_values({checked_name("metric", rename(str(key))): value})
+        except InputError:
+            others.append(str(key))
+    return numbers, others
+
+
+def usual_params(params: Mapping[str, Any], joint: str = ".") -> dict[str, Any]:
+    """Params of another program, flattened, under the nearest names that MLflow stores; those without one are left out."""
+    return {name: value for key, value in flat(params, joint=joint, checked=usual_name).items() if (name := usual_name(key))}
+
+
+def flat(
+    params: object, prefix: str = "", joint: str = ".", checked: Callable[[str], str] = lambda name: checked_name("param", name)
+) -> dict[str, Any]:
+    """Params by their names; those in mappings are joined, with dots, and values that are no plain ones are text.
+
+    checked: gives the name that is stored, or raises InputError.   Raises InputError.
+    """
     if not isinstance(params, Mapping):
         raise InputError(f"params: {params!r} is no mapping of names to values")
+    if prefix.count(joint) > DEEPEST:
+        raise InputError(f"params: {shortened(prefix, 100)}: more than {DEEPEST} levels deep")
     found: dict[str, Any] = {}
     for key, value in params.items():
         name = f"{prefix}{key}"
+        if isinstance(value, Namespace):
+            value = vars(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}{joint}", joint)
+            found |= flat(value, f"{name}{joint}", joint, checked)
         else:
-            found[checked_name("param", name)] = _storable_param(value)
+            found[checked(name)] = _storable_param(value)
     return found
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from bdh_mlflow.errors import InputError
 from bdh_mlflow.host import ENDING_SIGNALS
 
+_holding: list["HeldSignals"] = []
+
 
 class HeldSignals:
     """Holds signals from now on.   received: name of the first one, None until there is one.
@@ -18,9 +20,12 @@ class HeldSignals:
     """
 
     def __init__(self) -> None:
-        """Raises InputError outside of the main thread, which alone may handle signals."""
+        """Raises InputError outside of the main thread, which alone may handle signals, and while another one holds them."""
         if threading.current_thread() is not threading.main_thread():
             raise InputError("track.Settings: signals=True: begin the run in the main thread, which alone may handle signals")
+        if _holding:
+            raise InputError("track.Settings: signals=True: another open run of this process holds them already; leave it out here")
+        _holding.append(self)
         self.received: str | None = None
         self._first: int | None = None
         self._before: dict[int, Any] = {}
@@ -32,7 +37,9 @@ class HeldSignals:
                     self._before[number] = before
 
     def restore(self) -> None:
-        """Handle nothing any more."""
+        """Handle nothing any more; also in a forked process, which signals are to end."""
+        if self in _holding:
+            _holding.remove(self)
         while self._before:
             number, handler = self._before.popitem()
             if signal.getsignal(number) == self._handle:  # else somebody else's by now

@@ -113,6 +113,7 @@ class Journal:
         with self._lock:
             self._write()
             os.close(self._file)
+            self._file = -1
             return len(self._unwritten)
 
     def _write(self) -> None:
@@ -329,10 +330,9 @@ class JournalReader:
 
     @property
     def folder(self) -> Path:
-        """Where the folder is now; where the system does not tell, where it was."""
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/self/fd/{self._folder}").readlink()
-        return self._path
+        """Where the folder is now, or, where the system does not tell, was."""
+        place = Path(f"/proc/self/fd/{self._folder}")
+        return place.readlink() if place.exists() else self._path
 
     @cached_property
     def index(self) -> JournalIndex:

@@ -5,6 +5,7 @@ that trained was killed, the points lane delivers what it left and marks the run
 is in `run`.
 """
 
+import errno
 import functools
 import re
 import threading
@@ -246,7 +247,7 @@ class FilesLane(Lane):
     def _is_permanent(self, error: Exception) -> bool:
         """For files also: the server or a proxy before it will not have this upload, or there can be no such place on this machine."""
         refused = getattr(getattr(error, "response", None), "status_code", None) in REFUSED_UPLOADS
-        in_the_way = isinstance(error, IsADirectoryError | FileExistsError)
+        in_the_way = isinstance(error, IsADirectoryError | FileExistsError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
         nowhere = isinstance(error, OSError) and store.why_no_folder(self._shared.run.identity.artifact_uri) is not None
         return refused or in_the_way or nowhere or super()._is_permanent(error)
 

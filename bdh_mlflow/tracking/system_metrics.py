@@ -43,7 +43,10 @@ class SystemMetrics:
         while True:
             last = self._closing.wait(self._interval_s)
             if monitors is None:
-                monitors = _monitors()  # not before the first sample: MLflow takes a second to import
+                try:
+                    monitors = _monitors()  # not before the first sample: MLflow takes a second to import
+                except Exception:  # a program that ends imports nothing more
+                    return
             values: dict[str, float] = {}
             for monitor in list(monitors):
                 try:

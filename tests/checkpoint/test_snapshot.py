@@ -70,6 +70,19 @@ def test_what_happens_to_the_files_afterwards_changes_nothing(tmp_path: Path, wr
     checkpoint.verify(saved)
 
 
+def test_files_of_its_owner_are_only_read(tmp_path: Path) -> None:
+    given, directory = folder_of_files(tmp_path), run_directory(tmp_path)
+    (given / "model.safetensors.partial").write_bytes(b"mine")
+    (given / ".model.safetensors.partial").write_bytes(b"mine too")
+    taken = directory.take(given, 5, written_once=True)
+    saved = directory.complete(taken, ORIGIN, {}, None, lambda worked_s: None)
+    checkpoint.copy_of(given, tmp_path / "copy")
+    for folder in (given, saved.path, tmp_path / "copy"):
+        assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == {
+            "model.safetensors": b"weights", "model.safetensors.partial": b"mine", ".model.safetensors.partial": b"mine too",
+        }  # fmt: skip
+
+
 def test_a_linked_file_that_is_written_into_is_no_checkpoint(tmp_path: Path) -> None:
     given, directory = tmp_path / "last.pt", run_directory(tmp_path)
     given.write_bytes(b"1" * 9)
@@ -116,8 +129,11 @@ def test_links_in_a_folder_are_followed_but_not_in_a_circle(tmp_path: Path) -> N
     (tmp_path / "shared.bin").write_bytes(b"shared")
     (given / "config").symlink_to(tmp_path / "shared.bin")
     (given / "again").symlink_to(given)
+    for name in ("one", "two"):
+        (given / name).symlink_to(given / "shards")
+    (given / "shards" / "back").symlink_to(given)
     saved = snapshot(run_directory(tmp_path), given)
-    assert {f.said.name for f in saved.files} == {"config", "model.safetensors", "shards/0/part"}
+    assert {f.said.name for f in saved.files} == {"config", "model.safetensors", "shards/0/part", "one/0/part", "two/0/part"}
     assert not (saved.path / "config").is_symlink()
 
 
@@ -143,6 +159,11 @@ def _strange(folder: Path) -> Path:
     return folder / "e"
 
 
+def _named(folder: Path, name: str) -> Path:
+    (folder / name).write_bytes(b"")
+    return folder / name
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -150,7 +171,9 @@ def _strange(folder: Path) -> Path:
         (_empty, "empty: an empty folder, which is no checkpoint"),
         (_pipe, "pipe: not a regular file, which alone can be kept"),
         (_nowhere, "link: a link that leads nowhere"),
-        (_strange, "not every artifact store takes such a name; rename it"),
+        (_strange, "not every artifact store gives back a file of such a name; rename it"),
+        (lambda folder: _named(folder, "a#b"), "not every artifact store gives back a file of such a name; rename it"),
+        (lambda folder: _named(folder, "a%20b"), "not every artifact store gives back a file of such a name; rename it"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_with_the_reason(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:

@@ -1,11 +1,13 @@
 """How a run begins: refused with one error where it cannot, taken over from `mlflow run`, and without a server."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,19 @@ def test_a_second_signal_of_the_kind_has_its_effect(store: MlflowClient) -> None
         signal.raise_signal(signal.SIGINT)
     assert store.get_run(run.id).info.status == "KILLED"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_end_forked_processes_and_are_held_by_one_run(store: MlflowClient) -> None:
+    with tracked(signals=True):
+        with pytest.raises(InputError, match="another open run of this process holds them already"):
+            tracked(signals=True)
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(20)
+        assert child.exitcode == -signal.SIGTERM
+    with tracked(signals=True) as again:
+        assert again.stop_requested is None
 
 
 def test_signals_are_held_in_the_main_thread_alone(store: MlflowClient) -> None:

@@ -1,6 +1,5 @@
 """The callback, called as a Trainer calls it; whole trainings are in test_loops and test_page."""
 
-import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -86,7 +85,7 @@ def test_names_params_and_the_best_checkpoint_are_those_of_the_trainer(store: Ml
     }  # fmt: skip
     assert run.data.tags["bdh.best_checkpoint"].endswith("/checkpoint_5")
     assert run.data.tags["bdh.best_metric"] == "eval_accuracy (higher is better)"
-    assert notes.count("track: text is no number (str) and is not logged") == 1
+    assert notes.count("track: text is no number, or has no name that MLflow stores, and is not logged") == 1
 
 
 def test_a_training_goes_on_in_the_run_that_its_checkpoint_names(store: MlflowClient, callback: Any) -> None:
@@ -97,7 +96,7 @@ def test_a_training_goes_on_in_the_run_that_its_checkpoint_names(store: MlflowCl
     first.on_train_end()
     first.callback.run.end()
     told = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]["TrackCallback"]["attributes"]
-    assert told == {"run_id": first.callback.run.id, "run_dir": first.callback.run.directory.name}
+    assert told == {"tracked": {"run_id": first.callback.run.id, "run_dir": first.callback.run.directory.name}}
     again = Loop(callback())
     again.state = TrainerState.load_from_json(folder / "trainer_state.json")
     again.on_train_begin()
@@ -167,16 +166,53 @@ def test_a_trial_of_a_search_has_its_own_folder(store: MlflowClient, callback: A
     assert (loop.callback.run.directory / "checkpoint_3" / "model.safetensors").read_bytes() == b"trial"
 
 
-def test_its_state_goes_through_json_without_secrets_and_through_pickle_without_the_run(store: MlflowClient, callback: Any) -> None:
-    made = callback(keep=3, tags={"a": "b"})
-    again = TrackCallback.from_state(json.loads(json.dumps(made.state())))
-    assert again.state() == made.state()
-    secret = dataclasses.replace(Settings(), tracking_uri="http://me:secret@127.0.0.1:1")
-    assert "secret" not in json.dumps(TrackCallback(secret).state())
+def test_its_state_holds_no_settings_and_a_restored_one_is_the_same(store: MlflowClient, callback: Any) -> None:
+    made = callback(tags={"data": "https://me:secret@host/x"})
     loop = Loop(made)
     loop.on_train_begin()
-    assert pickle.loads(pickle.dumps(TrackCallback(Settings("x")))).run is None
+    state = json.loads(json.dumps(made.state()))
+    assert state["attributes"] == {"tracked": {"run_id": made.run.id, "run_dir": made.run.directory.name}}
+    again = TrackCallback(**state["args"])  # as the Trainer does, with restore_callback_states_from_checkpoint
+    assert again.run is made.run
     made.run.end()
+    assert pickle.loads(pickle.dumps(TrackCallback(Settings("x")))).run is None
+
+
+def test_a_training_that_failed_is_a_failed_run_and_the_next_one_another(store: MlflowClient, callback: Any) -> None:
+    loop = Loop(callback())
+    loop.on_train_begin()
+    loop.step(1, loss=1.0)
+    failed = loop.callback.run  # an error that the program handles, of which a callback hears nothing
+    loop.on_train_begin()
+    loop.step(1, loss=2.0)
+    loop.callback.run.end()
+    assert (store.get_run(failed.id).info.status, points(store, failed.id, "loss")) == ("FAILED", [(1, 1.0)])
+    assert points(store, loop.callback.run.id, "loss") == [(1, 2.0)]
+
+
+def test_two_callbacks_of_one_trainer_are_refused(store: MlflowClient, callback: Any) -> None:
+    loop, other = Loop(callback()), callback()
+    loop.on_train_begin()
+    with pytest.raises(InputError, match="two TrackCallbacks track one Trainer"):
+        other.on_train_begin(loop.arguments, loop.state, loop.control)
+    loop.callback.run.end()
+
+
+def test_names_that_mlflow_does_not_store_are_the_nearest_that_it_does(store: MlflowClient, callback: Any) -> None:
+    class Model:
+        class config:
+            @staticmethod
+            def to_dict() -> dict[str, Any]:
+                return {"label2id": {"tench, Tinca tinca": 0, "..": 1}, "d_model": 8}
+
+    loop = Loop(callback(), metric_for_best_model="f1@10", greater_is_better=True)
+    loop.on_train_begin(model=Model())
+    loop.step(5, **{"eval_f1@10": 0.5})
+    loop.save()
+    loop.callback.run.end()
+    run = store.get_run(loop.callback.run.id)
+    assert (run.data.params["label2id.tench_ Tinca tinca"], run.data.params["d_model"]) == ("0", "8")
+    assert run.data.tags["bdh.best_metric"] == "eval_f1_10 (higher is better)"
 
 
 def test_signals_are_refused_in_a_group(callback: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def logger(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def test_metrics_hyperparameters_and_checkpoints_arrive(store: MlflowClient, logger: Any, tmp_path: Path) -> None:
     made = logger()
     made.log_hyperparams({"lr": 0.1, "net": {"width": 8}, "none": None})
-    made.log_hyperparams(Namespace(depth=2))
+    made.log_hyperparams(Namespace(depth=2, more=Namespace(optimizer={"name[0]": "x"})))
     for step, loss in ((0, 2.0), (1, 1.0), (2, 3.0)):
         made.log_metrics({"val/loss": torch.tensor(loss), "odd(name)": 1, "text": "x"}, step)
         file = write(tmp_path / "out" / f"epoch={step}-step={step + 1}.ckpt", b"%d" % step)
@@ -60,7 +60,7 @@ def test_metrics_hyperparameters_and_checkpoints_arrive(store: MlflowClient, log
     run.end()
     kept = store.get_run(run.id)
     assert kept.info.status == "FINISHED"
-    assert kept.data.params == {"lr": "0.1", "net/width": "8", "none": "null", "depth": "2"}
+    assert kept.data.params == {"lr": "0.1", "net/width": "8", "none": "null", "depth": "2", "more/optimizer/name_0_": "x"}
     assert points(store, run.id, "val/loss") == [(0, 2.0), (1, 1.0), (2, 3.0)], "no second point for the score"
     assert {k for k in kept.data.metrics if not k.startswith(("tracker/", "ckpt/"))} == {"val/loss", "oddname", "test"}
     assert kept.data.tags["bdh.best_checkpoint"].endswith("/checkpoint_2")
@@ -76,6 +76,49 @@ def test_of_several_files_of_a_step_a_whole_state_is_kept(store: MlflowClient, l
     run = made.experiment
     run.end()
     assert [path.name for path in (run.directory / "checkpoint_5").iterdir()] == ["state.ckpt"]
+
+
+def test_of_several_monitored_files_of_a_step_the_first_metric_decides(store: MlflowClient, logger: Any, tmp_path: Path) -> None:
+    made = logger()
+    for step, (loss, accuracy) in enumerate(((2.0, 0.1), (1.0, 0.9), (3.0, 0.5)), 1):
+        for name, fields in (
+            ("all", {}),
+            ("loss", {"monitor": "loss", "current_score": loss}),
+            ("accuracy", {"monitor": "accuracy", "mode": "max", "current_score": accuracy}),
+        ):
+            made.after_save_checkpoint(Saver(write(tmp_path / f"{name}-{step}.ckpt"), step, **fields))
+    run = made.experiment
+    run.end()
+    assert [path.name for path in (run.directory / "checkpoint_2").iterdir()] == ["loss-2.ckpt"]
+    tags = store.get_run(run.id).data.tags
+    assert (tags["bdh.best_metric"], tags["bdh.best_value"]) == ("loss (lower is better)", "1.0")
+
+
+def test_a_second_fit_has_files_of_its_own(store: MlflowClient, logger: Any, tmp_path: Path) -> None:
+    made = logger()
+    made.after_save_checkpoint(Saver(write(tmp_path / "best.ckpt", b"1"), 8))
+    made.finalize("success")
+    made.after_save_checkpoint(Saver(write(tmp_path / "best-v1.ckpt", b"2"), 8))
+    run = made.experiment
+    run.end()
+    assert [path.name for path in (run.directory / "checkpoint_8").iterdir()] == ["best-v1.ckpt"]
+
+
+def test_what_is_no_number_is_named_once_and_training_goes_on(store: MlflowClient, logger: Any) -> None:
+    notes: list[str] = []
+    made = logger(notes=notes)
+    for step in (0, 1):
+        made.log_metrics({"a": None, "text": "x", "()": 1.0, "loss": 1.0}, step)
+    run = made.experiment
+    run.end()
+    assert sorted(note for note in notes if "is not logged" in note) == [
+        f"track: {key} is no number, or has no name that MLflow stores, and is not logged" for key in ("()", "a", "text")
+    ]
+    assert points(store, run.id, "loss") == [(0, 1.0), (1, 1.0)]
+
+
+def test_its_name_is_a_folder_of_its_own() -> None:
+    assert [TrackLogger(name).name for name in ("../../x", "/Users/me/x", "mine")] == ["_.._x", "_Users_me_x", "mine"]
 
 
 def test_a_fit_that_failed_is_failed(store: MlflowClient, logger: Any) -> None:

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,41 @@ def test_params_are_written_once_and_changes_are_tagged(store: MlflowClient) -> 
     assert not any("refused" in note for note in notes)
 
 
+def test_checkpoints_of_several_threads_are_taken_one_after_the_other(store: MlflowClient, tmp_path: Path) -> None:
+    with tracked() as run:
+
+        def work(first: int) -> None:
+            for step in range(first, 20, 4):
+                run.checkpoint(write(tmp_path / str(step)), step)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [c.manifest.step for c in checkpoint.list_run(run.directory).checkpoints] == list(range(20))
+    assert store.get_run(run.id).data.tags["bdh.stop_step"] == "19"
+
+
+def test_a_run_that_is_marked_ends_as_marked(store: MlflowClient) -> None:
+    with tracked() as run:
+        run.mark("FAILED")
+    assert store.get_run(run.id).info.status == "FAILED"
+
+
+def test_leaving_a_generator_is_no_failure(store: MlflowClient) -> None:
+    runs: list[Run] = []
+
+    def steps() -> Iterator[int]:
+        with tracked() as run:
+            runs.append(run)
+            yield 1
+
+    for _ in steps():
+        break
+    assert store.get_run(runs[0].id).info.status == "FINISHED"
+
+
 def test_steps_may_go_backwards(store: MlflowClient) -> None:
     with tracked() as run:
         for step in (5, 2, 5):
@@ -222,6 +258,8 @@ def test_steps_may_go_backwards(store: MlflowClient) -> None:
     assert store.get_run(run.id).data.tags["bdh.stop_step"] == "5"
 
 
+CIRCLE: dict[str, Any] = {}
+CIRCLE["c"] = CIRCLE
 WRONG: list[tuple[Callable[[Any], object], str]] = [
     (lambda run: run.metrics({"a//b": 1.0}, 1), r"metric 'a//b': names are made of letters"),
     (lambda run: run.metrics({"a,b": 1.0}, 1), r"metric 'a,b': names are made of letters"),
@@ -237,6 +275,15 @@ WRONG: list[tuple[Callable[[Any], object], str]] = [
     (lambda run: run.params({"a\n": 1}), r"param 'a\\n': names are made of letters"),
     (lambda run: run.text("x", "../x"), r"artifact '\.\./x': accepted: a relative path with `/`, without `\.\.`"),
     (lambda run: run.text("x", "/etc/x"), r"artifact '/etc/x': accepted"),
+    (lambda run: run.text("x", "l" * 256), r"artifact 'l+\.\.\. \(258 characters\): accepted"),
+    (lambda run: run.text("x", "a\0b"), r"artifact 'a\\x00b': accepted"),
+    (lambda run: run.text(b"x", "a"), r"text of a: b'x' is no text"),
+    (lambda run: run.tags(["a"]), r"tags: \['a'\] is no mapping of names to text"),
+    (lambda run: run.samples(None, 1), r"sample None: accepted: a pair of texts"),
+    (lambda run: run.samples([("a",)], 1), r"sample \('a',\): accepted: a pair of texts"),
+    (lambda run: run.artifact(None), r"None is no path of a file or folder"),
+    (lambda run: run.checkpoint(["a"], 1), r"\['a'\] is no path of a file or folder"),
+    (lambda run: run.params(CIRCLE), r"params: .*: more than 50 levels deep"),
     (lambda run: run.artifact("gone"), r"gone: no such file or folder"),
     (lambda run: run.checkpoint("gone", 1), r"gone: no such file or folder"),
     (lambda run: run.checkpoint("gone", 1, {"a": "x"}), r"metric 'a': 'x' is no number"),

@@ -23,6 +23,8 @@ from bdh_mlflow.track.settings import flat, settings_of
         ({"tags": {"a,b": "1"}}, "tag 'a,b': names are made of letters"),
         ({"folder": 3}, "track.Settings: folder is 3"),
         ({"signals": "yes"}, "track.Settings: signals is 'yes': Input should be a valid boolean"),
+        ({"experiment": " "}, "track.Settings: experiment is ' '"),
+        ({"name": "a\0b"}, "track.Settings: run_name is 'a\\x00b'"),
         ({"best": ""}, "track.Settings: best is ''"),
         ({"tracking_uri": ""}, "track.Settings: tracking_uri is ''"),
     ],
