@@ -1,4 +1,4 @@
-"""What tracking costs other trainers' loops: `python benchmarks/loops.py [--rounds 3] [--large] [--stacks plain huggingface lightning]`.
+"""What tracking costs other trainers' loops: `python benchmarks/loops.py [--rounds 3] [--large | --endings] [--stacks plain ...]`.
 
 Each of three stacks trains the same network of about 10 ms a step on one thread, 300 steps, logs at each and saves at 100, 200 and 300:
 without tracking (`none`), with its own MLflow integration (`own`: MLflow's asynchronous calls and log_artifact in the plain loop,
@@ -10,9 +10,15 @@ with a checkpoint. checkpoint: how long one holds the loop, turn less median tur
 copying the bytes of its file at that moment (`x copy`), in the others against the same without tracking (`x none`). exit: from the last
 forward pass to the end of the process. points: that arrived, of those that the loop has logged. --large: 60 steps of a network of 25 M
 parameters, checkpoints of 300 MB at 20, 40 and 60, of which the checkpoint columns mean something. Needs a quiet machine.
+
+--endings: instead, how runs end. After step 150 of 300 an exception, SIGTERM, SIGKILL, or the server is killed; then the status of the run
+and the points that arrived, of 150, or of 300 where the loop goes on; its exit code, and how long it lived on after that step; what takes
+longer than 60 s is killed. Where the server was killed it is started again, and `track.sync` delivers what is left. MLflow's own retries
+are as it sets them.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -28,6 +34,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+EVENTS = ("exception", "SIGTERM", "SIGKILL", "server")
+LIMIT_S = 60
 STACKS, TRACKERS = ("plain", "huggingface", "lightning"), ("none", "own", "ours")
 WIDTH, BATCH = 512, 64
 
@@ -74,41 +82,39 @@ def plain(tracker: str, size: Size, forward: Any) -> list[float]:
 
     model, x, copied = network(size), batch(), []
     optimizer = torch.optim.AdamW(model.parameters())
+    run: Any = contextlib.nullcontext()
     if tracker == "own":
         import mlflow
 
         mlflow.set_experiment("plain-own")
-        mlflow.start_run()
+        run = mlflow.start_run()
     if tracker == "ours":
         from bdh_mlflow import track
 
         run = track.run("plain-ours", note=lambda text: None)
-    for step in range(1, size.steps + 1):
-        forward()
-        loss = (model(x) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if tracker == "own":
-            mlflow.log_metrics(values(loss.item(), step), step, synchronous=False)
-        if tracker == "ours":
-            run.metrics(values(loss.item(), step), step)
-        if step % size.every == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "state.pt")
-            forward("saved")
+    with run:
+        for step in range(1, size.steps + 1):
+            forward()
+            loss = (model(x) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             if tracker == "own":
-                mlflow.log_artifact("state.pt", f"checkpoints/{step}")
+                mlflow.log_metrics(values(loss.item(), step), step, synchronous=False)
             if tracker == "ours":
-                run.checkpoint("state.pt", step)
-            forward("held")
-            began = time.perf_counter()
-            shutil.copyfile("state.pt", "copy.pt")
-            copied.append(time.perf_counter() - began)
-            forward("copied")
-    if tracker == "own":
-        mlflow.end_run()
-    if tracker == "ours":
-        run.end()
+                run.metrics(values(loss.item(), step), step)
+            if step % size.every == 0:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "state.pt")
+                forward("saved")
+                if tracker == "own":
+                    mlflow.log_artifact("state.pt", f"checkpoints/{step}")
+                if tracker == "ours":
+                    run.checkpoint("state.pt", step)
+                forward("held")
+                began = time.perf_counter()
+                shutil.copyfile("state.pt", "copy.pt")
+                copied.append(time.perf_counter() - began)
+                forward("copied")
     return copied
 
 
@@ -182,7 +188,18 @@ def lightning(tracker: str, size: Size, forward: Any) -> list[float]:
     return []
 
 
-def worker(stack: str, tracker: str, size: Size) -> None:
+def happen(event: str) -> None:
+    """What ends a loop, or its server."""
+    Path("happened").write_text(str(time.time()))
+    if event == "exception":
+        raise RuntimeError("no such layer")
+    if event == "server":
+        os.killpg(int(os.environ["LOOPS_SERVER"]), signal.SIGKILL)
+    else:
+        os.kill(os.getpid(), signal.Signals[event])
+
+
+def worker(stack: str, tracker: str, size: Size, event: str = "") -> None:
     """Run a loop and write down when what began."""
     import torch
 
@@ -192,6 +209,8 @@ def worker(stack: str, tracker: str, size: Size) -> None:
 
     def forward(what: str = "forward") -> None:
         moments.append((what, time.time()))
+        if event and what == "forward" and sum(each == what for each, _ in moments) == size.steps // 2 + 1:
+            happen(event)
 
     copied = {"plain": plain, "huggingface": huggingface, "lightning": lightning}[stack](tracker, size, forward)
     Path("moments.json").write_text(json.dumps({"moments": moments, "copied": copied}))
@@ -229,6 +248,34 @@ def measured(stack: str, tracker: str, size: Size, uri: str) -> Result:
     return Result(others, saved, said["copied"], ended - starts[-1], "" if tracker == "none" else arrived(uri, f"{stack}-{tracker}", size))
 
 
+def ended(stack: str, tracker: str, event: str, server: Any) -> list[str]:
+    """How a run ends: status, points, exit code, seconds that the process lived on."""
+    size = SIZES["small"]
+    with tempfile.TemporaryDirectory(prefix="loops-") as folder:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "LOOPS_SERVER": str(os.getpgid(server.pids()[0]))}
+        command = [sys.executable, __file__, "--worker", stack, tracker, *map(str, size), event]
+        with (Path(folder) / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        happened = Path(folder) / "happened"
+        while process.poll() is None and not (happened.exists() and time.time() - float(happened.read_text()) > LIMIT_S):
+            time.sleep(0.05)
+        cut = process.poll() is None
+        if cut:
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        lived = time.time() - float(happened.read_text())
+        if event == "server":
+            server.start()
+        if tracker == "ours":
+            from bdh_mlflow import track
+
+            time.sleep(2 if event == "SIGKILL" else 0)  # its sender lives on
+            track.sync(Path(folder) / "checkpoints", note=lambda text: None)
+        points = arrived(server.uri, f"{stack}-{tracker}", size)
+    return [points, "cut off" if cut else str(code), f"{lived:.1f}"]
+
+
 def arrived(uri: str, experiment: str, size: Size) -> str:
     """Points of `loss` of the newest run, and its status."""
     from mlflow import MlflowClient
@@ -252,24 +299,47 @@ def p99(figures: list[float]) -> float:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], sys.argv[3], Size(*map(int, sys.argv[4:])))
+        worker(sys.argv[2], sys.argv[3], Size(*map(int, sys.argv[4:7])), *sys.argv[7:])
         return
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--large", action="store_true")
+    options.add_argument("--endings", action="store_true")
     options.add_argument("--stacks", nargs="+", choices=STACKS, default=STACKS)
     given = options.parse_args()
-    size = SIZES["large" if given.large else "small"]
-    from scripts.servers import Server
+    if given.endings:
+        print_endings(given.stacks)
+    else:
+        print_costs(given.stacks, SIZES["large" if given.large else "small"], given.rounds)
 
+
+def serving(home: str) -> Any:
+    from scripts.servers import Server  # here: it imports MLflow, which the loops are to do themselves
+
+    return Server(None, Path(home))
+
+
+def print_endings(stacks: list[str]) -> None:
+    print("| loop | tracked by | what happens | points and status | exit code | s until the end |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory(prefix="loops-server-") as home:
+        server = serving(home)
+        try:
+            for stack, tracker, event in itertools.product(stacks, TRACKERS[1:], EVENTS):
+                print(f"| {' | '.join([stack, tracker, event, *ended(stack, tracker, event, server)])} |", flush=True)
+        finally:
+            server.signal(signal.SIGKILL)
+
+
+def print_costs(stacks: list[str], size: Size, rounds_: int) -> None:
     results: dict[tuple[str, str], list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="loops-server-") as home:
-        server = Server(None, Path(home))
+        server = serving(home)
         try:
-            for number in range(given.rounds):
-                for stack in given.stacks:
+            for number in range(rounds_):
+                for stack in stacks:
                     for tracker in TRACKERS:
-                        print(f"round {number + 1} of {given.rounds}: {stack}, {tracker}", file=sys.stderr, flush=True)
+                        print(f"round {number + 1} of {rounds_}: {stack}, {tracker}", file=sys.stderr, flush=True)
                         results.setdefault((stack, tracker), []).append(measured(stack, tracker, size, server.uri))
         finally:
             server.signal(signal.SIGKILL)

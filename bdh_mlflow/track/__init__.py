@@ -12,7 +12,7 @@
 
 Every call is one line in a journal on disk and returns; a process beside the loop sends it to MLflow, in order and exactly once, whenever
 the server answers. The names here are stable, and so are the modules `huggingface` and `lightning` for those trainers. Imports neither
-torch nor MLflow.
+torch nor MLflow; a run that samples the machine loads the latter before it begins.
 """
 
 from bdh_mlflow.errors import BdhError, CheckpointError, InputError, ResumeError, SaveError, TrackingError

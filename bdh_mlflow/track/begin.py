@@ -80,9 +80,10 @@ def run(
     resume: a checkpoint of a run, which goes on in the same MLflow run and run directory: latest, a path, a run id, runs:/RUN_ID or an
     artifact URI, RUN:N for its step N; of a run without checkpoints its id. See `Run.resumed_from`.   note: called with lines for the user.
 
-    Under `mlflow run` the first run of the process is the one that MLflow has made for it. Takes about two seconds, in which the process
-    that sends gets ready; a server that does not answer is waited for 5 s, and then the run begins without it. Raises InputError for what
-    cannot be meant, ResumeError and CheckpointError for a target, TrackingError where the store refuses the run.
+    Under `mlflow run` the first run of the process is the one that MLflow has made for it. Takes two to three seconds, in which the process
+    that sends gets ready; a server that does not answer is waited for 5 s, and then the run begins without it.
+
+    Raises InputError for what cannot be meant, ResumeError and CheckpointError for a target, TrackingError where the store refuses the run.
     """
     return begin(settings_of(settings), flat(params or {}), resume, note)
 
@@ -167,10 +168,11 @@ def _begun(settings: Settings, directory: RunDirectory, origin: Origin, place: _
     with _refused_cleanly(directory) as made:
         tracker = Tracker(lambda: directory.folder, status.tracking_uri, segment, note, place.make_sender)
         made.append(tracker)
-        source = host.source_state(Path.cwd())  # while the sender makes the run
+        source = host.source_state(Path.cwd())  # this and the next while the sender makes the run
+        sampled = settings.system_metrics and not system_metrics.why_unavailable()
+        monitors = system_metrics.load_monitors() if sampled else None
         tracker.wait(ATTACH_S if status.reachable else 0)
     began_s = (status.run.started_at_ms if status.run else [*earlier, segment][0].started_at_ms) / 1000
-    sampled = settings.system_metrics and not system_metrics.why_unavailable()
     parts = Parts(
         settings=settings,
         directory=directory,
@@ -179,7 +181,7 @@ def _begun(settings: Settings, directory: RunDirectory, origin: Origin, place: _
         resumed=origin.snapshot,
         likely_run=origin.run_id or place.wrapper,
         held=place.held,
-        system_metrics=SystemMetrics(tracker.metrics, began_s) if sampled else None,
+        system_metrics=SystemMetrics(tracker.metrics, began_s, monitors=monitors) if sampled else None,
         note=note,
     )
     _introduce(tracker, settings, origin, source)

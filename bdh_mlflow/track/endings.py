@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol
 
 from bdh_mlflow.errors import InputError
+from bdh_mlflow.track.signals import after_fork, before_fork
 
 Say = Callable[[str], None]
 """Called with a line for the user."""
@@ -78,7 +79,7 @@ def opened(run: OpenRun) -> None:
 
         sys.excepthook = remember
         atexit.register(_end_all)
-        os.register_at_fork(after_in_child=_disown_all)
+        os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=_disown_all)
 
 
 def closed(run: OpenRun) -> None:
@@ -95,3 +96,4 @@ def _disown_all() -> None:
     for run in list(_open):
         with contextlib.suppress(Exception):  # the child has its own work to do
             run.disown()
+    after_fork()

@@ -10,6 +10,7 @@ from bdh_mlflow.errors import InputError
 from bdh_mlflow.host import ENDING_SIGNALS
 
 _holding: list["HeldSignals"] = []
+_masks: list[set[Any]] = []
 
 
 class HeldSignals:
@@ -57,3 +58,15 @@ class HeldSignals:
             self._first, self.received = number, signal.Signals(number).name
         elif number == self._first:
             self.release()
+
+
+def before_fork() -> None:
+    """Block signals while they are held, until the new process has given up to hold them: one that comes in between would be lost."""
+    if _holding:
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS))
+
+
+def after_fork() -> None:
+    """In both processes: as before."""
+    if _masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())

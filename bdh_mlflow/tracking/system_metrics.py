@@ -15,7 +15,8 @@ class SystemMetrics:
 
     MLflow's own thread makes requests and ends with the first that fails; here samples go to `log`, which is the journal.
     started_at: Unix time that `step`, the number of the sample, is counted from, so that a later process goes on counting.
-    group: what the metrics are called, `system/...` or `system/<node>/...`.   others: gives the last sample of other nodes.
+    group: what the metrics are called, `system/...` or `system/<node>/...`.   others: gives the last sample of other nodes.   monitors:
+    of `load_monitors`; loaded with the first sample if not given.
     """
 
     def __init__(
@@ -26,7 +27,9 @@ class SystemMetrics:
         interval_s: float = SAMPLE_INTERVAL_S,
         group: str = "system",
         others: Callable[[], dict[str, float]] = dict,
+        monitors: list[Any] | None = None,
     ) -> None:
+        self._monitors = monitors
         self._log, self._started_at, self._interval_s = log, started_at, interval_s
         self._group, self._others = group, others
         self._closing = threading.Event()
@@ -39,12 +42,12 @@ class SystemMetrics:
         self._thread.join()
 
     def _sample(self) -> None:
-        monitors: list[Any] | None = None
+        monitors = self._monitors
         while True:
             last = self._closing.wait(self._interval_s)
             if monitors is None:
                 try:
-                    monitors = _monitors()  # not before the first sample: MLflow takes a second to import
+                    monitors = load_monitors()  # not before the first sample: MLflow takes a second to import
                 except Exception:  # a program that ends imports nothing more
                     return
             values: dict[str, float] = {}
@@ -66,7 +69,8 @@ def why_unavailable() -> str | None:
     return None if importlib.util.find_spec("psutil") else "psutil is not installed: pip install psutil"
 
 
-def _monitors() -> list[Any]:
+def load_monitors() -> list[Any]:
+    """MLflow's monitors that work here. Takes a second, in which Python has little time for other threads."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
