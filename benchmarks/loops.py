@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+ENVIRONMENT = dict(os.environ)  # before `track.sync` bounds MLflow's retries here
 EVENTS = ("exception", "SIGTERM", "SIGKILL", "server")
 LIMIT_S = 60
 STACKS, TRACKERS = ("plain", "huggingface", "lightning"), ("none", "own", "ours")
@@ -221,7 +222,7 @@ def worker(stack: str, tracker: str, size: Size, event: str = "") -> None:
 
 def measured(stack: str, tracker: str, size: Size, uri: str) -> Result:
     with tempfile.TemporaryDirectory(prefix="loops-") as folder:
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**ENVIRONMENT, "MLFLOW_TRACKING_URI": uri, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--worker", stack, tracker, *map(str, size)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         ended = time.time()
@@ -252,7 +253,7 @@ def ended(stack: str, tracker: str, event: str, server: Any) -> list[str]:
     """How a run ends: status, points, exit code, seconds that the process lived on."""
     size = SIZES["small"]
     with tempfile.TemporaryDirectory(prefix="loops-") as folder:
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        environment = {**ENVIRONMENT, "MLFLOW_TRACKING_URI": server.uri, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
         environment |= {"OMP_NUM_THREADS": "1", "LOOPS_SERVER": str(os.getpgid(server.pids()[0]))}
         command = [sys.executable, __file__, "--worker", stack, tracker, *map(str, size), event]
         with (Path(folder) / "log").open("w") as log:

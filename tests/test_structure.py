@@ -349,9 +349,9 @@ WRONG = {  # a tree that breaks every rule: files, and after `#!` in a line whic
             return record._replace(a=1)
         """,
     "bdh_mlflow/track/__init__.py": "",
-    "bdh_mlflow/track/run.py": """
+    "bdh_mlflow/track/tracked.py": """
         from bdh_mlflow.tracking import store
-        from bdh_mlflow.data import order  #! track.run must not import bdh_mlflow.data
+        from bdh_mlflow.data import order  #! track.tracked must not import bdh_mlflow.data
         """,
     "bdh_mlflow/training/__init__.py": "",
     "bdh_mlflow/training/trainer.py": """

@@ -86,6 +86,11 @@ class CommonManifest:
         """By which checkpoints of a run compare, lower is better; None if it has none that compares."""
         return None
 
+    @property
+    def compared_by(self) -> str:
+        """What the score is of: those of other things do not compare with it."""
+        return ""
+
     def score_as_tags(self) -> dict[str, str]:
         """The score as tags of a run, whose best checkpoint this is."""
         return {}
@@ -179,15 +184,16 @@ class SnapshotManifest(CommonManifest):
 
     def score_as_tags(self) -> dict[str, str]:
         """The metric, its value, and which way it compares."""
-        return {BEST_METRIC: self._compared, BEST_VALUE: repr(self.metrics.get(self.best or ""))}
+        return {BEST_METRIC: self.compared_by, BEST_VALUE: repr(self.metrics.get(self.best or ""))}
 
     def score_in(self, tags: Mapping[str, str]) -> float:
         """The value, of the same metric."""
-        value = _number(tags.get(BEST_VALUE)) if tags.get(BEST_METRIC) == self._compared else math.inf
+        value = _number(tags.get(BEST_VALUE)) if tags.get(BEST_METRIC) == self.compared_by else math.inf
         return value if value == math.inf else self._turned(value)
 
     @property
-    def _compared(self) -> str:
+    def compared_by(self) -> str:
+        """The metric, and which way it compares."""
         return f"{self.best} ({'higher' if self.higher_is_better else 'lower'} is better)"
 
     def _turned(self, value: float) -> float:

@@ -199,8 +199,10 @@ def newest(run_dir: Path) -> tuple[Saved | None, list[str]]:
 
 
 def best(checkpoints: Sequence[Saved]) -> Saved | None:
-    """The checkpoint with the best score, if any has one; of equal ones the first."""
-    scored = [(c.manifest.score, c.manifest.step, c) for c in checkpoints if c.manifest.score is not None]
+    """The checkpoint with the best score of those that compare with the newest, if any has one; of equal ones the first."""
+    newest_first = sorted(checkpoints, key=lambda c: c.manifest.step, reverse=True)
+    by = next((c.manifest.compared_by for c in newest_first if c.manifest.score is not None), None)
+    scored = [(c.manifest.score, c.manifest.step, c) for c in checkpoints if c.manifest.score is not None and c.manifest.compared_by == by]
     return min(scored, key=lambda each: each[:2])[2] if scored else None
 
 

@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -74,7 +74,13 @@ def take(given: Path, run_dir: Path, step: int, *, written_once: bool) -> Taken:
 
     Raises InputError for what is no checkpoint: a path that is not there, an empty folder, anything but files and folders; OSError.
     """
+    if given.name in ("", ".."):
+        given = given.resolve()
     files, is_folder = list(_files_of(given)), given.is_dir()
+    if not is_storable(given.name):
+        raise InputError(f"{str(given)!a}: not every artifact store gives back a folder of such a name; rename it")
+    if is_folder and run_dir.resolve().is_relative_to(given.resolve()):
+        raise InputError(f"{given}: holds the run directory {run_dir} itself; name a folder with the checkpoint alone")
     folder = run_dir / f"checkpoint_{step}{PARTIAL}"
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
@@ -128,24 +134,38 @@ def complete(
     snapshot.manifest_path.unlink(missing_ok=True)  # of the same step before: never beside other files than its own
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(target)
-    taken.folder.rename(target)
-    atomic_write(snapshot.manifest_path, json.dumps(manifest.to_json(), indent=1, allow_nan=False).encode())
+    try:
+        taken.folder.rename(target)
+        atomic_write(snapshot.manifest_path, json.dumps(manifest.to_json(), indent=1, allow_nan=False).encode())
+    except BaseException:
+        for folder in (taken.folder, target):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return snapshot
 
 
-def copy_of(given: Path, target: Path) -> None:
+def copy_of(given: Path, target: Path, beside: Path) -> None:
     """A copy of a file, or of a folder with all its files, at a place where there is nothing yet, or older files of it.
 
-    Raises InputError for what is neither, OSError.
+    beside: folder on the same file system, in which the copy is made before it takes its place. Raises InputError for what is neither,
+    OSError.
     """
+    if given.name in ("", ".."):
+        given = given.resolve()
     files, is_folder = list(_files_of(given)), given.is_dir()
-    for name, path in files:
-        file = target / name if is_folder else target
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=".", suffix=PARTIAL, dir=file.parent)
-        os.close(descriptor)
-        _copy(path, Path(partial))
-        Path(partial).replace(file)  # never into one that may be under way
+    if is_folder and beside.resolve().is_relative_to(given.resolve()):
+        raise InputError(f"{given}: holds the run directory {beside} itself; name a folder without it")
+    made = beside / f".{uuid.uuid4().hex}{PARTIAL}"
+    made.mkdir()
+    try:
+        for number, (_, path) in enumerate(files):
+            _copy(path, made / str(number))
+        for number, (name, _) in enumerate(files):
+            file = target / name if is_folder else target
+            file.parent.mkdir(parents=True, exist_ok=True)
+            (made / str(number)).replace(file)  # never into one that may be under way
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _files_of(given: Path) -> Iterator[tuple[str, Path]]:

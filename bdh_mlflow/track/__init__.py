@@ -19,8 +19,8 @@ from bdh_mlflow.errors import BdhError, CheckpointError, InputError, ResumeError
 from bdh_mlflow.text import Sample
 from bdh_mlflow.track.begin import run
 from bdh_mlflow.track.later import find, sync
-from bdh_mlflow.track.run import NullRun, Run
 from bdh_mlflow.track.settings import Settings
+from bdh_mlflow.track.tracked import NullRun, Run
 
 __all__ = [
     "BdhError",

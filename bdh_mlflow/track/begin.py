@@ -20,9 +20,9 @@ from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError, ResumeError
 from bdh_mlflow.track import endings
 from bdh_mlflow.track.open import Parts
-from bdh_mlflow.track.run import Run
 from bdh_mlflow.track.settings import Settings, flat, settings_of
 from bdh_mlflow.track.signals import HeldSignals
+from bdh_mlflow.track.tracked import Run
 from bdh_mlflow.tracking import journal, system_metrics
 from bdh_mlflow.tracking.locate import Locator
 from bdh_mlflow.tracking.records import Segment
@@ -40,18 +40,17 @@ _wrappers_taken: set[str] = set()
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run goes on from.   folder: its folder here, if there is one.   run_id: its MLflow run, if it is known.   step: where."""
+    """What a run goes on from.
+
+    snapshot: None where its program has the checkpoint elsewhere.   folder: of the run here, if there is one; else found by `run_dir`, the
+    name of its run directory.   run_id: its MLflow run, if it is known.   step: updates completed.
+    """
 
     snapshot: Snapshot | None = None
     folder: Path | None = None
     run_id: str | None = None
     step: int = 0
     run_dir: str | None = None
-
-    @classmethod
-    def of_run(cls, run_id: str | None, run_dir: str | None, step: int) -> "Origin":
-        """A run whose checkpoint is elsewhere, with its program."""
-        return cls(run_id=run_id, step=step, run_dir=run_dir)
 
     def placed(self, checkpoint_dir: Path) -> "Origin":
         """The same with the run's folder, if it is here."""
@@ -111,7 +110,7 @@ def begin(
         status = probe_by(make_sender, settings.config(), origin.run_id)
         held = HeldSignals() if settings.signals else None
         if held is not None:
-            stack.callback(held.restore)
+            stack.callback(held.release)
         directory = _directory(origin, folder)
         stack.callback(directory.close)
         begun = Run(_begun(settings, directory, origin, _Store(status, free, make_sender, held), note))
@@ -146,7 +145,7 @@ def _origin(target: str, folder: Path, config: TrackingConfig, note: endings.Say
     for line in located.notes:
         note(line)
     snapshot = located.found
-    assert isinstance(snapshot, Snapshot), "the sort that was looked for"
+    assert isinstance(snapshot, Snapshot), "the kind that was looked for"
     where = snapshot.path.absolute().parent
     if where.name != snapshot.manifest.run_dir:  # a copy elsewhere
         where = folder / snapshot.manifest.run_dir
@@ -179,6 +178,7 @@ def _begun(settings: Settings, directory: RunDirectory, origin: Origin, place: _
         tracker=tracker,
         origin=SnapshotOrigin(segment.number, source.commit, source.dirty, host.versions(), settings.best, settings.higher_is_better),
         resumed=origin.snapshot,
+        first_step=origin.step,
         likely_run=origin.run_id or place.wrapper,
         held=place.held,
         system_metrics=SystemMetrics(tracker.metrics, began_s, monitors=monitors) if sampled else None,
@@ -195,9 +195,10 @@ def _refused_cleanly(directory: RunDirectory) -> Iterator[list[Tracker]]:
     made: list[Tracker] = []
     try:
         yield made
-    except BaseException:
+    except BaseException as error:
+        ending = endings.of(error)
         for tracker in made:
-            tracker.close("FAILED", {}, None)
+            tracker.close(ending.status, ending.tags(0), None)
         directory.discard()
         raise
 

@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
-class OpenRun(Protocol):
+class EndsAtExit(Protocol):
     """What is done with a run that its program leaves open."""
 
     def end_at_exit(self, error: BaseException | None) -> None:
@@ -36,7 +36,7 @@ class Ending:
     error: str | None = None
 
     def tags(self, step: int) -> dict[str, str]:
-        """What the run is told.   step: the last one."""
+        """Tags of the run.   step: the last one."""
         message = {"bdh.stop_message": self.error[:500] or self.reason} if self.error is not None else {}
         return {"bdh.stop_reason": self.reason, "bdh.stop_step": str(step), **message}
 
@@ -60,12 +60,12 @@ def checked(status: str) -> str:
     return status
 
 
-_open: list[OpenRun] = []
+_open: list[EndsAtExit] = []
 _error: list[BaseException] = []
 _installed: list[bool] = []
 
 
-def opened(run: OpenRun) -> None:
+def opened(run: EndsAtExit) -> None:
     """From now on a run is ended with the program at the latest."""
     _open.append(run)
     _error.clear()  # the program has gone on
@@ -82,7 +82,7 @@ def opened(run: OpenRun) -> None:
         os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=_disown_all)
 
 
-def closed(run: OpenRun) -> None:
+def closed(run: EndsAtExit) -> None:
     """It has ended."""
     _open.remove(run)
 

@@ -4,11 +4,9 @@ Metrics have the names that its own gives them. Checkpoint folders are taken as 
 says in its trainer_state.json which run it is of, so that `train(resume_from_checkpoint=...)` goes on in that run.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,16 @@ from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.track import endings
 from bdh_mlflow.track.begin import Origin, begin, say
 from bdh_mlflow.track.later import find
-from bdh_mlflow.track.run import Run
 from bdh_mlflow.track.settings import Settings, flat, settings_of, usable, usual_params
+from bdh_mlflow.track.tracked import Run
 
 _UNUSUAL = re.compile(r"[^0-9A-Za-z_\-\.\ :/]")  # what its own callback replaces in names of metrics
 
 
 _made: list["TrackCallback"] = []
 """The last one that a program made."""
-_tracking: "weakref.WeakValueDictionary[int, TrackCallback]" = weakref.WeakValueDictionary()
-"""Which one tracks a Trainer, by its arguments."""
+_tracking: list[tuple[Run, TrainingArguments]] = []
+"""Open runs, and the arguments of their Trainers."""
 
 
 class TrackCallback(TrainerCallback, ExportableState):
@@ -70,16 +68,16 @@ class TrackCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json is to hold: which run this is, and nothing that could be secret."""
-        run = {"run_id": self.run.id, "run_dir": self.run.made_directory().name} if self.run else {}
+        run = {"run_id": self.run.id, "run_dir": self.run.made_directory().name} if self.run and not self.run.ended else {}
         return {"args": {"restored": True}, "attributes": {"tracked": run}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin the run, or go on with the one that the checkpoint is of."""
         if state.is_world_process_zero:
-            state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint made without this callback has none
             if self.run is not None and not self.run.ended:  # of the training before, which has ended, or failed without a word
                 self.run.end(None if self.run.marked else "FAILED")
             self._open(args, state, kwargs.get("model"))
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint made without this callback has none
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Points of what the Trainer logs."""
@@ -98,10 +96,7 @@ class TrackCallback(TrainerCallback, ExportableState):
             return
         logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
         metrics, _ = usable({k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")}, _usual)
-        try:
-            self.run.checkpoint(_folder_of(args, state), state.global_step, metrics, written_once=True)
-        except (InputError, SaveError) as error:  # training is worth more than its mirror
-            self._note(f"track: step {state.global_step} is not tracked: {error}")
+        self.run.try_checkpoint(_folder_of(args, state), state.global_step, metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After a signal that is held: save, and stop training."""
@@ -111,22 +106,23 @@ class TrackCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The run has finished; it stays open for an evaluation after it, and ends with the program or the next training."""
         if self.run is not None:
-            with contextlib.suppress(InputError, SaveError) if self.run.stop_requested else contextlib.nullcontext():
+            try:
                 self.run.end() if self.run.stop_requested else self.run.mark()
+            except (InputError, SaveError) as error:  # of the last checkpoint: training has ended all the same
+                self._note(f"track: the last checkpoint is not tracked: {error}")
 
     def _open(self, args: TrainingArguments, state: TrainerState, model: Any) -> Run:
         """The run; begun, if there is none that is open."""
         if self.run is None or self.run.ended:
-            other = _tracking.get(id(args))
-            if other is not None and other.run is not None and other.run is not self.run and not other.run.ended:
+            if any(run is not self.run and arguments is args and not run.ended for run, arguments in _tracking):
                 raise InputError("two TrackCallbacks track one Trainer; leave one of them out")
-            _tracking[id(args)] = self
             if self._settings.signals and args.world_size > 1:
                 raise InputError("track.Settings: signals=True holds the signals of one process, and this is a group; leave it out")
             config: Any = getattr(model, "config", None)
             params = {**(config.to_dict() if hasattr(config, "to_dict") else {}), **args.to_dict(), **self._params}
             self.run = begin(self._filled(args), usual_params(params), self._origin(state), self._note)
             self._resume = None
+            _tracking[:] = [(run, arguments) for run, arguments in _tracking if not run.ended] + [(self.run, args)]
         return self.run
 
     def _filled(self, args: TrainingArguments) -> Settings:
@@ -143,10 +139,13 @@ class TrackCallback(TrainerCallback, ExportableState):
         """What the run goes on from."""
         if self._resume is not None:
             return self._resume
-        told = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
-        told = told[-1] if isinstance(told, list) else told
-        run = told.get("attributes", {}).get("tracked", {})
-        return Origin.of_run(run.get("run_id"), run.get("run_dir"), state.global_step) if run else None
+        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        saved = saved[-1] if isinstance(saved, list) else saved
+        run = saved.get("attributes", {}).get("tracked", {})
+        if not run:
+            return None
+        run_id, run_dir = (run.get(key) if isinstance(run.get(key), str) else None for key in ("run_id", "run_dir"))
+        return Origin(run_id=run_id, run_dir=run_dir, step=state.global_step)
 
 
 def _usual(key: str) -> str:

@@ -16,8 +16,8 @@ from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.track import endings
 from bdh_mlflow.track.begin import begin, say
 from bdh_mlflow.track.later import find
-from bdh_mlflow.track.run import Run
 from bdh_mlflow.track.settings import Settings, settings_of, usable, usual_params
+from bdh_mlflow.track.tracked import Run
 
 _is_other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
 if TYPE_CHECKING or not (_is_other or importlib.util.find_spec("lightning") is None):
@@ -40,7 +40,7 @@ class TrackLogger(Logger):
 
     def __init__(self, settings: Settings | str | None = None, *, resume: str | Path | None = None, note: endings.Say = say) -> None:
         super().__init__()
-        self._settings, self._resume, self._note = settings_of(settings), resume, note
+        self._settings, self._note = settings_of(settings), note
         if self._settings.signals:
             raise InputError("track.Settings: signals=True: Lightning handles signals itself; leave it out")
         self.ckpt_path = str(find(resume, self._settings, note=note)) if resume is not None else None
@@ -52,7 +52,7 @@ class TrackLogger(Logger):
 
     def __getstate__(self) -> dict[str, Any]:
         """For processes that Lightning starts: what it was made with; the run begins in the first of them."""
-        return self.__dict__ | {"_run": None, "_resume": self.ckpt_path}
+        return self.__dict__ | {"_run": None}
 
     @property
     @rank_zero_experiment
@@ -101,11 +101,7 @@ class TrackLogger(Logger):
         if metrics and self._settings.best is None and self._monitored is None:
             self._monitored = next(iter(metrics))  # of several monitored metrics the first: others do not compare with it
             run.compare_by(self._monitored, higher_is_better=checkpoint_callback.mode == "max")
-        try:
-            run.checkpoint(path, step, metrics, written_once=True)
-        except (InputError, SaveError) as error:  # training is worth more than its mirror
-            self._note(f"track: step {step} is not tracked: {error}")
-        else:
+        if run.try_checkpoint(path, step, metrics):
             self._taken[step] = path, worth
 
     @rank_zero_only
@@ -114,8 +110,9 @@ class TrackLogger(Logger):
         self._taken.clear()  # another fit begins with other files
         if self._run is None or self._run.ended:
             return
+        finished = status in ("success", "finished")
         try:
-            self._run.mark("FINISHED" if status in ("success", "finished") else "FAILED", sys.exc_info()[1])
+            self._run.mark("FINISHED" if finished else "FAILED", None if finished else sys.exc_info()[1])
         except (InputError, SaveError) as error:
             self._note(f"track: the last checkpoint is not tracked: {error}")
 

@@ -1,6 +1,5 @@
 """A run while it is open: which one it is, and how it ends, once, whatever ends it."""
 
-import contextlib
 import os
 import threading
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from bdh_mlflow.tracking.tracker import Tracker
 class Parts:
     """What a run is made of.   resumed: the checkpoint that it goes on from.   likely_run: its MLflow run while the store does not answer.
 
-    held: None if signals are not to be held.   system_metrics: None if machines are not sampled.
+    first_step: see `Run`.   held: None if signals are not to be held.   system_metrics: None if machines are not sampled.
     """
 
     settings: Settings
@@ -34,6 +33,7 @@ class Parts:
     tracker: Tracker
     origin: SnapshotOrigin
     resumed: Snapshot | None
+    first_step: int
     likely_run: str | None
     held: HeldSignals | None
     system_metrics: SystemMetrics | None
@@ -54,14 +54,14 @@ class OpenRun:
         self._marked: Ending | None = None
         self._foreign = False
         self._changing = threading.RLock()  # checkpoints are taken one at a time, and none while the run ends
+        self._appending = threading.Lock()  # nothing is recorded once it has ended
         endings.opened(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._foreign and self._ended is None:
-            self._end(endings.of(error) if error is not None else self._marked or self._stopped())
+        self._end(endings.of(error) if error is not None else self._marked or self._stopped())
 
     def __reduce__(self) -> NoReturn:
         raise InputError("a run belongs to the process that began it: hand values to the main process, and log them there")
@@ -94,8 +94,8 @@ class OpenRun:
 
     @property
     def first_step(self) -> int:
-        """Its step; 0 if the run begins anew."""
-        return self._parts.resumed.manifest.step if self._parts.resumed else 0
+        """Updates completed before this process; 0 if the run begins anew."""
+        return self._parts.first_step
 
     @property
     def ended(self) -> bool:
@@ -119,7 +119,7 @@ class OpenRun:
     def wait(self, patience_s: float | None = None) -> RunIdentity | None:
         """Wait until the checkpoint at hand is written, and the store has named the run.   patience_s: for the latter; None: do not wait.
 
-        Raises SaveError if the checkpoint could not be written.
+        Raises SaveError or InputError if the checkpoint could not be written, TrackingError if the store refuses the run.
         """
         with self._changing:
             self._check_open()
@@ -135,10 +135,13 @@ class OpenRun:
         ending = endings.of(error) if error is not None else Ending(endings.checked(status), status.lower())
         with self._changing:
             self._check_open()
-            self._marked = ending
             try:
                 self._taking.finish()
+            except (SaveError, InputError) as failed:
+                ending = endings.of(failed) if ending.status == "FINISHED" else ending
+                raise
             finally:
+                self._marked = ending
                 self._tracker.mark(ending.status, ending.tags(self._step), self._step)
 
     def end(self, status: str | None = None) -> None:
@@ -151,34 +154,38 @@ class OpenRun:
 
     def _end(self, ending: Ending) -> None:
         """End the run once, whatever else fails, and then raise what is to be raised."""
-        parts = self._parts
-        try:
-            with self._changing:
+        with self._changing:
+            if self._foreign or self._ended is not None:
+                return
+            with self._appending:
                 self._ended = ending.status
-                endings.closed(self)
+            endings.closed(self)
+            try:
                 self._deliver(ending)
-        finally:
-            if parts.held is not None:
-                parts.held.release()
+            finally:
+                if self._parts.held is not None:
+                    self._parts.held.release()
 
     def _deliver(self, ending: Ending) -> None:
-        parts, failed, in_flight = self._parts, None, ending.error is not None
+        """Wait for the checkpoint at hand, then for the delivery of what is left."""
+        parts, in_flight = self._parts, ending.error is not None
         try:
             self._taking.finish()
-        except (SaveError, InputError) as error:
-            failed = error
-            ending = Ending("FAILED", type(error).__name__, str(error)) if ending.status == "FINISHED" else ending
-        if parts.system_metrics is not None:
-            parts.system_metrics.close()
-        left = self._tracker.close(ending.status, ending.tags(self._step), self._step)
-        if not left:
-            parts.directory.discard()
-        parts.directory.close()
-        parts.note(_last_line(self._tracker.identity, ending, self._step, left, parts.directory.folder))
-        if failed is not None and in_flight:
-            parts.note(str(failed))
-        elif failed is not None:
-            raise failed
+        except BaseException as failed:
+            ending = endings.of(failed) if ending.status == "FINISHED" else ending
+            if not in_flight or not isinstance(failed, SaveError | InputError):
+                raise
+            parts.note(str(failed))  # what ends the loop is what is raised
+        finally:
+            try:
+                if parts.system_metrics is not None:
+                    parts.system_metrics.close()
+            finally:
+                left = self._tracker.close(ending.status, ending.tags(self._step), self._step)
+                if not left:
+                    parts.directory.discard()
+                parts.directory.close()
+                parts.note(_last_line(self._tracker.identity, ending, self._step, left, parts.directory.folder))
 
     def _stopped(self) -> Ending:
         return Ending("KILLED", self.stop_requested) if self.stop_requested else Ending("FINISHED", "finished")
@@ -201,9 +208,10 @@ class OpenRun:
 
     def end_at_exit(self, error: BaseException | None) -> None:
         """The program ends with the run open.   error: what ends it, if anything does."""
-        if not self._foreign and self._ended is None:
-            with contextlib.suppress(SaveError, InputError):
-                self._end(endings.of(error) if error is not None else self._marked or self._stopped())
+        try:
+            self._end(endings.of(error) if error is not None else self._marked or self._stopped())
+        except (SaveError, InputError) as failed:
+            self._parts.note(f"track: the last checkpoint is not tracked: {failed}")
 
 
 def _last_line(identity: RunIdentity | None, ending: Ending, step: int, left: int, folder: Path) -> str:

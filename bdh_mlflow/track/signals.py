@@ -29,6 +29,7 @@ class HeldSignals:
         _holding.append(self)
         self.received: str | None = None
         self._first: int | None = None
+        self._released = False
         self._before: dict[int, Any] = {}
         for number in ENDING_SIGNALS:
             before = signal.getsignal(number)
@@ -41,6 +42,9 @@ class HeldSignals:
         """Handle nothing any more; also in a forked process, which signals are to end."""
         if self in _holding:
             _holding.remove(self)
+        self._released = True
+        if threading.current_thread() is not threading.main_thread():
+            return  # which alone may: it does so with the next signal
         while self._before:
             number, handler = self._before.popitem()
             if signal.getsignal(number) == self._handle:  # else somebody else's by now
@@ -54,7 +58,10 @@ class HeldSignals:
             signal.raise_signal(first)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._first is None and self.received is None:
+        if self._released:
+            self.restore()
+            signal.raise_signal(number)
+        elif self._first is None and self.received is None:
             self._first, self.received = number, signal.Signals(number).name
         elif number == self._first:
             self.release()

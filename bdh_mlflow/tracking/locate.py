@@ -87,6 +87,8 @@ class Locator:
             found = self._at_uri(target)
         else:
             found = self._at_path(Path(target))
+        if isinstance(found, Path) and not issubclass(Checkpoint, self._sort):
+            raise ResumeError(f"{target}: weights without a manifest; accepted: {GRAMMAR}")
         if not isinstance(found, Path | self._sort):
             raise ResumeError(_of_other_sort(target, found))
         return Located(found, tuple(self._notes), run_id)
@@ -245,7 +247,7 @@ def _put_in_place(found: Saved, checkpoint_dir: Path) -> Saved:
     for known in checkpoint.list_run(run_dir).checkpoints:
         other = run_of(known)
         if None not in (other, found.manifest.mlflow_run_id) and other != found.manifest.mlflow_run_id:
-            raise ResumeError(f"{run_dir}: holds checkpoints of another run ({other}); set another training.checkpoint_dir")
+            raise ResumeError(f"{run_dir}: holds checkpoints of another run ({other}); name another folder for checkpoints")
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / found.path.name
     path.with_suffix(".json").unlink(missing_ok=True)

@@ -48,13 +48,14 @@ class _Known:
     """What the store has of this run's checkpoints: of a run that this delivery has made, what was sent; of another one, what it says.
 
     sizes: files of a folder, once it was listed.   models: by step.   uploads: steps with a point `ckpt/upload_s`.   best: artifact path
-    and score of the best checkpoint.   validation: name and digest of the validation text.
+    and score of the best checkpoint.   compared_by: what the score is of.   validation: name and digest of the validation text.
     """
 
     sizes: dict[str, dict[str, int | None]] = field(default_factory=dict)
     models: dict[int, _Model] = field(default_factory=dict)
     uploads: set[int] = field(default_factory=set)
     best: tuple[str | None, float] = (None, math.inf)
+    compared_by: str | None = None
     validation: tuple[str, str] | None = None
 
 
@@ -207,7 +208,9 @@ class Mirror:
                 raise OSError(f"{path} arrived with {known.sizes[folder][name]} of {size} bytes")
 
     def _pointers(self, saved: Saved, newest: bool, known: _Known) -> dict[str, str]:
-        manifest, (_, lowest) = saved.manifest, known.best
+        manifest = saved.manifest
+        lowest = known.best[1] if known.compared_by in (None, manifest.compared_by) else math.inf
+        known.compared_by = manifest.compared_by
         tags = {"bdh.run_dir": manifest.run_dir} | ({"bdh.latest_checkpoint": manifest.artifact_path} if newest else {})
         if manifest.score is not None and manifest.score < lowest:
             known.best = manifest.artifact_path, manifest.score

@@ -181,6 +181,8 @@ class RemoteRun:
 
     def artifact(self, given: Path, artifact: str) -> None:
         """Upload a file, or the files of a folder.   artifact: the file's or folder's place among the artifacts."""
+        if not given.exists():
+            raise ValueError(f"{given} is not there any more")  # waiting would not bring it back
         place = PurePosixPath(artifact)
         files = [(file, place / file.relative_to(given)) for file in sorted(given.rglob("*")) if file.is_file()]
         for file, target in files if given.is_dir() else [(given, place)]:

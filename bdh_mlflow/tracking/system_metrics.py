@@ -48,8 +48,10 @@ class SystemMetrics:
             if monitors is None:
                 try:
                     monitors = load_monitors()  # not before the first sample: MLflow takes a second to import
-                except Exception:  # a program that ends imports nothing more
-                    return
+                except Exception:
+                    if last:  # a program that ends imports nothing more
+                        return
+                    raise
             values: dict[str, float] = {}
             for monitor in list(monitors):
                 try:

@@ -76,7 +76,7 @@ def test_files_of_its_owner_are_only_read(tmp_path: Path) -> None:
     (given / ".model.safetensors.partial").write_bytes(b"mine too")
     taken = directory.take(given, 5, written_once=True)
     saved = directory.complete(taken, ORIGIN, {}, None, lambda worked_s: None)
-    checkpoint.copy_of(given, tmp_path / "copy")
+    checkpoint.copy_of(given, tmp_path / "copy", directory.path)
     for folder in (given, saved.path, tmp_path / "copy"):
         assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == {
             "model.safetensors": b"weights", "model.safetensors.partial": b"mine", ".model.safetensors.partial": b"mine too",
@@ -234,6 +234,35 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert sorted(p.name for p in directory.path.glob("checkpoint_*")) == [
         "checkpoint_2", "checkpoint_2.json", "checkpoint_4", "checkpoint_4.json",
     ]  # fmt: skip
+
+
+def test_scores_of_another_metric_do_not_compare(tmp_path: Path) -> None:
+    directory, given = run_directory(tmp_path), folder_of_files(tmp_path)
+    saved = []
+    for step, (best, value) in enumerate((("accuracy", 0.9), ("loss", 2.3), ("loss", 2.5)), 1):
+        taken = directory.take(given, step, written_once=False)
+        saved.append(directory.complete(taken, SnapshotOrigin(1, None, None, {}, best, best == "accuracy"), {best: value}, None, print))
+    assert checkpoint.best(saved) == saved[1]
+    assert [c.manifest.step for c in checkpoint.expired(directory.path, 1, 3)] == [1]
+
+
+def test_the_current_folder_has_a_name_and_must_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder_of_files(tmp_path))
+    saved = snapshot(run_directory(tmp_path), Path())
+    assert (saved.manifest.name, checkpoint.describe(saved.path)) == ("out", saved)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"holds the run directory .* itself; name a folder with the checkpoint alone"):
+        snapshot(run_directory(tmp_path), Path())
+    with pytest.raises(InputError, match=r"holds the run directory .* itself; name a folder without it"):
+        checkpoint.copy_of(tmp_path, tmp_path / "copy", saved.path.parent)
+
+
+def test_copies_have_the_modes_of_new_files(tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"")
+    (tmp_path / "there").mkdir()
+    checkpoint.copy_of(tmp_path / "new", tmp_path / "there" / "copy", tmp_path)
+    assert (tmp_path / "there" / "copy").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_scores_turn_round_where_higher_is_better(tmp_path: Path) -> None:

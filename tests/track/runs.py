@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.track import Settings
 from bdh_mlflow.track.begin import begin
-from bdh_mlflow.track.run import Run
+from bdh_mlflow.track.tracked import Run
 from bdh_mlflow.tracking.records import OnMessage
 from bdh_mlflow.tracking.sender import ThreadSender
 from tests.tracking.tracked import HURRY

@@ -160,6 +160,19 @@ def test_signals_end_forked_processes_and_are_held_by_one_run(store: MlflowClien
         assert again.stop_requested is None
 
 
+def test_signals_are_given_back_also_when_a_run_ends_in_another_thread(store: MlflowClient) -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    run = tracked(signals=True)
+    thread = threading.Thread(target=run.end)
+    thread.start()
+    thread.join()
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+    with tracked(signals=True):
+        pass
+
+
 def test_signals_are_held_in_the_main_thread_alone(store: MlflowClient) -> None:
     caught: list[BaseException] = []
 

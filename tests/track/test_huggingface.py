@@ -19,7 +19,7 @@ from bdh_mlflow.errors import InputError
 from bdh_mlflow.track import Settings, huggingface
 from bdh_mlflow.track.begin import begin
 from bdh_mlflow.track.huggingface import TrackCallback
-from bdh_mlflow.track.run import Run
+from bdh_mlflow.track.tracked import Run
 from tests.track.runs import points, thread_sender, write
 
 
@@ -100,10 +100,12 @@ def test_a_training_goes_on_in_the_run_that_its_checkpoint_names(store: MlflowCl
     again = Loop(callback())
     again.state = TrainerState.load_from_json(folder / "trainer_state.json")
     again.on_train_begin()
+    assert again.callback.run.first_step == 5
     again.step(6, loss=2.0)
     again.callback.run.end()
     assert points(store, first.callback.run.id, "loss") == [(5, 1.0), (6, 2.0)]
     assert again.callback.run.directory == first.callback.run.directory
+    assert first.callback.state()["attributes"] == {"tracked": {}}, "of a run that has ended"
 
 
 def test_a_checkpoint_made_without_the_callback_begins_a_run(store: MlflowClient, callback: Any) -> None:

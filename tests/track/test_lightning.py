@@ -16,7 +16,7 @@ from bdh_mlflow.errors import InputError
 from bdh_mlflow.track import Settings, lightning
 from bdh_mlflow.track.begin import begin
 from bdh_mlflow.track.lightning import TrackLogger
-from bdh_mlflow.track.run import Run
+from bdh_mlflow.track.tracked import Run
 from tests.track.runs import points, thread_sender, write
 
 
@@ -136,6 +136,18 @@ def test_a_fit_that_failed_is_failed(store: MlflowClient, logger: Any) -> None:
         "ValueError",
         "no such layer",
     )
+
+
+def test_a_fit_after_one_that_failed_has_finished(store: MlflowClient, logger: Any) -> None:
+    made = logger()
+    made.log_metrics({"loss": 1.0}, 0)
+    run = made.experiment
+    try:
+        raise MemoryError
+    except MemoryError:
+        made.finalize("success")  # of the second try, in the handler of the first one's error
+    run.end()
+    assert store.get_run(run.id).info.status == "FINISHED"
 
 
 def test_a_file_that_is_gone_is_said_and_training_goes_on(store: MlflowClient, logger: Any) -> None:

@@ -15,9 +15,10 @@ import torch
 from mlflow import MlflowClient
 
 from bdh_mlflow import checkpoint, track
+from bdh_mlflow.checkpoint import Background
 from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.track import NullRun, Sample
-from bdh_mlflow.track.run import Run
+from bdh_mlflow.track.tracked import Run
 from tests.track.runs import points, tracked, write
 
 
@@ -313,6 +314,52 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_ends_the_run_as_failed(
     assert (kept.info.status, kept.data.tags["bdh.stop_reason"]) == ("FAILED", "InputError")
 
 
+def test_a_trainer_s_run_says_which_checkpoint_failed_and_takes_the_next(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    given = write(tmp_path / "last.pt", b"1" * 2**20)
+    run = tracked(notes=notes)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.writer, "IDLE_RATIO", 1e9)
+        assert run.try_checkpoint(given, 1, {})
+        given.write_bytes(b"another")
+        assert run.try_checkpoint(write(tmp_path / "2.pt"), 2, {})
+        assert not run.try_checkpoint(tmp_path / "gone", 3, {})
+    run.mark()
+    run.end()
+    assert [c.manifest.step for c in checkpoint.list_run(run.directory).checkpoints] == [2]
+    (before,) = [note for note in notes if note.startswith("track: the checkpoint before is not tracked: ")]
+    assert "was written into before it was copied, so step 1 is no checkpoint" in before
+    assert any(note.startswith("track: step 3 is not tracked: ") for note in notes)
+
+
+def test_a_mark_does_not_hide_that_the_last_checkpoint_failed(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = write(tmp_path / "last.pt", b"1" * 2**20)
+    run = tracked()
+    monkeypatch.setattr(checkpoint.writer, "IDLE_RATIO", 1e9)
+    run.checkpoint(given, 1, written_once=True)
+    given.write_bytes(b"another")
+    with pytest.raises(InputError, match="was written into"):
+        run.mark()
+    run.end()
+    assert store.get_run(run.id).info.status == "FAILED"
+
+
+def test_an_interrupt_while_a_run_ends_still_ends_it(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Background) -> None:
+        raise KeyboardInterrupt
+
+    run = tracked()
+    with monkeypatch.context() as patch:
+        patch.setattr(Background, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.end()
+    assert store.get_run(run.id).info.status == "KILLED"
+    with tracked(resume=run.id) as again:
+        assert again.id == run.id
+
+
 def test_a_disk_that_is_full_is_said(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tracked() as run:
         monkeypatch.setattr(shutil, "copyfileobj", _full)
@@ -332,7 +379,7 @@ def test_no_run_has_the_calls_of_a_run(tmp_path: Path) -> None:
     def calls(kind: type) -> set[str]:
         return {name for name in dir(kind) if not name.startswith("_")}
 
-    own = calls(Run) - {"disown", "end_at_exit"}
+    own = calls(Run) - {"disown", "end_at_exit", "made_directory", "try_checkpoint"}
     assert calls(NullRun) == own
     with NullRun() as run:
         run.metrics({"a": 1.0}, 1)

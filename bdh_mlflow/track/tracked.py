@@ -1,8 +1,9 @@
 """A tracked run: what a training loop calls. Each call is a line in the journal, files are copied, and the rest happens behind the loop."""
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self, SupportsFloat, SupportsIndex
@@ -36,11 +37,11 @@ class Run(OpenRun):
         Steps may come in any order. A resumed run keeps what it has at a step already: a replayed point is not logged twice.
         """
         at, numbers = checked_step(step), checked_values(values)
-        self._check_open()
         for key in numbers.keys() - self._last.keys():
             checked_name("metric", key)
-        if numbers:
-            self._log(numbers, at)
+        with self._recording():
+            if numbers:
+                self._log(numbers, at)
 
     def params(self, values: Mapping[str, object]) -> None:
         """Settings of the run; mappings in it are flattened with dots.
@@ -48,37 +49,37 @@ class Run(OpenRun):
         MLflow takes each once: what the run has already stays, and a tag `drift.<name>` says what it was to become.
         """
         given = flat(values)
-        self._check_open()
-        new = {key: value for key, value in given.items() if key not in self._params}
-        changed = {key: value for key, value in given.items() if self._params.get(key, value) != value}
-        self._params |= new
-        if new:
-            self._tracker.params(new)
-        if changed:
-            self._tracker.tags({f"drift.{key}"[:LONGEST_NAME]: f"{self._params[key]} -> {value}" for key, value in changed.items()})
+        with self._recording():
+            new = {key: value for key, value in given.items() if key not in self._params}
+            changed = {key: value for key, value in given.items() if self._params.get(key, value) != value}
+            self._params |= new
+            if new:
+                self._tracker.params(new)
+            if changed:
+                self._tracker.tags({f"drift.{key}"[:LONGEST_NAME]: f"{self._params[key]} -> {value}" for key, value in changed.items()})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run; later values replace earlier ones."""
         if not isinstance(values, Mapping):
             raise InputError(f"tags: {values!r} is no mapping of names to text")
         given = {checked_name("tag", key): str(value) for key, value in values.items()}
-        self._check_open()
-        self._tracker.tags(given)
+        with self._recording():
+            self._tracker.tags(given)
 
     def samples(self, samples: Iterable[Sample | tuple[str, str]], step: SupportsIndex) -> None:
         """What a language model writes: pairs of a prompt and its continuation, shown as a table of the run."""
         given, at = checked_samples(samples), checked_step(step)
-        self._check_open()
-        if given:
-            self._tracker.samples(given, at)
+        with self._recording():
+            if given:
+                self._tracker.samples(given, at)
 
     def text(self, text: str, artifact: str) -> None:
         """A small text file among the artifacts.   artifact: its path there; a later one replaces an earlier one of the name."""
         artifact = _checked_place(artifact)
         if not isinstance(text, str):
             raise InputError(f"text of {artifact}: {shortened(repr(text), 100)} is no text")
-        self._check_open()
-        self._tracker.text(text, artifact)
+        with self._recording():
+            self._tracker.text(text, artifact)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """A file, or a folder with its files, for the artifacts.   folder: where it goes among them.
@@ -87,13 +88,14 @@ class Run(OpenRun):
         """
         given = checked_path(path)
         place = PurePosixPath(_checked_place(f"{folder}/{given.name}" if folder else given.name))
-        self._check_open()
         beside = f"{ARTIFACTS}/{place}"
-        try:
-            checkpoint.copy_of(given, self._parts.directory.folder / beside)
-        except OSError as error:
-            raise SaveError(f"{given}: not copied: {reason_of(error)}") from error
-        self._tracker.artifact(beside, str(place))
+        with self._changing:
+            self._check_open()
+            try:
+                checkpoint.copy_of(given, self._parts.directory.folder / beside, self._parts.directory.folder)
+            except OSError as error:
+                raise SaveError(f"{given}: not copied: {reason_of(error)}") from error
+            self._tracker.artifact(beside, str(place))
 
     def checkpoint(
         self, path: str | Path, step: SupportsIndex, metrics: Mapping[str, SupportsFloat] | None = None, *, written_once: bool = False
@@ -119,6 +121,29 @@ class Run(OpenRun):
     def compare_by(self, metric: str, *, higher_is_better: bool = False) -> None:
         """From now on find the best checkpoint by a metric of theirs, instead of `Settings.best`."""
         self._taking.compare_by(checked_name("metric", metric), higher_is_better=higher_is_better)
+
+    def try_checkpoint(self, path: str | Path, step: int, metrics: Mapping[str, SupportsFloat]) -> bool:
+        """For a trainer whose files are written once, and whose training is worth more than their mirror: a failure is a note.
+
+        Returns whether the checkpoint was taken.
+        """
+        for act in (self.wait, lambda: self.checkpoint(path, step, metrics, written_once=True)):
+            try:
+                act()
+            except (InputError, SaveError) as error:
+                which = "the checkpoint before" if act == self.wait else f"step {step}"
+                self._parts.note(f"track: {which} is not tracked: {error}")
+                taken = False
+            else:
+                taken = True
+        return taken
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """While something is recorded, the run does not end.   Raises InputError if it has."""
+        with self._appending:
+            self._check_open()
+            yield
 
     def _points(self, numbers: Mapping[str, float], step: int) -> list[LoggedPoint]:
         """Points of the run with these values: the last of their curves, where these have them, else logged at this step.
@@ -179,10 +204,6 @@ class NullRun:
     def wait(self, patience_s: float | None = None) -> RunIdentity | None:
         """There is no run."""
         return None
-
-    def made_directory(self) -> Path:
-        """There is none.   Raises InputError."""
-        raise InputError("track.NullRun: a run that keeps nothing has no directory")
 
     def mark(self, status: str = "FINISHED", error: BaseException | None = None) -> None:
         """Nothing."""
