@@ -4,6 +4,7 @@ Slow: each is a program that imports its trainer. It is the promise of the modul
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -24,7 +25,8 @@ from tests.track.loops import AT, EVERY, STEPS
 from tests.track.runs import points
 
 pytestmark = pytest.mark.slow
-STACKS = ("plain", "huggingface", "lightning")
+NEEDED: dict[str, tuple[str, ...]] = {"plain": (), "huggingface": ("transformers", "accelerate"), "lightning": ("lightning",)}
+STACKS = tuple(NEEDED)
 each_stack = pytest.mark.parametrize("stack", STACKS)
 
 
@@ -34,8 +36,16 @@ def server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield started
 
 
+def skip_without(stack: str) -> None:
+    """Skip a test whose trainer is not installed."""
+    missing = [name for name in NEEDED[stack] if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"the extra `{stack}` is not installed ({', '.join(missing)})")
+
+
 def run_loop(stack: str, event: str, uri: str, resume: str = "") -> subprocess.CompletedProcess[str]:
     """The program in the current folder."""
+    skip_without(stack)
     environment = {
         **os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from tests.test_structure import PROJECT
 from tests.track.runs import points
+from tests.track.test_loops import STACKS, skip_without
 
 pytestmark = pytest.mark.slow  # five programs that import torch, one of them transformers and one lightning
 
@@ -18,6 +19,8 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", (PROJECT / "docs" / "track.md").
 
 
 def test_the_examples_run_as_they_are(store: MlflowClient, tmp_path: Path) -> None:
+    for stack in STACKS:
+        skip_without(stack)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     for number, code in enumerate(EXAMPLES):
         script = tmp_path / f"example_{number}.py"
