@@ -15,6 +15,8 @@ from bdh_mlflow.redact import masked
 from bdh_mlflow.text import printable
 
 T = TypeVar("T")
+UNLINKABLE = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
+"""Why a file that can be read cannot be linked: another file system, or one without links."""
 LONGEST_LINE = 1000  # characters; MLflow names the reason at the end of long sentences
 
 
@@ -70,11 +72,16 @@ def atomic_write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put what a folder lists on the disk itself.   Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def try_lock(file: int, *, shared: bool = False, wait_s: float = 0.0) -> bool | None:

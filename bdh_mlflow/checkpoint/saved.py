@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,16 +36,16 @@ class StoredFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(ABC):
     """A complete checkpoint on disk.   path: of the file or folder `checkpoint_N...`, whatever that is named now."""
 
     path: Path
     manifest: CommonManifest
 
     @property
+    @abstractmethod
     def files(self) -> list[StoredFile]:
         """Its files."""
-        raise NotImplementedError
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ that writes into its files once more must change neither. `complete` also digest
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -27,12 +26,8 @@ from bdh_mlflow.checkpoint.files import PIECE_BYTES, Throttle
 from bdh_mlflow.checkpoint.manifest import FileRecord, SnapshotManifest
 from bdh_mlflow.checkpoint.saved import PARTIAL, Snapshot
 from bdh_mlflow.errors import InputError
-from bdh_mlflow.files import atomic_write
+from bdh_mlflow.files import UNLINKABLE, atomic_write, sync_folder
 from bdh_mlflow.text import is_storable
-
-UNLINKED = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
-"""Why a file can be read and not linked: another file system, or one without links."""
-
 
 _IN_URI = re.compile(r"#|%[0-9A-Fa-f]{2}")
 """What MLflow reads as part of a URI when it fetches a file."""
@@ -74,13 +69,7 @@ def take(given: Path, run_dir: Path, step: int, *, written_once: bool) -> Taken:
 
     Raises InputError for what is no checkpoint: a path that is not there, an empty folder, anything but files and folders; OSError.
     """
-    if given.name in ("", ".."):
-        given = given.resolve()
-    files, is_folder = list(_files_of(given)), given.is_dir()
-    if not is_storable(given.name):
-        raise InputError(f"{str(given)!a}: not every artifact store gives back a folder of such a name; rename it")
-    if is_folder and run_dir.resolve().is_relative_to(given.resolve()):
-        raise InputError(f"{given}: holds the run directory {run_dir} itself; name a folder with the checkpoint alone")
+    given, files, is_folder = _listed(given, run_dir, "with the checkpoint alone")
     folder = run_dir / f"checkpoint_{step}{PARTIAL}"
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
@@ -109,7 +98,7 @@ def complete(
     try:
         records = tuple(_completed(taken, file, throttle) for file in taken.files)
         for folder in {taken.folder, *((taken.folder / file.name).parent for file in taken.files)}:
-            _sync_folder(folder)
+            sync_folder(folder)
     except BaseException:
         shutil.rmtree(taken.folder, ignore_errors=True)
         raise
@@ -150,11 +139,7 @@ def copy_of(given: Path, target: Path, beside: Path) -> None:
     beside: folder on the same file system, in which the copy is made before it takes its place. Raises InputError for what is neither,
     OSError.
     """
-    if given.name in ("", ".."):
-        given = given.resolve()
-    files, is_folder = list(_files_of(given)), given.is_dir()
-    if is_folder and beside.resolve().is_relative_to(given.resolve()):
-        raise InputError(f"{given}: holds the run directory {beside} itself; name a folder without it")
+    _, files, is_folder = _listed(given, beside, "without it")
     made = beside / f".{uuid.uuid4().hex}{PARTIAL}"
     made.mkdir()
     try:
@@ -166,6 +151,21 @@ def copy_of(given: Path, target: Path, beside: Path) -> None:
             (made / str(number)).replace(file)  # never into one that may be under way
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _listed(given: Path, run_dir: Path, better: str) -> tuple[Path, list[tuple[str, Path]], bool]:
+    """What is given, under a name of its own; its files; whether it is a folder.
+
+    better: which folder to name instead of one that holds the run directory.   Raises InputError for what cannot be kept.
+    """
+    if given.name in ("", ".."):
+        given = given.resolve()
+    files, is_folder = list(_files_of(given)), given.is_dir()
+    if not is_storable(given.name):
+        raise InputError(f"{str(given)!a}: not every artifact store gives back a folder of such a name; rename it")
+    if is_folder and run_dir.resolve().is_relative_to(given.resolve()):
+        raise InputError(f"{given}: holds the run directory {run_dir} itself; name a folder {better}")
+    return given, files, is_folder
 
 
 def _files_of(given: Path) -> Iterator[tuple[str, Path]]:
@@ -213,7 +213,7 @@ def _taken(path: Path, folder: Path, name: str, written_once: bool) -> _TakenFil
         try:
             os.link(path.resolve(), place)
         except OSError as error:
-            if error.errno not in UNLINKED:
+            if error.errno not in UNLINKABLE:
                 raise
         else:
             now = place.stat()
@@ -265,11 +265,3 @@ def _replacement(link: Path) -> BinaryIO:
     """A file in the place of a link, open for writing; who has the link open still reads what it led to."""
     link.unlink()
     return link.open("xb")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -142,11 +142,11 @@ def checkpoints_pull(target: str, config_path: str) -> None:
     It is stored under the checkpoint directory, in the run directory that it was saved in. What another program has saved with
     bdh_mlflow.track is the file or folder that it gave.
     """
-    from bdh_mlflow.checkpoint import Saved, Snapshot
+    from bdh_mlflow.checkpoint import Checkpoint, Saved, Snapshot
     from bdh_mlflow.tracking import locate
 
     config = read_config(config_path)
-    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking, Saved).locate(target).found
+    found = locate.Locator(Path(config.training.checkpoint_dir), config.tracking, (Checkpoint, Snapshot)).locate(target).found
     match found:
         case Snapshot(content=content):
             click.echo(str(content))

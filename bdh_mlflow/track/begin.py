@@ -5,16 +5,14 @@ import dataclasses
 import os
 import platform
 import re
-import shlex
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from bdh_mlflow import __version__, checkpoint, host, redact
+from bdh_mlflow import checkpoint, host, redact
 from bdh_mlflow.checkpoint import RunDirectory, Snapshot, SnapshotOrigin
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.errors import InputError, ResumeError
@@ -24,6 +22,7 @@ from bdh_mlflow.track.settings import Settings, flat, settings_of
 from bdh_mlflow.track.signals import HeldSignals
 from bdh_mlflow.track.tracked import Run
 from bdh_mlflow.tracking import journal, system_metrics
+from bdh_mlflow.tracking.beginning import began_s, next_segment, program_tags, user_name
 from bdh_mlflow.tracking.locate import Locator
 from bdh_mlflow.tracking.records import Segment
 from bdh_mlflow.tracking.resolved import run_of
@@ -131,10 +130,19 @@ class _Store:
     held: HeldSignals | None
 
 
+def snapshot_of(locator: Locator, target: str, note: endings.Say) -> tuple[Snapshot, str | None]:
+    """The snapshot that a target names, and the MLflow run if the target names one.   Raises ResumeError or CheckpointError."""
+    located = locator.locate(target)
+    for line in located.notes:
+        note(line)
+    assert isinstance(located.found, Snapshot), "the kind that was looked for"
+    return located.found, located.named_run
+
+
 def _origin(target: str, folder: Path, config: TrackingConfig, note: endings.Say) -> Origin:
-    locator = Locator(folder, config, Snapshot)
+    locator = Locator(folder, config, (Snapshot,))
     try:
-        located = locator.locate(target)
+        snapshot, named_run = snapshot_of(locator, target, note)
     except ResumeError:
         bare = _BARE_RUN.fullmatch(target.strip())
         if not bare or locator.mirror.training(bare[1]).run_dir is not None:
@@ -142,14 +150,10 @@ def _origin(target: str, folder: Path, config: TrackingConfig, note: endings.Say
         run_id = locator.mirror.training(bare[1]).run_id  # it saved nothing
         here = [f for f in checkpoint.pending(folder) if (done := journal.delivered(f)) and done.run_id == run_id]
         return Origin(None, here[0] if here else None, run_id)
-    for line in located.notes:
-        note(line)
-    snapshot = located.found
-    assert isinstance(snapshot, Snapshot), "the kind that was looked for"
     where = snapshot.path.absolute().parent
     if where.name != snapshot.manifest.run_dir:  # a copy elsewhere
         where = folder / snapshot.manifest.run_dir
-    return Origin(snapshot, where, located.named_run or run_of(snapshot), snapshot.manifest.step)
+    return Origin(snapshot, where, named_run or run_of(snapshot), snapshot.manifest.step)
 
 
 def _directory(origin: Origin, folder: Path) -> RunDirectory:
@@ -171,7 +175,6 @@ def _begun(settings: Settings, directory: RunDirectory, origin: Origin, place: _
         sampled = settings.system_metrics and not system_metrics.why_unavailable()
         monitors = system_metrics.load_monitors() if sampled else None
         tracker.wait(ATTACH_S if status.reachable else 0)
-    began_s = (status.run.started_at_ms if status.run else [*earlier, segment][0].started_at_ms) / 1000
     parts = Parts(
         settings=settings,
         directory=directory,
@@ -181,7 +184,7 @@ def _begun(settings: Settings, directory: RunDirectory, origin: Origin, place: _
         first_step=origin.step,
         likely_run=origin.run_id or place.wrapper,
         held=place.held,
-        system_metrics=SystemMetrics(tracker.metrics, began_s, monitors=monitors) if sampled else None,
+        system_metrics=SystemMetrics(tracker.metrics, began_s([*earlier, segment][0], status), monitors=monitors) if sampled else None,
         note=note,
     )
     _introduce(tracker, settings, origin, source)
@@ -205,17 +208,15 @@ def _refused_cleanly(directory: RunDirectory) -> Iterator[list[Tracker]]:
 
 def _segment(settings: Settings, origin: Origin, place: _Store, earlier: list[Segment]) -> Segment:
     status = place.status
-    tags, later = (status.run.tags, status.run.segment) if status.run else ({}, 0)
-    saved = origin.snapshot.manifest.segment if origin.snapshot else 0
-    config = settings.config()
+    number, training = next_segment(status, earlier, origin.snapshot.manifest.segment if origin.snapshot else 0)
     return Segment(
-        number=1 + max(saved, later, earlier[-1].number if earlier else 0),
-        training=earlier[0].training if earlier else tags.get("bdh.training", uuid.uuid4().hex),
+        number=number,
+        training=training,
         continues=origin.run_id,
         wrapper=place.wrapper,
-        experiment=config.experiment,
+        experiment=settings.config().experiment,
         run_name=settings.name,
-        user=os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        user=user_name(),
         tracking_uri=redact.masked(status.tracking_uri),
         mirror=settings.mirror,
         keep=settings.keep,
@@ -237,16 +238,7 @@ def _program() -> str:
 
 def _introduce(tracker: Tracker, settings: Settings, origin: Origin, source: host.SourceState) -> None:
     """Record what is known of the run before its first step."""
-    tags = {
-        **settings.tags,
-        "bdh.version": __version__,
-        "bdh.host": platform.node(),
-        "bdh.git_dirty": {True: "true", False: "false", None: "unknown"}[source.dirty],
-        "bdh.command": " ".join(map(shlex.quote, sys.argv)),
-        "bdh.stop_reason": "",
-    }
-    if source.commit:
-        tags["mlflow.source.git.commit"] = source.commit
+    tags = {**settings.tags, **program_tags(source.commit, source.dirty), "bdh.host": platform.node()}
     if origin.snapshot is not None:
         manifest = origin.snapshot.manifest
         tags["bdh.resumed_from"] = f"runs:/{origin.run_id}/{manifest.artifact_path}" if origin.run_id else str(origin.snapshot.path)

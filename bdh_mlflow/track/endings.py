@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -62,29 +63,32 @@ def checked(status: str) -> str:
 
 _open: list[EndsAtExit] = []
 _error: list[BaseException] = []
-_installed: list[bool] = []
 
 
 def opened(run: EndsAtExit) -> None:
     """From now on a run is ended with the program at the latest."""
     _open.append(run)
     _error.clear()  # the program has gone on
-    if not _installed:
-        _installed.append(True)
-        before = sys.excepthook
-
-        def remember(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            _error.append(error)
-            before(kind, error, trace)
-
-        sys.excepthook = remember
-        atexit.register(_end_all)
-        os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=_disown_all)
+    _install()
 
 
 def closed(run: EndsAtExit) -> None:
     """It has ended."""
     _open.remove(run)
+
+
+@functools.cache
+def _install() -> None:
+    """Once for the process: remember what ends it, and be there when it ends or forks."""
+    before = sys.excepthook
+
+    def remember(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _error.append(error)
+        before(kind, error, trace)
+
+    sys.excepthook = remember
+    atexit.register(_end_all)
+    os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=_disown_all)
 
 
 def _end_all() -> None:

@@ -15,16 +15,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from bdh_mlflow.errors import InputError, SaveError
+from bdh_mlflow.errors import InputError
 from bdh_mlflow.track import endings
 from bdh_mlflow.track.begin import Origin, begin, say
 from bdh_mlflow.track.later import find
-from bdh_mlflow.track.settings import Settings, flat, settings_of, usable, usual_params
+from bdh_mlflow.track.settings import Numbers, Settings, flat, settings_of, usual_params
 from bdh_mlflow.track.tracked import Run
 
 _UNUSUAL = re.compile(r"[^0-9A-Za-z_\-\.\ :/]")  # what its own callback replaces in names of metrics
-
-
 _made: list["TrackCallback"] = []
 """The last one that a program made."""
 _tracking: list[tuple[Run, TrainingArguments]] = []
@@ -60,7 +58,7 @@ class TrackCallback(TrainerCallback, ExportableState):
         self._resume = self.resume_from_checkpoint
         self.run: Run | None = None
         """The run, from the beginning of training on; None on other processes than the first."""
-        self._skipped: set[str] = set()
+        self._numbers = Numbers(_usual, note)
 
     def __getstate__(self) -> dict[str, Any]:
         """For other processes, as searches for hyperparameters start them: what it was made with."""
@@ -82,10 +80,7 @@ class TrackCallback(TrainerCallback, ExportableState):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Points of what the Trainer logs."""
         if state.is_world_process_zero:
-            points, others = usable(kwargs["logs"], _usual)
-            for key in set(others) - self._skipped:
-                self._note(f"track: {key} is no number, or has no name that MLflow stores, and is not logged")
-            self._skipped.update(others)
+            points = self._numbers(kwargs["logs"])
             self._open(args, state, kwargs.get("model")).metrics(points, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -95,7 +90,7 @@ class TrackCallback(TrainerCallback, ExportableState):
         if self.run is None or not state.is_world_process_zero:
             return
         logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-        metrics, _ = usable({k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")}, _usual)
+        metrics = self._numbers({k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")})
         self.run.try_checkpoint(_folder_of(args, state), state.global_step, metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -106,10 +101,8 @@ class TrackCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The run has finished; it stays open for an evaluation after it, and ends with the program or the next training."""
         if self.run is not None:
-            try:
+            with self.run.noting("the last checkpoint"):  # training has ended all the same
                 self.run.end() if self.run.stop_requested else self.run.mark()
-            except (InputError, SaveError) as error:  # of the last checkpoint: training has ended all the same
-                self._note(f"track: the last checkpoint is not tracked: {error}")
 
     def _open(self, args: TrainingArguments, state: TrainerState, model: Any) -> Run:
         """The run; begun, if there is none that is open."""

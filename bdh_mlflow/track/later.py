@@ -5,7 +5,7 @@ from pathlib import Path
 from bdh_mlflow.checkpoint import Snapshot
 from bdh_mlflow.files import shown
 from bdh_mlflow.track import endings
-from bdh_mlflow.track.begin import say
+from bdh_mlflow.track.begin import say, snapshot_of
 from bdh_mlflow.track.settings import Settings, settings_of
 from bdh_mlflow.tracking.locate import Locator
 
@@ -18,11 +18,8 @@ def find(target: str | Path, settings: Settings | str | None = None, *, note: en
     run directory that it came from.   Raises ResumeError or CheckpointError; TrackingError where the store is needed and does not answer.
     """
     chosen = settings_of(settings)
-    located = Locator(Path(chosen.folder).absolute(), chosen.config(), Snapshot).locate(str(target))
-    for line in located.notes:
-        note(line)
-    assert isinstance(located.found, Snapshot), "the sort that was looked for"
-    return located.found.content
+    locator = Locator(Path(chosen.folder).absolute(), chosen.config(), (Snapshot,))
+    return snapshot_of(locator, str(target), note)[0].content
 
 
 def sync(folder: str | Path = "checkpoints", tracking_uri: str | None = None, *, note: endings.Say = say) -> int:

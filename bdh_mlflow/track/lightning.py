@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdh_mlflow.errors import InputError, SaveError
+from bdh_mlflow.errors import InputError
 from bdh_mlflow.track import endings
 from bdh_mlflow.track.begin import begin, say
 from bdh_mlflow.track.later import find
-from bdh_mlflow.track.settings import Settings, settings_of, usable, usual_params
+from bdh_mlflow.track.settings import Numbers, Settings, settings_of, usual_params
 from bdh_mlflow.track.tracked import Run
 
 _is_other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
@@ -47,7 +47,7 @@ class TrackLogger(Logger):
         """File of the checkpoint that `resume` names, for `Trainer.fit`; None without one."""
         self._run: Run | None = None
         self._taken: dict[int, tuple[str, tuple[bool, bool]]] = {}
-        self._skipped: set[str] = set()
+        self._numbers = Numbers(_usual, note)
         self._monitored: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,11 +82,7 @@ class TrackLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Points; what is no number is left out, and named once."""
-        points, others = usable(metrics, _usual)
-        for key in set(others) - self._skipped:
-            self._note(f"track: {key} is no number, or has no name that MLflow stores, and is not logged")
-        self._skipped.update(others)
-        self.experiment.metrics(points, int(step or 0))
+        self.experiment.metrics(self._numbers(metrics), int(step or 0))
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
@@ -111,10 +107,8 @@ class TrackLogger(Logger):
         if self._run is None or self._run.ended:
             return
         finished = status in ("success", "finished")
-        try:
+        with self._run.noting("the last checkpoint"):
             self._run.mark("FINISHED" if finished else "FAILED", None if finished else sys.exc_info()[1])
-        except (InputError, SaveError) as error:
-            self._note(f"track: the last checkpoint is not tracked: {error}")
 
 
 def _usual(key: str) -> str:

@@ -1,7 +1,9 @@
 """A run while it is open: which one it is, and how it ends, once, whatever ends it."""
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +128,14 @@ class OpenRun:
             self._taking.finish()
         return self._tracker.wait(patience_s) if patience_s else self._tracker.identity
 
+    @contextlib.contextmanager
+    def noting(self, which: str) -> Iterator[None]:
+        """For a trainer whose training is worth more than its mirror: a checkpoint that fails is a note.   which: it is, in words."""
+        try:
+            yield
+        except (SaveError, InputError) as error:
+            self._parts.note(f"track: {which} is not tracked: {error}")
+
     def mark(self, status: str = "FINISHED", error: BaseException | None = None) -> None:
         """Set how the run has ended, once everything so far is delivered, and go on taking what comes after (a last evaluation, say).
 
@@ -208,10 +218,8 @@ class OpenRun:
 
     def end_at_exit(self, error: BaseException | None) -> None:
         """The program ends with the run open.   error: what ends it, if anything does."""
-        try:
+        with self.noting("the last checkpoint"):
             self._end(endings.of(error) if error is not None else self._marked or self._stopped())
-        except (SaveError, InputError) as failed:
-            self._parts.note(f"track: the last checkpoint is not tracked: {failed}")
 
 
 def _last_line(identity: RunIdentity | None, ending: Ending, step: int, left: int, folder: Path) -> str:

@@ -160,21 +160,29 @@ def usual_name(name: object) -> str:
     return text if text and os.path.normpath(text) == text and not text.startswith("..") and len(text) <= LONGEST_NAME else ""
 
 
-def usable(values: Mapping[str, Any], rename: Callable[[str], str]) -> tuple[dict[str, float], list[str]]:
-    """Of what another program logs the numbers, under names that MLflow stores, and what is none."""
-    numbers: dict[str, float] = {}
-    others = []
-    for key, value in values.items():
-        try:
-            numbers |= checked_values({checked_name("metric", rename(str(key))): value})
-        except InputError:
-            others.append(str(key))
-    return numbers, others
+class Numbers:
+    """Of what a trainer logs the numbers.   rename: gives the name of a metric.   note: called once for each name that has no number."""
+
+    def __init__(self, rename: Callable[[str], str], note: Callable[[str], None]) -> None:
+        self._rename, self._note = rename, note
+        self._skipped: set[str] = set()
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Those that MLflow stores."""
+        numbers: dict[str, float] = {}
+        for key, value in values.items():
+            try:
+                numbers |= checked_values({checked_name("metric", self._rename(str(key))): value})
+            except InputError:
+                if key not in self._skipped:
+                    self._skipped.add(key)
+                    self._note(f"track: {key} is no number, or has no name that MLflow stores, and is not logged")
+        return numbers
 
 
 def usual_params(params: Mapping[str, Any], joint: str = ".") -> dict[str, Any]:
     """Params of another program, flattened, under the nearest names that MLflow stores; those without one are left out."""
-    return {name: value for key, value in flat(params, joint=joint, checked=usual_name).items() if (name := usual_name(key))}
+    return {name: value for name, value in flat(params, joint=joint, checked=usual_name).items() if name}
 
 
 def flat(

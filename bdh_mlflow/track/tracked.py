@@ -127,16 +127,12 @@ class Run(OpenRun):
 
         Returns whether the checkpoint was taken.
         """
-        for act in (self.wait, lambda: self.checkpoint(path, step, metrics, written_once=True)):
-            try:
-                act()
-            except (InputError, SaveError) as error:
-                which = "the checkpoint before" if act == self.wait else f"step {step}"
-                self._parts.note(f"track: {which} is not tracked: {error}")
-                taken = False
-            else:
-                taken = True
-        return taken
+        with self.noting("the checkpoint before"):
+            self.wait()
+        with self.noting(f"step {step}"):
+            self.checkpoint(path, step, metrics, written_once=True)
+            return True
+        return False
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:

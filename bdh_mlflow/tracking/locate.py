@@ -42,11 +42,11 @@ _WITH_STEP = re.compile(r"(runs:/+[^/:]+|(?![a-z][a-z0-9+.-]+:/).+):(\d+)", re.I
 class Locator:
     """Finds checkpoints for one command, here and in the mirror; the store is opened when it is first needed, once.
 
-    sort: of the checkpoints that are looked for, states of BDH or snapshots of another program's files; `Saved` for both.
+    kinds: of the checkpoints that are looked for, states of BDH or snapshots of another program's files.
     """
 
-    def __init__(self, checkpoint_dir: Path, config: TrackingConfig, sort: type[Saved] = Checkpoint) -> None:
-        self._checkpoint_dir, self._config, self._sort = checkpoint_dir, config, sort
+    def __init__(self, checkpoint_dir: Path, config: TrackingConfig, kinds: tuple[type[Saved], ...] = (Checkpoint,)) -> None:
+        self._checkpoint_dir, self._config, self._kinds = checkpoint_dir, config, kinds
         self._notes: list[str] = []
 
     @functools.cached_property
@@ -61,7 +61,7 @@ class Locator:
         located = self.locate(target)
         if isinstance(located.found, Path):
             return ResolvedCheckpoint(located.found, None, checkpoint.load(located.found), located.notes)
-        assert isinstance(located.found, Checkpoint), "the sort that was looked for"
+        assert isinstance(located.found, Checkpoint), "the kind that was looked for"
         found = located.found
         return ResolvedCheckpoint(found.path, found, checkpoint.load(found.path), located.notes, located.named_run)
 
@@ -87,10 +87,11 @@ class Locator:
             found = self._at_uri(target)
         else:
             found = self._at_path(Path(target))
-        if isinstance(found, Path) and not issubclass(Checkpoint, self._sort):
-            raise ResumeError(f"{target}: weights without a manifest; accepted: {GRAMMAR}")
-        if not isinstance(found, Path | self._sort):
-            raise ResumeError(_of_other_sort(target, found))
+        if isinstance(found, Path):
+            if Checkpoint not in self._kinds:
+                raise ResumeError(f"{target}: weights without a manifest; accepted: {GRAMMAR}")
+        elif not isinstance(found, self._kinds):
+            raise ResumeError(_of_other_kind(target, found))
         return Located(found, tuple(self._notes), run_id)
 
     def mirrored(self, run: str) -> tuple[str, list[str]]:
@@ -100,9 +101,9 @@ class Locator:
         return run_id, [path for _, path in reversed(self.mirror.checkpoints(run_id))]
 
     def _run_dirs(self) -> Iterator[Path]:
-        """Run directories with checkpoints of the sort, the one saved to last first."""
+        """Run directories with checkpoints of these kinds, the one saved to last first."""
         for folder in checkpoint.by_last_save(self._checkpoint_dir):
-            if any(isinstance(c, self._sort) for c in checkpoint.list_run(folder).checkpoints):
+            if any(isinstance(c, self._kinds) for c in checkpoint.list_run(folder).checkpoints):
                 yield folder
 
     def _latest(self) -> Saved:
@@ -115,7 +116,7 @@ class Locator:
 
     def _newest_mirrored(self) -> str:
         """Id of the newest run with a mirrored checkpoint."""
-        run_id = self.mirror.newest_run(self._sort)
+        run_id = self.mirror.newest_run(self._kinds)
         if run_id is None:
             raise ResumeError(f"latest: no checkpoint in {self._checkpoint_dir.absolute()} and none mirrored in {self.mirror}")
         return run_id
@@ -141,7 +142,7 @@ class Locator:
     def _path_of(self, run_dir: Path, step: int) -> Path:
         """Where a checkpoint of a step is, if there is one."""
         state = run_dir / checkpoint.file_name(step)
-        return state.with_suffix("") if issubclass(Snapshot, self._sort) and not state.exists() else state
+        return state.with_suffix("") if Snapshot in self._kinds and not state.exists() else state
 
     def _at_step_of_run(self, run_id: str, step: int) -> tuple[str, Saved | Path]:
         run_id, run_dir, _ = self.mirror.training(run_id)
@@ -286,8 +287,8 @@ def _snapshot_around(path: Path) -> Snapshot | None:
     return None
 
 
-def _of_other_sort(target: str, found: Saved) -> str:
-    """Why a checkpoint is not of the sort that was looked for."""
+def _of_other_kind(target: str, found: Saved) -> str:
+    """Why a checkpoint is not of the kind that was looked for."""
     if isinstance(found, Snapshot):
         return f"{target}: {found.path} holds files of another program; bdh_mlflow.track.find gives their path to that one"
     return f"{target}: {found.path} is the state of a BDH training; bdh-mlflow train --resume takes it"

@@ -5,7 +5,6 @@ machine throttled, so that the training beside it keeps its speed.
 """
 
 import contextlib
-import errno
 import functools
 import io
 import math
@@ -22,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from bdh_mlflow import checkpoint
 from bdh_mlflow.checkpoint import Checkpoint, Saved, Snapshot
 from bdh_mlflow.checkpoint.files import PIECE_BYTES
-from bdh_mlflow.files import first_line
+from bdh_mlflow.files import UNLINKABLE, first_line
 from bdh_mlflow.tracking import store
 from bdh_mlflow.tracking.run_store import RunStore
 
@@ -224,7 +223,7 @@ class Mirror:
         tags = {"bdh.checkpoint": f"runs:/{run_id}/{manifest.artifact_path}", "bdh.sha256": digest}
         model = known.models.get(manifest.step)
         if model is None:
-            params = {"step": str(manifest.step), **_told_of(saved)}
+            params = {"step": str(manifest.step), **_facts_of(saved)}
             # not `checkpoint...`: runs:/ID/NAME would then mean the model
             name = f"step-{manifest.step}" if isinstance(saved, Snapshot) else f"bdh-step-{manifest.step}"
             made = client.create_logged_model(self._run.identity.experiment_id, name, run_id, tags, params, _type_of(saved))
@@ -310,7 +309,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, partial)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS):
+        if error.errno not in UNLINKABLE:
             raise
         with source.open("rb") as read, partial.open("wb") as write:
             shutil.copyfileobj(read, write, 1 << 20)
@@ -324,7 +323,7 @@ def _type_of(saved: Saved) -> str:
     return SNAPSHOT_TYPE if isinstance(saved, Snapshot) else MODEL_TYPE
 
 
-def _told_of(saved: Saved) -> dict[str, str]:
+def _facts_of(saved: Saved) -> dict[str, str]:
     """What a LoggedModel says of a checkpoint besides its step."""
     match saved:
         case Checkpoint(manifest=state):

@@ -81,15 +81,13 @@ class MirrorReader:
             self._trainings |= {run_id: found, found.run_id: found}
         return self._trainings[run_id]
 
-    def newest_run(self, sort: type[Saved] = Checkpoint) -> str | None:
-        """Id of the newest run of the experiment with a mirrored checkpoint of a sort."""
+    def newest_run(self, kinds: tuple[type[Saved], ...]) -> str | None:
+        """Id of the newest run of the experiment with a mirrored checkpoint of one of these kinds."""
         client = self.client
         with store.reported(f"runs of experiment {self._config.experiment} cannot be listed"):
             runs = store.runs_of(client, self._config.experiment)
-        fitting = [
-            run for run in runs if issubclass(Checkpoint if run.data.tags["bdh.latest_checkpoint"].endswith(".pt") else Snapshot, sort)
-        ]
-        return str(fitting[0].info.run_id) if fitting else None
+        kind_of = {run.info.run_id: Checkpoint if run.data.tags["bdh.latest_checkpoint"].endswith(".pt") else Snapshot for run in runs}
+        return next((str(run_id) for run_id, kind in kind_of.items() if kind in kinds), None)
 
     def run_of_job(self, job: str) -> str | None:
         """Id of the run with mirrored checkpoints that a launcher's job has begun; None if there is none.   Raises TrackingError."""

@@ -207,18 +207,17 @@ class CheckpointSaved(_Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotSaved(_Kind):
-    """A snapshot that is safe on disk.   path: absolute.   metrics: of it.   steps, logged_at_ms: of the point of each."""
+    """A snapshot that is safe on disk.   path: absolute.   points: its metrics among those of the run; in JSON a list of values each."""
 
     kind = "snapshot"
     path: str
-    metrics: dict[str, float]
-    steps: dict[str, int]
-    logged_at_ms: dict[str, int]
+    points: tuple[LoggedPoint, ...]
 
-    @property
-    def points(self) -> tuple[LoggedPoint, ...]:
-        """The metrics as points of the run."""
-        return tuple(LoggedPoint(key, value, self.steps[key], self.logged_at_ms[key]) for key, value in self.metrics.items())
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        points = (LoggedPoint(str(key), float(value), int(step), int(at_ms)) for key, value, step, at_ms in tree["points"])
+        return super().from_json({**tree, "points": tuple(points)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,8 +160,7 @@ class Tracker:
 
     def snapshot(self, path: Path, points: Sequence[LoggedPoint]) -> None:
         """The same of files that another program wrote.   points: of their metrics among those of the run."""
-        values, steps, times = ({p.key: getattr(p, name) for p in points} for name in ("value", "step", "at_ms"))
-        self._journal.append(SnapshotSaved(path=str(path.absolute()), metrics=values, steps=steps, logged_at_ms=times))
+        self._journal.append(SnapshotSaved(path=str(path.absolute()), points=tuple(points)))
 
     def artifact(self, path: str, artifact: str) -> None:
         """A file or folder for the artifacts.   path: of a copy beside the journal.   artifact: where it goes."""

@@ -3,21 +3,19 @@
 import contextlib
 import os
 import platform
-import shlex
 import signal
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from bdh_mlflow import __version__, checkpoint, host, redact
+from bdh_mlflow import checkpoint, host, redact
 from bdh_mlflow.checkpoint import Provenance, RunDirectory
 from bdh_mlflow.files import shown
 from bdh_mlflow.tracking import system_metrics as system
 from bdh_mlflow.tracking import tracker
+from bdh_mlflow.tracking.beginning import began_s, next_segment, program_tags, user_name
 from bdh_mlflow.tracking.records import JOB, RunIdentity, Segment
 from bdh_mlflow.tracking.status import StoreStatus, overruled
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
@@ -35,21 +33,21 @@ def segment_of(built: Built, status: StoreStatus, earlier: list[Segment]) -> Seg
     earlier: segments that the journal holds already.
     """
     config, origin = built.config, built.origin
-    tags, later = (status.run.tags, status.run.segment) if status.run else ({}, 0)
     saved = origin.manifest.segment if origin.kind == "resumed" and origin.manifest else 0
+    number, training = next_segment(status, earlier, saved)
     audit = list(tracker.REPLAYED)
     if origin.saved:  # a mean over other spans is another number
         for key, metric in (("log_freq", "train/loss"), ("test_iters", "val/loss")):
             if getattr(origin.saved.training, key) != getattr(config.training, key):
                 audit.remove(metric)
     return Segment(
-        number=1 + max(saved, later, earlier[-1].number if earlier else 0),
-        training=earlier[0].training if earlier else tags.get("bdh.training", uuid.uuid4().hex),
+        number=number,
+        training=training,
         continues=origin.continues,
         wrapper=os.environ.get("MLFLOW_RUN_ID"),
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name,
-        user=os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        user=user_name(),
         tracking_uri=redact.masked(status.tracking_uri),
         mirror=config.tracking.mirror_checkpoints,
         keep=config.training.keep_checkpoints,
@@ -90,17 +88,12 @@ def introduce(tracker: Tracker, built: Built, segment: Segment, provenance: Prov
         **built.facts,
         "bdh.tokenizer": _tokenizer_in_words(text.tokenizer),
         "bdh.bytes_per_token": repr(text.bytes_per_token(built.validation)),
-        "bdh.version": __version__,
+        **program_tags(provenance.git_commit, provenance.git_dirty),
         "bdh.host": ", ".join(segment.hosts),
         "bdh.processes": str(segment.processes),
         "bdh.threads": str(segment.threads),
         "bdh.reduction": segment.reduction,
-        "bdh.git_dirty": {True: "true", False: "false", None: "unknown"}[provenance.git_dirty],
-        "bdh.command": " ".join(map(shlex.quote, sys.argv)),
-        "bdh.stop_reason": "",
     }
-    if provenance.git_commit:
-        tags["mlflow.source.git.commit"] = provenance.git_commit
     if origin.found is not None and origin.saved is not None:
         relation = {"resumed": "bdh.resumed_from", "forked": "bdh.forked_from"}[origin.kind]
         tags[relation] = origin.found.address
@@ -185,10 +178,7 @@ def system_metrics(built: Built, tracker: Tracker, first: Segment, status: Store
         note(f"no system metrics: {missing}")
         yield
         return
-    began_ms = first.started_at_ms
-    if status.run is not None:
-        began_ms = min(began_ms, status.run.started_at_ms)
-    samples = nodes.sampled(built.world, tracker.metrics, began_ms / 1000)
+    samples = nodes.sampled(built.world, tracker.metrics, began_s(first, status))
     try:
         yield
     finally:

@@ -379,7 +379,7 @@ def test_no_run_has_the_calls_of_a_run(tmp_path: Path) -> None:
     def calls(kind: type) -> set[str]:
         return {name for name in dir(kind) if not name.startswith("_")}
 
-    own = calls(Run) - {"disown", "end_at_exit", "made_directory", "try_checkpoint"}
+    own = calls(Run) - {"disown", "end_at_exit", "made_directory", "noting", "try_checkpoint"}
     assert calls(NullRun) == own
     with NullRun() as run:
         run.metrics({"a": 1.0}, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh_mlflow.text import Evaluation
+from bdh_mlflow.text import Evaluation, LoggedPoint
 from bdh_mlflow.tracking import records
 from bdh_mlflow.tracking.records import (
     Alive,
@@ -44,7 +44,7 @@ RECORDS: list[JournalRecord] = [
     Text(artifact="samples/step_1.txt", text="t", rows=[ROW]),
     CheckpointSaved(path="/c.pt", evaluation=Evaluation(3, 1.5, 7)),
     CheckpointSaved(path="/c.pt", evaluation=None),
-    SnapshotSaved(path="/checkpoint_3", metrics={"loss": 1.5}, steps={"loss": 2}, logged_at_ms={"loss": 7}),
+    SnapshotSaved(path="/checkpoint_3", points=(LoggedPoint("loss", 1.5, 2, 7),)),
     ArtifactSaved(path="artifacts/a", artifact="a"),
     End(status="FINISHED", tags={}, step=None),
     Unknown(kind="hologram", fields={"depth": 3}),
