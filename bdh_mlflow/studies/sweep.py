@@ -205,7 +205,8 @@ class _Trials:
                 if not patiently(functools.partial(is_surplus, study, trial.number, wanted), note):
                     self._run(trial, place)
                     return True
-                trial.set_user_attr(SURPLUS, True)
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    trial.set_user_attr(SURPLUS, True)
                 study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 continue
             if not (running := sum(t.state is TrialState.RUNNING for t in trials)):
@@ -218,33 +219,40 @@ class _Trials:
 
     def _run(self, trial: optuna.Trial, place: int) -> None:
         """Train a trial and give its result to the study; a trial that a signal stopped stays unfinished."""
-        controls, study = self.controls, self.kept.study
         try:
-            varied = patiently(lambda: {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}, controls.note)
-            controls.note(f"trial {place}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
-            with self.kept.workers.holding(trial.number, lambda: controls.stop.ask(TAKEN_UP)):
-                config = self._config(trial, place, varied)
-                with processes.started(controls.size) as world, controls.display(config.training.max_iters) as progress:
-                    judged = _PruningProgress(progress, trial, controls.stop)
-                    outcome = start.train(config, judged, controls.stop, make_sender=controls.make_sender, world=world)
-                if outcome.ending.reason in (PRUNED, "finished"):
-                    patiently(judged.report_rest, controls.note)
-                if outcome.ending.reason == PRUNED:
-                    controls.stop.received = None
-                    self._tell(trial, TrialState.PRUNED)
-                    controls.note(f"trial {place}: pruned at step {outcome.ending.step}")
-                elif outcome.ending.reason == "finished":
-                    assert outcome.ending.evaluation is not None, "the last step is evaluated"
-                    self._tell(trial, TrialState.COMPLETE, outcome.ending.evaluation.loss)
-                    controls.note(f"trial {place}: {METRIC} {outcome.ending.evaluation.loss:.4f}")
-                elif outcome.ending.reason == TAKEN_UP:
-                    controls.stop.received = None
-                    controls.note(f"trial {place}: was taken up by another process, as this one gave no sign of life")
-                else:  # a signal: whoever works on the study next goes on with it
-                    patiently(lambda: interrupt(study, self.kept.workers, trial.number), controls.note)
+            self._train(trial, place, self.controls.stop.for_one())
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self._taken_up(place)
         # Settings that do not go together, data that do not fit, memory that does not suffice: the next trial may.
         except Exception as error:
             self._failed(trial, place, error)
+
+    def _train(self, trial: optuna.Trial, place: int, stop: StopRequest) -> None:
+        """See `_run`.   Raises UpdateFinishedTrialError if another process has taken the trial up."""
+        controls, note = self.controls, self.controls.note
+        varied = patiently(lambda: {key: choice.suggest(trial, key) for key, choice in self.space.parameters.items()}, note)
+        note(f"trial {place}: {', '.join(f'{key} {value}' for key, value in varied.items())}")
+        with self.kept.workers.holding(trial.number, lambda: stop.ask(TAKEN_UP)):
+            config = self._config(trial, place, varied)
+            with processes.started(controls.size) as world, controls.display(config.training.max_iters) as progress:
+                judged = _PruningProgress(progress, trial, stop)
+                ending = start.train(config, judged, stop, make_sender=controls.make_sender, world=world).ending
+            if ending.reason == TAKEN_UP:
+                self._taken_up(place)
+            elif ending.reason == PRUNED:
+                patiently(judged.report_rest, note)
+                self._tell(trial, TrialState.PRUNED)
+                note(f"trial {place}: pruned at step {ending.step}")
+            elif ending.reason == "finished":
+                assert ending.evaluation is not None, "the last step is evaluated"
+                patiently(judged.report_rest, note)
+                self._tell(trial, TrialState.COMPLETE, ending.evaluation.loss)
+                note(f"trial {place}: {METRIC} {ending.evaluation.loss:.4f}")
+            else:  # a signal: whoever works on the study next goes on with it
+                patiently(lambda: interrupt(self.kept.study, self.kept.workers, trial.number), note)
+
+    def _taken_up(self, place: int) -> None:
+        self.controls.note(f"trial {place}: was taken up by another process, as this one gave no sign of life")
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
         patiently(lambda: self.kept.study.tell(trial, value, state=state, skip_if_finished=True), self.controls.note)
@@ -260,7 +268,8 @@ class _Trials:
         elif isinstance(error, ConfigError):
             said = masked(str(error))  # the reasons are in its further lines
         self.controls.note(f"trial {place} failed: {said}")
-        patiently(lambda: trial.set_user_attr(REASON, said[:500]), self.controls.note)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another process has taken it up
+            patiently(lambda: trial.set_user_attr(REASON, said[:500]), self.controls.note)
         self._tell(trial, TrialState.FAIL)
 
     def _config(self, trial: optuna.Trial, place: int, varied: Mapping[str, Any]) -> Config:

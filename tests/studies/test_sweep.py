@@ -1,10 +1,13 @@
 """A study of real, tiny trainings: children of one run, pruned, interrupted and continued."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -15,8 +18,13 @@ from mlflow import MlflowClient
 
 from bdh_mlflow.cli import console
 from bdh_mlflow.errors import ConfigError, DataError, NonFiniteError
+from bdh_mlflow.studies import study as study_of
+from bdh_mlflow.studies import sweep as sweep_of
 from bdh_mlflow.studies.space import Space
+from bdh_mlflow.text import Evaluation
 from bdh_mlflow.training import start
+from bdh_mlflow.training.parts import Ending, Progress
+from bdh_mlflow.training.stop import StopRequest
 from tests.conftest import run_cli
 from tests.training.test_endings import wait_until
 
@@ -230,6 +238,42 @@ def test_sweep_of_which_no_trial_can_be_trained_has_failed(
     assert "0 complete, 0 pruned, 2 fail" in result.output
     assert f"trial 1 failed: {'' if isinstance(error, DataError) else type(error).__name__ + ': '}{error}" in result.output
     assert parent(store).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("how", ["stopped", "finished", "failed"])
+def test_sweep_goes_on_after_a_trial_that_another_process_has_taken_up(
+    store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    calls = list[str]()
+
+    @contextlib.contextmanager
+    def holding(self: study_of.FileWorkers, number: int, lost: Callable[[], None]) -> Iterator[None]:
+        yield
+        if number == 0:
+            lost()  # the thread of the heartbeat looked a moment too late
+
+    def train(config: Any, progress: Progress, stop: StopRequest, **named: Any) -> Any:
+        calls.append(config.tracking.run_name)
+        if len(calls) == 1:
+            with study_of.opened(Space.model_validate(SPACE), Path("checkpoints/sweeps/tiny"), print) as kept:
+                study_of.interrupt(kept.study, kept.workers, 0)
+            if how == "failed":
+                raise DataError("the folder is another's now")
+            if how == "stopped":
+                stop.ask(sweep_of.TAKEN_UP)
+        assert stop.received is None or len(calls) == 1
+        progress.point({"val/loss": 2.0}, 2)
+        reason = stop.received.name if how == "stopped" and stop.received else "finished"
+        return SimpleNamespace(ending=Ending(reason, 2, Evaluation(2, 2.0, 0), ()))
+
+    monkeypatch.setattr(study_of.FileWorkers, "holding", holding)
+    monkeypatch.setattr(start, "train", train)
+    result = swept(tiny, tmp_path, 2)
+    assert result.exit_code == 0, result.output
+    assert calls == ["trial 0", "trial 0", "trial 1"]
+    assert "2 complete, 0 pruned, 0 fail" in result.output
+    assert ("was taken up by another process" in result.output) == (how != "failed")
+    assert parent(store).info.status == "FINISHED"
 
 
 def test_sweep_that_ends_by_an_error_has_failed(store: MlflowClient, text: Path, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
