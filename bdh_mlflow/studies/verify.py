@@ -154,7 +154,7 @@ def _by(size: int) -> str:
 
 def _stop_after(config: Config, size: int, step: int) -> None:
     stop = StopRequest()
-    _train(config, size, _Silent(step, lambda: setattr(stop, "received", signal.SIGTERM)), stop)
+    _train(config, size, _Silent(step, lambda: stop.handle(signal.SIGTERM, None)), stop)
 
 
 def _kill_after(config: Config, size: int, step: int) -> None:
