@@ -32,7 +32,7 @@ from bdh_mlflow.data.ahead import Ahead
 from bdh_mlflow.data.parquet import ParquetText, shuffled
 from bdh_mlflow.errors import DataError
 from bdh_mlflow.files import shown
-from bdh_mlflow.host import ENDING_SIGNALS
+from bdh_mlflow.host import ENDING_SIGNALS, leave
 from bdh_mlflow.vocabulary import Ids
 
 Position = dict[str, Any]
@@ -106,7 +106,7 @@ def training_loader(batches: TrainingBatches, loader: DataLoaderConfig, cuda: bo
         workers = {
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": "spawn",
-            "worker_init_fn": _leave_signals_to_the_trainer,
+            "worker_init_fn": _begin_worker,
         }
     pin, before = loader.pin_memory and cuda, set(multiprocessing.active_children())
     loaded = iter(DataLoader(batches, batch_size=None, num_workers=loader.num_workers, pin_memory=pin, **workers))
@@ -297,7 +297,11 @@ class _Walk:
             lane.seek(state)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and schedulers signal every process, but the trainer decides when its workers end."""
+def _begin_worker(worker: int) -> None:
+    """Ctrl-C and schedulers signal every process, but the trainer decides when its workers end.
+
+    They end at once: an interpreter that takes itself apart aborts where a thread is handing over a batch (torch 2.13.0).
+    """
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    atexit.register(leave, 0)

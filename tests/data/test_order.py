@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import subprocess
 import sys
 import tracemalloc
@@ -213,6 +214,29 @@ def test_tokens_are_the_same_prepared_and_made_when_they_are_read(tmp_path: Path
     held_out = [torch.cat(validation.drawn(text, 8, 4, 8)) for text in (of_text, prepared)]
     assert torch.equal(*held_out)
     assert held_out[0].dtype == torch.uint16
+
+
+class LargeBatches(TrainingBatches):
+    """Each takes a moment to be handed over."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield Batch(torch.zeros(50_000_000), {}, 0)
+
+
+@pytest.mark.slow  # a worker imports torch; it ended by an abort each time
+def test_a_worker_that_is_handing_over_a_batch_ends_in_good_order(capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(multiprocessing.active_children())
+    loader = training_loader(LargeBatches(), DataLoaderConfig(num_workers=1), cuda=False)
+    assert next(loader).tokens.shape == (50_000_000,)
+    (worker,) = set(multiprocessing.active_children()) - before
+    del loader
+    worker.join(60)
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow  # a process with workers, to its very end
