@@ -2,7 +2,7 @@
 
 from bdh_mlflow.checkpoint.directory import PENDING, RUN_DIRECTORY, RunDirectory, by_last_save, list_all, pending, why_unwritable
 from bdh_mlflow.checkpoint.files import FORMAT, State, Throttle, load, published_weights
-from bdh_mlflow.checkpoint.manifest import FileRecord, Manifest, Provenance
+from bdh_mlflow.checkpoint.manifest import CommonManifest, FileRecord, Manifest, Provenance
 from bdh_mlflow.checkpoint.saved import (
     CONFIG_NAME,
     Checkpoint,
@@ -16,6 +16,7 @@ from bdh_mlflow.checkpoint.saved import (
     file_name,
     list_run,
     newest,
+    read_manifest,
     remove,
     step_of,
     verify,
@@ -31,6 +32,7 @@ __all__ = [
     "Background",
     "BackgroundWriter",
     "Checkpoint",
+    "CommonManifest",
     "FileRecord",
     "Listing",
     "Manifest",
@@ -55,6 +57,7 @@ __all__ = [
     "newest",
     "pending",
     "published_weights",
+    "read_manifest",
     "remove",
     "step_of",
     "verify",

@@ -151,6 +151,23 @@ def describe(path: Path) -> Saved:
     """A checkpoint by its manifest.   Raises CheckpointError if there is none or the size of a file is another."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    manifest = read_manifest(path)
+    found = Snapshot(path, manifest) if isinstance(manifest, SnapshotManifest) else Checkpoint(path, manifest)
+    if path.is_dir() is isinstance(found, Checkpoint):
+        what = "a folder" if path.is_dir() else "a file"
+        raise CheckpointError(f"{path}: not a checkpoint ({found.manifest_path.name} is not of {what})")
+    for file, _, said in found.files:
+        try:
+            size = file.stat().st_size
+        except OSError as error:  # retention of its own process was quicker
+            raise CheckpointError(f"{file}: {reason_of(error)}") from None
+        if size != said.bytes:
+            raise CheckpointError(f"{file}: damaged ({size:,} bytes, its manifest says {said.bytes:,})")
+    return found
+
+
+def read_manifest(path: Path) -> Manifest | SnapshotManifest:
+    """What the manifest beside a checkpoint, which need not be there, says of it.   Raises CheckpointError if there is none."""
     manifest_path = path.with_suffix(".json")
     if not manifest_path.is_file():
         raise CheckpointError(f"{path}: not a checkpoint (no manifest {manifest_path.name} beside it: the save was interrupted)")
@@ -163,18 +180,7 @@ def describe(path: Path) -> Saved:
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not a manifest: {first_line(error)})") from None
     if step_of(path) not in (None, manifest.step):
         raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is of step {manifest.step})")
-    found = Snapshot(path, manifest) if isinstance(manifest, SnapshotManifest) else Checkpoint(path, manifest)
-    if path.is_dir() is isinstance(found, Checkpoint):
-        what = "a folder" if path.is_dir() else "a file"
-        raise CheckpointError(f"{path}: not a checkpoint ({manifest_path.name} is not of {what})")
-    for file, _, said in found.files:
-        try:
-            size = file.stat().st_size
-        except OSError as error:  # retention of its own process was quicker
-            raise CheckpointError(f"{file}: {reason_of(error)}") from None
-        if size != said.bytes:
-            raise CheckpointError(f"{file}: damaged ({size:,} bytes, its manifest says {said.bytes:,})")
-    return found
+    return manifest
 
 
 def verify(checkpoint: Saved) -> None:

@@ -5,6 +5,7 @@
     RUN_ID, runs:/RUN_ID                   of the run's local and mirrored checkpoints the furthest that verifies
     runs:/RUN_ID/checkpoints/.../FILE.pt   that one
     any other URI MLflow downloads         mlflow-artifacts:/..., s3://..., models:/NAME/VERSION: that file, or the newest in that folder
+    a file in a folder of another program's checkpoint, as a path or URI    that checkpoint
     latest:N, DIRECTORY:N, RUN_ID:N, runs:/RUN_ID:N    of that run the checkpoint of step N
 
 What is only mirrored is downloaded into the directory it came from, under `checkpoint_dir`. Damaged files are named and skipped where
@@ -15,8 +16,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -26,7 +25,8 @@ from bdh_mlflow.checkpoint import Checkpoint, Saved, Snapshot
 from bdh_mlflow.config import TrackingConfig
 from bdh_mlflow.config.places import expanded
 from bdh_mlflow.errors import CheckpointError, ResumeError
-from bdh_mlflow.files import reason_of, shown
+from bdh_mlflow.files import shown
+from bdh_mlflow.tracking import fetch
 from bdh_mlflow.tracking.resolved import GRAMMAR, Located, ResolvedCheckpoint, run_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ LONGEST_NAME = 255  # bytes of each part of a path
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUNS_URI = re.compile(r"runs:/+([^/]+)/?(.*)")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_IN_SNAPSHOT = re.compile(r"((?:.*/)?checkpoints/[^/]+/checkpoint_\d+)/.+")  # of a file in the mirror
 _WITH_STEP = re.compile(r"(runs:/+[^/:]+|(?![a-z][a-z0-9+.-]+:/).+):(\d+)", re.IGNORECASE)
 
 
@@ -198,7 +199,7 @@ class Locator:
         return local
 
     def _at_run_path(self, run_id: str, path: str) -> Saved | Path:
-        run_id = self.mirror.training(run_id).run_id
+        run_id, path = self.mirror.training(run_id).run_id, self._whole(path)
         artifact = PurePosixPath(path)
         if checkpoint.step_of(Path(artifact)) is None and artifact.suffix != ".pt":
             return self._at_uri(f"runs:/{run_id}/{path}")
@@ -210,71 +211,22 @@ class Locator:
                 return found
         return self._fetch(f"runs:/{run_id}/{path}")
 
+    def _whole(self, uri: str) -> str:
+        """Of a file in a snapshot, as the page of a run names it: the snapshot, where one is looked for."""
+        if Snapshot in self._kinds and checkpoint.step_of(Path(uri)) is None and (match := _IN_SNAPSHOT.fullmatch(uri)):
+            return match[1]
+        return uri
+
     def _at_uri(self, uri: str) -> Saved | Path:
+        uri = self._whole(uri)
         if uri.endswith(".pt") or checkpoint.step_of(Path(uri)) is not None:
             return self._fetch(uri)
-        self.mirror.client  # noqa: B018 - a store that does not answer is named before anything is made on disk
-        with _download_folder(self._checkpoint_dir) as folder:
-            root = self.mirror.download(uri, folder)
-            skipped: list[str] = []
-            candidates = []
-            for run_dir in sorted({p.parent for p in root.rglob("checkpoint_*") if checkpoint.step_of(p) is not None}):
-                found, reasons = checkpoint.newest(run_dir)
-                skipped += reasons
-                candidates += [(found.manifest.step, found)] if found else []
-            if not candidates:
-                raise ResumeError("\n  ".join([f"{uri}: no checkpoint that verifies in it", *skipped]))
-            self._notes += skipped
-            return _put_in_place(max(candidates, key=lambda c: c[0])[1], self._checkpoint_dir)
+        found, skipped = fetch.newest(self.mirror, uri, self._checkpoint_dir)
+        self._notes += skipped
+        return found
 
     def _fetch(self, uri: str) -> Saved:
-        """Download one checkpoint and its manifest, verify them, and put them where the run left them."""
-        self.mirror.client  # noqa: B018
-        with _download_folder(self._checkpoint_dir) as folder:
-            path = self.mirror.download(uri, folder)
-            with contextlib.suppress(ResumeError):
-                self.mirror.download(uri.removesuffix(".pt") + ".json", folder)
-            found = checkpoint.describe(path)
-            checkpoint.verify(found)
-            if found.tokenizer is not None:
-                with contextlib.suppress(ResumeError):  # missing, it is asked for when text is read
-                    self.mirror.download(f"{uri.rpartition('/')[0]}/{found.tokenizer.name}", folder)
-            return _put_in_place(found, self._checkpoint_dir)
-
-
-def _put_in_place(found: Saved, checkpoint_dir: Path) -> Saved:
-    """Move a downloaded checkpoint to where its run left it.   Raises ResumeError where another run has that name."""
-    run_dir = checkpoint_dir / found.manifest.run_dir
-    for known in checkpoint.list_run(run_dir).checkpoints:
-        other = run_of(known)
-        if None not in (other, found.manifest.mlflow_run_id) and other != found.manifest.mlflow_run_id:
-            raise ResumeError(f"{run_dir}: holds checkpoints of another run ({other}); name another folder for checkpoints")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / found.path.name
-    path.with_suffix(".json").unlink(missing_ok=True)
-    if path.is_dir():  # a damaged snapshot
-        shutil.rmtree(path)
-    found.path.replace(path)
-    found.manifest_path.replace(path.with_suffix(".json"))
-    if found.tokenizer is not None and (fetched := found.path.with_name(found.tokenizer.name)).is_file():
-        fetched.replace(run_dir / found.tokenizer.name)
-    return checkpoint.describe(path)
-
-
-@contextlib.contextmanager
-def _download_folder(directory: Path) -> Iterator[Path]:
-    """A folder on the file system of the checkpoints that is gone afterwards, with whatever was made for it and left empty."""
-    made = [p for p in (directory, *directory.parents) if not p.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise ResumeError(f"{directory}: cannot be written: {reason_of(error)}") from None
-    finally:
-        for folder_made in made:
-            with contextlib.suppress(OSError):
-                folder_made.rmdir()
+        return fetch.one(self.mirror, uri, self._checkpoint_dir)
 
 
 def _snapshot_around(path: Path) -> Snapshot | None:

@@ -121,6 +121,10 @@ def test_checkpoints_are_found_here_and_in_the_mirror(store: MlflowClient, tmp_p
         found = track.find(target, track.Settings("any"))
         assert (found, (found / "sub" / "w").read_bytes()) == (run.directory / "checkpoint_1", b"1")
     uri = store.get_run(run.id).info.artifact_uri
+    shutil.rmtree("checkpoints")
+    for place in (f"file://{uri}", f"runs:/{run.id}"):
+        assert track.find(f"{place}/checkpoints/{run.directory.name}/checkpoint_2/sub/w", "any") == run.directory / "checkpoint_2"
+    shutil.rmtree("checkpoints")
     assert track.find(f"file://{uri}/checkpoints/{run.directory.name}", "any", note=notes.append) == run.directory / "checkpoint_2"
     shutil.rmtree("checkpoints")
     assert track.find("latest", "any") == run.directory / "checkpoint_2", "the mirror alone has it"
