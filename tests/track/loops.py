@@ -1,7 +1,8 @@
 """The three loops as programs: python -m tests.track.loops plain|huggingface|lightning EVENT [RESUME], in the current folder.
 
 40 steps, `loss` logged at each, a checkpoint every 10. EVENT happens after step 25: none, exception, or the name of a signal that the
-program sends to itself. RESUME names a checkpoint of a run to go on with.
+program sends to itself. RESUME names a checkpoint of a run to go on with. A group of processes: the Hugging Face Trainer under torchrun,
+Lightning with their number as DEVICES in the environment.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 STEPS, EVERY, AT = 40, 10, 25
+DEVICES = int(os.environ.get("DEVICES", 1))
 
 
 def happen(event: str, step: int) -> None:
@@ -107,7 +109,7 @@ def lightning(event: str, resume: str | None) -> None:
     logger = TrackLogger("lightning", resume=resume)
     saver = ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=1, monitor="step", mode="max")
     trainer = Trainer(
-        max_steps=STEPS, logger=logger, callbacks=[saver, Happening()], accelerator="cpu", log_every_n_steps=1,
+        max_steps=STEPS, logger=logger, callbacks=[saver, Happening()], accelerator="cpu", log_every_n_steps=1, devices=DEVICES,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Model(), torch.utils.data.DataLoader(data(), 16), ckpt_path=logger.ckpt_path)

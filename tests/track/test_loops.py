@@ -6,6 +6,7 @@ Slow: each is a program that imports its trainer. It is the promise of the modul
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,20 +44,27 @@ def skip_without(stack: str) -> None:
         pytest.skip(f"the extra `{stack}` is not installed ({', '.join(missing)})")
 
 
-def run_loop(stack: str, event: str, uri: str, resume: str = "") -> subprocess.CompletedProcess[str]:
-    """The program in the current folder."""
+def run_loop(stack: str, event: str, uri: str, resume: str = "", processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The program in the current folder, by so many processes."""
     skip_without(stack)
     environment = {
         **os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1", "DEVICES": str(processes),
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.track.loops", stack, event, *([resume] if resume else [])]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = torchrun if processes > 1 and stack == "huggingface" else []
+    command = [sys.executable, *launcher, "-m", "tests.track.loops", stack, event, *([resume] if resume else [])]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def last_run(client: MlflowClient, experiment: str) -> Run:
+def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
+    """Runs, the newest first."""
     found = client.get_experiment_by_name(experiment)
-    return client.search_runs([found.experiment_id], order_by=["attributes.start_time DESC"], max_results=1)[0]
+    return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time DESC"])) if found else []
+
+
+def last_run(client: MlflowClient, experiment: str) -> Run:
+    return runs_of(client, experiment)[0]
 
 
 def mirrored(client: MlflowClient, run: Run, folder: Path) -> list[int]:
@@ -140,6 +148,25 @@ def test_a_server_that_is_gone_gets_everything_later(empty_store: Path, tmp_path
         assert run.info.status == "FINISHED"
         assert [step for step, _ in points(server.client, run.info.run_id, "loss")] == steps(stack, STEPS), "each once"
         assert mirrored(server.client, run, tmp_path / "there") == list(range(EVERY, STEPS + 1, EVERY))
+
+
+@pytest.mark.parametrize("stack", [stack for stack in STACKS if stack != "plain"])
+def test_a_group_of_processes_is_one_run_and_goes_on_where_nothing_of_it_is(server: Server, tmp_path: Path, stack: str) -> None:
+    before = len(runs_of(server.client, stack))
+    done = run_loop(stack, "exception", server.uri, processes=2)
+    assert done.returncode == 1, done.stderr
+    failed = last_run(server.client, stack)
+    assert (failed.info.status, failed.data.tags["bdh.stop_reason"]) == ("FAILED", "RuntimeError"), done.stderr
+    assert mirrored(server.client, failed, tmp_path) == [10, 20]
+    for folder in ("checkpoints", "out"):
+        shutil.rmtree(folder, ignore_errors=True)
+    done = run_loop(stack, "none", server.uri, failed.info.run_id, processes=2)
+    assert done.returncode == 0, done.stderr
+    finished = server.client.get_run(failed.info.run_id)
+    assert finished.info.status == "FINISHED", done.stderr
+    assert len(runs_of(server.client, stack)) == before + 1
+    assert [step for step, _ in points(server.client, finished.info.run_id, "loss")] == steps(stack, STEPS), "each once, by one process"
+    assert mirrored(server.client, finished, tmp_path / "again") == [10, 20, 30, 40]
 
 
 @contextlib.contextmanager
