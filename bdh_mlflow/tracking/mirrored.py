@@ -149,7 +149,7 @@ class MirrorReader:
                     raise InputError(f"experiment {config.experiment}: not found at {masked(client.tracking_uri)}; accepted: {GRAMMAR}")
                 experiment_id = experiment.experiment_id
             order = {"order_by": [{"field_name": f"metrics.{VAL_BPB}", "ascending": True}]} if best or run_id is None else {}
-            types = (MODEL_TYPE, SNAPSHOT_TYPE) if run_id is not None and not best else (MODEL_TYPE,)
+            types = (MODEL_TYPE,) if best else (MODEL_TYPE, SNAPSHOT_TYPE)
             listed = [m for each in types for m in store.models_of(client, experiment_id, each, run_id, **order)]
             found = [m for m in listed if str(m.status) == "READY"]
             names = {id: client.get_run(id).info.run_name or "" for id in {m.source_run_id for m in found} if id}

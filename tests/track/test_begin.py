@@ -190,12 +190,13 @@ def test_signals_are_held_in_the_main_thread_alone(store: MlflowClient) -> None:
 
 
 def test_the_command_line_knows_such_checkpoints(store: MlflowClient, tmp_path: Path) -> None:
-    with tracked(best="loss") as run:
+    with tracked(best="loss", experiment="bdh") as run:
         for step in (1, 2):
             run.checkpoint(write(tmp_path / "c.pt", b"%d" % step), step, {"loss": float(step)})
     assert run_cli("checkpoints", "verify", "checkpoints").output.splitlines()[-1] == "2 intact, 0 damaged"
     assert run_cli("checkpoints", "verify", run.id).output.splitlines()[-1] == "2 intact, 0 damaged"
-    for listed in (run_cli("checkpoints", "list", "checkpoints").output, run_cli("checkpoints", "list", run.id).output):
+    for target in ("checkpoints", run.id, "--all-runs"):
+        listed = run_cli("checkpoints", "list", target).output
         assert "checkpoint_1" in listed
         assert "checkpoint_2" in listed
     shutil.rmtree("checkpoints")
