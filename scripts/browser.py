@@ -4,11 +4,13 @@
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 
 from mlflow import MlflowClient
 from playwright.sync_api import FrameLocator, Locator, Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as NotShownError
 
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 CHROMIUM_ARGS += ["--disable-component-update", "--disable-sync"]
@@ -18,6 +20,7 @@ localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 """
 TRAINING_VIEW = "?workflowType=machine_learning"
 TIMEOUT_MS = 60_000
+CLICKS = 5
 
 
 def chromium() -> str | None:
@@ -44,8 +47,14 @@ class Tour:
     def artifact(self, *path: str) -> None:
         """A file among the run's artifacts."""
         self._open(f"{self._experiment}/{self.run.info.run_id}/artifacts{TRAINING_VIEW}", f'text="{path[0]}"')
-        for name in path:
-            self.page.get_by_text(name, exact=True).first.click()
+        for depth, name in enumerate(path, 1):
+            chosen = self.page.get_by_text(re.compile(rf"/artifacts/{re.escape('/'.join(path[:depth]))}(\s|$)")).first
+            for _ in range(CLICKS):  # one that comes while the tree of files is drawn again is lost
+                self.page.get_by_text(name, exact=True).first.click()
+                with contextlib.suppress(NotShownError):
+                    chosen.wait_for(timeout=3_000)
+                    break
+            expect(chosen).to_be_visible()
 
     def samples(self) -> None:
         """The table of the model's samples."""
