@@ -1,11 +1,12 @@
-"""What tracking costs other trainers' loops: `python benchmarks/loops.py [--rounds 7] [--large | --endings] [--stacks plain ...]`.
+"""What tracking costs other trainers' loops: `python benchmarks/loops.py [--rounds 5] [--large | --endings] [--stacks plain ...]`.
 
-Each of three stacks trains the same network of about 10 ms a step on one thread, 300 steps, logs at each and saves every 30:
-without tracking (`none`), with its own MLflow integration (`own`: MLflow's asynchronous calls and log_artifact in the plain loop,
-MLflowCallback with HF_MLFLOW_LOG_ARTIFACTS, MLFlowLogger(log_model="all")), and with `bdh_mlflow.track` (`ours`), against `mlflow server`
-on this machine. Rounds are interleaved; figures are medians over them, with the lowest and highest.
+Each of three stacks trains the same network of about 10 ms a step on one thread, 1,000 steps, logs at each and saves every 100:
+without tracking (`none`; in Lightning a logger that does nothing), with its own MLflow integration (`own`: MLflow's asynchronous calls and
+log_artifact in the plain loop, MLflowCallback with HF_MLFLOW_LOG_ARTIFACTS, MLFlowLogger(log_model="all")), and with `bdh_mlflow.track`
+(`ours`), against `mlflow server` on this machine. Rounds are interleaved; figures are medians over them, with the lowest and highest.
 
-turn: from one forward pass to the next. overhead: median turn less that without tracking in the same round. p99: of all turns but those
+turn: from one forward pass to the next. calls: median time of the call that logs a step. overhead: median turn less that without
+tracking in the same round, which the work of the other processes on the machine is part of. p99: of all turns but those
 with a checkpoint. checkpoint: how long one holds the loop, turn less median turn; in the plain loop the tracker's call alone, against
 copying the bytes of its file at that moment (`x copy`), in the others against the same without tracking (`x none`). exit: from the last
 forward pass to the end of the process. points: that arrived, of those that the loop has logged. --large: 60 steps of a network of 25 M
@@ -48,11 +49,12 @@ class Size(NamedTuple):
     every: int
 
 
-SIZES = {"small": Size(1024, 300, 30), "endings": Size(1024, 300, 100), "large": Size(24_000, 60, 20)}
+SIZES = {"small": Size(1024, 1000, 100), "endings": Size(1024, 300, 100), "large": Size(24_000, 60, 20)}
 
 
 class Result(NamedTuple):
     turns: list[float]
+    calls: list[float]
     saved: list[float]
     copied: list[float]
     exit_s: float
@@ -76,6 +78,21 @@ def batch() -> Any:
 
 def values(loss: float, step: int) -> dict[str, float]:
     return {"loss": loss, "lr": 1e-3, "norm": 1.0, "rate": 10.0 * step, "epoch": step / 100, "seen": float(step)}
+
+
+CALLS: list[float] = []
+"""How long each call took that logs a step."""
+
+
+def timed(call: Any) -> Any:
+    def timing(*given: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*given, **named)
+        finally:
+            CALLS.append(time.perf_counter() - began)
+
+    return timing
 
 
 def plain(tracker: str, size: Size, forward: Any) -> list[float]:
@@ -102,9 +119,9 @@ def plain(tracker: str, size: Size, forward: Any) -> list[float]:
             loss.backward()
             optimizer.step()
             if tracker == "own":
-                mlflow.log_metrics(values(loss.item(), step), step, synchronous=False)
+                timed(mlflow.log_metrics)(values(loss.item(), step), step, synchronous=False)
             if tracker == "ours":
-                run.metrics(values(loss.item(), step), step)
+                timed(run.metrics)(values(loss.item(), step), step)
             if step % size.every == 0:
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "state.pt")
                 forward("saved")
@@ -122,6 +139,7 @@ def plain(tracker: str, size: Size, forward: Any) -> list[float]:
 
 def huggingface(tracker: str, size: Size, forward: Any) -> list[float]:
     from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+    from transformers.integrations import MLflowCallback
 
     class Model(PreTrainedModel):
         config_class = PretrainedConfig
@@ -152,7 +170,11 @@ def huggingface(tracker: str, size: Size, forward: Any) -> list[float]:
         disable_tqdm=True,
     )
     rows = [{"x": row} for row in batch()] * 8
-    Trainer(Model(PretrainedConfig()), arguments, train_dataset=rows, callbacks=callbacks).train()
+    trainer = Trainer(Model(PretrainedConfig()), arguments, train_dataset=rows, callbacks=callbacks)
+    for callback in trainer.callback_handler.callbacks:
+        if callback in callbacks or isinstance(callback, MLflowCallback):
+            callback.on_log = timed(callback.on_log)
+    trainer.train()
     return []
 
 
@@ -161,6 +183,7 @@ def lightning(tracker: str, size: Size, forward: Any) -> list[float]:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import MLFlowLogger
+    from lightning.pytorch.loggers.logger import DummyLogger
 
     class Model(LightningModule):
         def __init__(self) -> None:
@@ -176,13 +199,14 @@ def lightning(tracker: str, size: Size, forward: Any) -> list[float]:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters())
 
-    logger: Any = False
+    logger: Any = DummyLogger()  # without a logger, Lightning does not work out what it would log
     if tracker == "own":
         logger = MLFlowLogger("lightning-own", tracking_uri=os.environ["MLFLOW_TRACKING_URI"], log_model="all", synchronous=False)
     if tracker == "ours":
         from bdh_mlflow.track.lightning import TrackLogger
 
         logger = TrackLogger("lightning-ours", note=lambda text: None)
+    logger.log_metrics = timed(logger.log_metrics)
     saver = ModelCheckpoint("out", every_n_train_steps=size.every, save_top_k=-1)
     rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batch().repeat(size.steps, 1)), BATCH)
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
@@ -215,7 +239,7 @@ def worker(stack: str, tracker: str, size: Size, event: str = "") -> None:
             happen(event)
 
     copied = {"plain": plain, "huggingface": huggingface, "lightning": lightning}[stack](tracker, size, forward)
-    Path("moments.json").write_text(json.dumps({"moments": moments, "copied": copied}))
+    Path("moments.json").write_text(json.dumps({"moments": moments, "copied": copied, "calls": CALLS}))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------------------
@@ -247,7 +271,8 @@ def measured(stack: str, tracker: str, size: Size, uri: str) -> Result:
     if stack == "plain" and tracker != "none":  # its own write is the loop's, not the tracker's
         saved = [spent[step]["held"] for step in at_checkpoints]
     others = [turn for step, turn in enumerate(turns, 1) if step % size.every]
-    return Result(others, saved, said["copied"], ended - starts[-1], "" if tracker == "none" else arrived(uri, f"{stack}-{tracker}", size))
+    points = "" if tracker == "none" else arrived(uri, f"{stack}-{tracker}", size)
+    return Result(others, said["calls"], saved, said["copied"], ended - starts[-1], points)
 
 
 def ended(stack: str, tracker: str, event: str, server: Any) -> list[str]:
@@ -304,7 +329,7 @@ def main() -> None:
         worker(sys.argv[2], sys.argv[3], Size(*map(int, sys.argv[4:7])), *sys.argv[7:])
         return
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--large", action="store_true")
     options.add_argument("--endings", action="store_true")
     options.add_argument("--stacks", nargs="+", choices=STACKS, default=STACKS)
@@ -345,8 +370,8 @@ def print_costs(stacks: list[str], size: Size, rounds_: int) -> None:
                         results.setdefault((stack, tracker), []).append(measured(stack, tracker, size, server.uri))
         finally:
             server.signal(signal.SIGKILL)
-    print("| loop | tracked by | turn ms | overhead ms | p99 ms | checkpoint ms | against | exit s | points |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| loop | tracked by | turn ms | calls ms | overhead ms | p99 ms | checkpoint ms | against | exit s | points |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for (stack, tracker), rounds in results.items():
         base = results[stack, "none"]
         over = [statistics.median(own.turns) - statistics.median(none.turns) for own, none in zip(rounds, base, strict=True)]
@@ -356,7 +381,9 @@ def print_costs(stacks: list[str], size: Size, rounds_: int) -> None:
         else:
             ratio = f"{statistics.median(h / statistics.median(n.saved) for h, n in zip(held, base, strict=True)):.2f} x none"
         cells = [
-            stack, tracker, spread([statistics.median(r.turns) for r in rounds], 1e3), "" if tracker == "none" else spread(over, 1e3, 2),
+            stack, tracker, spread([statistics.median(r.turns) for r in rounds], 1e3),
+            "" if tracker == "none" else spread([statistics.median(r.calls) for r in rounds], 1e3, 3),
+            "" if tracker == "none" else spread(over, 1e3, 2),
             spread([p99(r.turns) for r in rounds], 1e3), spread(held, 1e3), "" if tracker == "none" else ratio,
             spread([r.exit_s for r in rounds], 1), ", ".join(dict.fromkeys(r.points for r in rounds)),
         ]  # fmt: skip
