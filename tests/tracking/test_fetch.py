@@ -21,12 +21,17 @@ from tests.tracking.test_locate import CHECKPOINTS, replaced, run_dir
 from tests.tracking.test_locate import half as half  # the fixture
 
 
-def test_what_is_intact_is_left_as_it_is_for_those_who_read_it(tiny: Path, half: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is downloaded."""
+    uris, real = list[str](), MirrorReader.download
+    monkeypatch.setattr(MirrorReader, "download", lambda self, uri, folder: (uris.append(uri), real(self, uri, folder))[1])
+    return uris
+
+
+def test_what_is_intact_is_left_as_it_is_for_those_who_read_it(tiny: Path, half: Any, asked: list[str]) -> None:
     state = run_dir() / "checkpoint_3.pt"
     manifest, before = checkpoint.describe(state).manifest, state.stat()
-    asked = list[str]()
-    real = MirrorReader.download
-    monkeypatch.setattr(MirrorReader, "download", lambda self, uri, folder: (asked.append(uri), real(self, uri, folder))[1])
     mirror = f"file://{half.info.artifact_uri}"
     uris = [f"{mirror}/{manifest.artifact_path}", f"{mirror}/checkpoints"]
     for uri in uris:
@@ -38,14 +43,14 @@ def test_what_is_intact_is_left_as_it_is_for_those_who_read_it(tiny: Path, half:
     checkpoint.verify(checkpoint.describe(state))
 
 
-def test_processes_that_want_the_same_checkpoint_download_it_once(half: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_want_the_same_checkpoint_download_it_once(
+    half: Any, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, aside = run_dir(), tmp_path / "aside"
     shutil.move(directory, aside)
     first = os.open(CHECKPOINTS, os.O_RDONLY)  # of another process, which downloads
     fcntl.flock(first, fcntl.LOCK_EX)
-    asked, waits = list[str](), threading.Event()
-    real = MirrorReader.download
-    monkeypatch.setattr(MirrorReader, "download", lambda self, uri, folder: (asked.append(uri), real(self, uri, folder))[1])
+    waits = threading.Event()
     monkeypatch.setattr(fetch, "try_lock", lambda *given, **named: (waits.set(), try_lock(*given, **named))[1])
     with ThreadPoolExecutor() as pool:
         found = pool.submit(Locator(CHECKPOINTS.absolute(), TrackingConfig()).locate, half.info.run_id)
