@@ -22,9 +22,14 @@ ALIVE_INTERVAL_S = 2.0  # between two signs of life at the end
 
 
 class Delivery:
-    """Delivers the journal of one folder.   on_message: called with what is worth knowing, from several threads."""
+    """Delivers the journal of one folder.   on_message: called with what is worth knowing, from several threads.
 
-    def __init__(self, folder: Path, uri: str, on_message: OnMessage, patience: Patience | None = None) -> None:
+    appender: id of the process that appends to it, where that is another one.
+    """
+
+    def __init__(
+        self, folder: Path, uri: str, on_message: OnMessage, patience: Patience | None = None, appender: int | None = None
+    ) -> None:
         """Raises FileNotFoundError if the folder has no journal."""
         self._reader = JournalReader(folder)
         self._folder = folder
@@ -32,13 +37,16 @@ class Delivery:
         self._on_message = on_message
         self._patience = patience or Patience()
         self._closing = threading.Event()
+        self._orphaned, self._appender = threading.Event(), appender
         self._broken = threading.Event()
         self._lanes: tuple[PointsLane, FilesLane] | None = None
         self.held = False
         """Whether the journal was this delivery's to deliver: no other one was at it."""
 
-    def close(self) -> None:
-        """Nothing more will be appended."""
+    def close(self, *, orphaned: bool = False) -> None:
+        """Nothing more will be appended.   orphaned: the appender is ending, or has ended, without a word."""
+        if orphaned:
+            self._orphaned.set()
         self._closing.set()
 
     def run(self) -> int:
@@ -57,6 +65,8 @@ class Delivery:
                 state=reader.delivered(),
                 patience=self._patience,
                 closing=self._closing,
+                orphaned=self._orphaned,
+                appender=self._appender,
                 broken=self._broken,
                 say=self._say,
             )

@@ -45,7 +45,8 @@ class Patience:
     a failure, doubled from the first to the last.   server_exit_s, database_exit_s: without any progress once training is over, for a
     server, which may be dead, and for a database opened here, which is only slow.   last_moment_s: for a lane to notice that it was given
     up.   probe_s: between two requests, at the end, that show whether the store answers.   claim_s: for another delivery of the journal to
-    end; longer than the sender of a killed process lives without progress.
+    end; longer than the sender of a killed process lives without progress.   dying_s: for a process that has let go of its pipe to let go
+    of its lock; with GPUs, whose memory is given back in between, that is seconds.
     """
 
     batch_interval_s: float = 1.0
@@ -56,6 +57,7 @@ class Patience:
     last_moment_s: float = 0.5
     probe_s: float = 2.0
     claim_s: float = 20.0
+    dying_s: float = 60.0
 
 
 class Abandoned(Exception):
@@ -64,7 +66,10 @@ class Abandoned(Exception):
 
 @dataclass(kw_only=True)
 class Shared:
-    """What both lanes work with.   state: changed under `lock` only.   run: set before the lanes start."""
+    """What both lanes work with.   state: changed under `lock` only.   run: set before the lanes start.
+
+    orphaned: set when the process that appends, `appender`, has let go without a word.
+    """
 
     folder: Path
     uri: str
@@ -72,6 +77,8 @@ class Shared:
     state: Delivered
     patience: Patience
     closing: threading.Event
+    orphaned: threading.Event
+    appender: int | None
     broken: threading.Event
     say: OnMessage
     run: RemoteRun = dataclasses.field(init=False)

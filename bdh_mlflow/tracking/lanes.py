@@ -159,7 +159,7 @@ class PointsLane(Lane):
         shared, reader = self._shared, self._shared.reader
         reader.index.update()
         spans = reader.index.spans()
-        if not spans or spans[-1].end is not None or reader.is_training():
+        if not spans or spans[-1].end is not None or not self._is_gone(spans[-1].segment):
             return
 
         def mark() -> None:
@@ -172,6 +172,19 @@ class PointsLane(Lane):
         if shared.state.ended < number and not self.attempt(mark):
             shared.state.ended = number
             self._acknowledge(shared.state.points)
+
+    def _is_gone(self, last: Segment) -> bool:
+        """Whether no process trains here; the appender is waited for while it ends, until another one goes on.   last: segment."""
+        shared, index = self._shared, self._shared.reader.index
+        dying = shared.orphaned.is_set() and last.pid == shared.appender
+        until = time.monotonic() + (shared.patience.dying_s if dying else 0.0)
+        while shared.reader.is_training():
+            index.update()
+            if time.monotonic() >= until or index.segments[-1] != last or self.given_up.is_set():
+                return False
+            self.progress_at = time.monotonic()  # nobody is to lose patience meanwhile
+            time.sleep(0.05)
+        return True
 
 
 class FilesLane(Lane):

@@ -65,7 +65,10 @@ def _probed(tracking: TrackingConfig, continues: str | None) -> Message:
 
 
 def main() -> None:
-    """The process beside a training run. Its standard input is closed when nothing more will be appended, or nobody is left to append."""
+    """The process beside a training run.
+
+    Its standard input is closed when nothing more will be appended, after a last line that says so, or when nobody is left to append.
+    """
     for number in host.ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # it ends when the training has, by itself
     for name, level in (("alembic", logging.WARNING), ("mlflow.store.db.utils", logging.WARNING), ("urllib3", logging.ERROR)):
@@ -90,13 +93,12 @@ def main() -> None:
         os.nice(5)
     os.environ["MLFLOW_TRACKING_URI"] = given["uri"]
     try:
-        delivery = Delivery(Path(given["folder"]), given["uri"], report)
+        delivery = Delivery(Path(given["folder"]), given["uri"], report, appender=given["pid"])
     except FileNotFoundError:  # the folder became the run directory in the meantime: the next sender is started with its new path
         os._exit(1)
 
     def wait_for_the_end() -> None:
-        sys.stdin.read()
-        delivery.close()
+        delivery.close(orphaned=not sys.stdin.read())
 
     threading.Thread(target=wait_for_the_end, name="standard input", daemon=True).start()
     delivery.run()

@@ -73,15 +73,16 @@ class SubprocessSender:
         process = prepared or _launch()
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it has died: the listener notices
-            process.stdin.write(json.dumps({"folder": str(self._folder()), "uri": self._uri}) + "\n")  # it may hold a password
+            task = {"folder": str(self._folder()), "uri": self._uri, "pid": os.getpid()}
+            process.stdin.write(json.dumps(task) + "\n")  # not on the command line: it may hold a password
             process.stdin.flush()
         return process
 
     def _close_input(self) -> None:
-        """A sender's standard input is closed when nothing more will be appended."""
+        """A sender's standard input is closed when nothing more will be appended; a last line tells that from the end of this process."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        with contextlib.suppress(OSError, ValueError), self._process.stdin as pipe:  # it has died, or was closed before
+            pipe.write("closed\n")
 
     def _listen(self) -> None:
         pause_s, last_try = FIRST_RESTART_S, False

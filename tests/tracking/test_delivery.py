@@ -21,10 +21,11 @@ from bdh_mlflow.tracking import (
     sync,
 )
 from bdh_mlflow.tracking.artifacts import Artifacts
+from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.records import Points
 from bdh_mlflow.tracking.run import RemoteRun
-from bdh_mlflow.tracking.tracker import DatasetFacts
-from tests.conftest import history
+from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
+from tests.conftest import history, thread_sender
 from tests.tracking.tracked import HURRY, TrackedRun, quiet, segment
 
 
@@ -198,6 +199,49 @@ def test_resume_after_an_end_that_was_not_delivered_goes_on_live(store: MlflowCl
     assert store.get_run(run_id).info.status == "RUNNING"
     assert again.close() == 0
     assert store.get_run(run_id).info.status == "FINISHED"
+
+
+def orphaned(tracked: TrackedRun, uri: str, appender: int) -> threading.Thread:
+    """A delivery as a sender makes it once its trainer has closed its pipe without a word."""
+    tracked.silence()
+    delivery = Delivery(tracked.directory.folder, uri, lambda message: None, HURRY, appender)
+    delivery.close(orphaned=True)
+    thread = threading.Thread(target=delivery.run)
+    thread.start()
+    return thread
+
+
+def test_process_that_is_killed_and_keeps_its_lock_for_a_while_was_killed(store: MlflowClient, tmp_path: Path) -> None:
+    """An ending process closes its pipes before its locks, one with GPUs seconds before: the run stayed RUNNING."""
+    tracked = TrackedRun(tmp_path, pid=7)
+    run_id = tracked.run_id
+    tracked.losses(1, 2)
+    delivery = orphaned(tracked, store.tracking_uri, 7)
+    delivery.join(1)
+    assert delivery.is_alive(), "it waits"
+    assert store.get_run(run_id).info.status == "RUNNING"
+    tracked.directory.close()
+    delivery.join(60)
+    run = store.get_run(run_id)
+    assert (run.info.status, run.data.tags["bdh.stop_reason"], run.data.tags["bdh.stop_step"]) == ("KILLED", "killed", "2")
+
+
+def test_delivery_of_a_killed_process_makes_way_for_the_one_that_goes_on(store: MlflowClient, tmp_path: Path) -> None:
+    tracked = TrackedRun(tmp_path, pid=7)
+    run_id = tracked.run_id
+    tracked.losses(1)
+    of_another = orphaned(tracked, store.tracking_uri, 6)  # the one that goes on is here when it looks
+    of_another.join(10)
+    assert not of_another.is_alive()
+    delivery = orphaned(tracked, store.tracking_uri, 7)
+    again = Tracker(lambda: tracked.directory.folder, store.tracking_uri, segment(number=2, pid=8), quiet, thread_sender)
+    delivery.join(10)
+    assert not delivery.is_alive()
+    identity = again.wait(15)
+    assert identity is not None
+    assert (identity.run_id, store.get_run(run_id).info.status) == (run_id, "RUNNING")
+    assert again.close("FINISHED", {}, 2) == 0
+    tracked.directory.close()
 
 
 @pytest.mark.slow  # a race at exit, waited for

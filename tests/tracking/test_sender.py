@@ -1,5 +1,6 @@
 """The sender as a process: it runs our code and MLflow's, and nothing that happens to lie about."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from bdh_mlflow.tracking.sender_process import SubprocessSender, prepared, probe
 from bdh_mlflow.tracking.store import probe_store
 from bdh_mlflow.tracking.tracker import Tracker
 from tests.conftest import history
-from tests.tracking.tracked import segment
+from tests.tracking.tracked import TrackedRun, segment
 
 USERS_FILES = ("mlflow", "random", "queue", "requests", "numpy", "json", "bdh_mlflow", "sitecustomize")
 
@@ -55,6 +56,25 @@ def test_prepared_process_makes_the_first_request_to_the_store(store: MlflowClie
     monkeypatch.setattr(host, "python_module", lambda *words: [sys.executable, "-c", "print('{}'); print(3); print('no')"])
     with prepared() as senders, pytest.raises(TrackingError, match="experiment bdh is deleted"):
         probe_by(senders, tracking, None)
+
+
+@pytest.mark.slow  # a real process, for what its standard input tells it
+@pytest.mark.parametrize("last_words", ["", "closed\n"], ids=["killed", "closed"])
+def test_a_trainer_that_ends_without_a_word_is_waited_for(store: MlflowClient, tmp_path: Path, last_words: str) -> None:
+    tracked = TrackedRun(tmp_path, pid=7)
+    run_id = tracked.run_id
+    tracked.silence()
+    tracked.losses(1)
+    sender = subprocess.Popen(host.python_module("bdh_mlflow.tracking.sender"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert sender.stdin is not None
+    sender.stdin.write(json.dumps({"folder": str(tracked.directory.folder), "uri": store.tracking_uri, "pid": 7}) + "\n" + last_words)
+    sender.stdin.close()
+    if not last_words:
+        with pytest.raises(subprocess.TimeoutExpired):
+            sender.wait(8)  # it needs three to start
+        tracked.directory.close()  # as by a process that has given back the memory of its GPUs
+    assert sender.wait(60) == 0
+    assert store.get_run(run_id).info.status == ("RUNNING" if last_words else "KILLED")
 
 
 @pytest.mark.slow  # two trainings in processes of their own: what they import is the question
