@@ -28,6 +28,7 @@ from bdh_mlflow.errors import BdhError
 from bdh_mlflow.files import first_line
 
 PATIENCE_S = 600.0  # a rank may take this long for its part of an update, an evaluation or a save
+CONNECTING_S = 120.0  # for processes that are all there; torch hears no signal meanwhile, nor that one of them has died
 START_PATIENCE_S = 24 * 3600.0  # before the first update rank 0 may prepare data or download a checkpoint
 ROLL_CALL_S = 3.0  # after a collective failed: time for the ranks that are alive to say so
 
@@ -148,9 +149,9 @@ class Group(World):
     def __init__(self, patience_s: float = PATIENCE_S, ending: Callable[[int], str | None] = lambda rank: None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self._patience_s, self._waits_s = patience_s, START_PATIENCE_S
+        self._patience_s, self._waits_s = patience_s, CONNECTING_S
         # Of its own, so that a rank that fails is never taken for one that adds up gradients; on the CPU, whatever the devices are.
-        self._exchanges = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_PATIENCE_S))
+        self._exchanges = dist.new_group(backend="gloo", timeout=timedelta(seconds=CONNECTING_S))
         self._ending = ending
         self._told = False  # a failure is known to all, or nobody can be reached any more
         self._store: Store = dist.distributed_c10d._get_default_store()
@@ -158,6 +159,7 @@ class Group(World):
         with self._reached():
             dist.all_gather_object(hosts, platform.node(), group=self._exchanges)
         self.hosts = tuple(hosts)
+        self._wait_at_most(START_PATIENCE_S)
 
     def exchange(self, report: Report) -> list[Report]:  # noqa: D102 - as World, here and below
         reports = self._exchanged(report)
@@ -245,9 +247,12 @@ class Group(World):
             raise
 
     def expect_updates(self) -> None:  # noqa: D102
-        self._waits_s = self._patience_s
+        self._wait_at_most(self._patience_s)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        self._waits_s = seconds
         for group in (self._exchanges, dist.group.WORLD):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self._patience_s), group)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def _exchanged(self, report: Report) -> list[Report]:
         own = torch.tensor(dataclasses.astuple(report), dtype=torch.float64)

@@ -64,9 +64,8 @@ def main(arguments: list[str]) -> int:
     processes.end_with_parent()
     stop = StopRequest()
     stop.install()
-    world = processes.meet(Path(folder), int(rank), int(size), float(patience_s))
     try:
-        follow(world, stop)
+        follow(processes.meet(Path(folder), int(rank), int(size), float(patience_s)), stop)
     except BdhError as error:
         if getattr(error, "speaks", False):
             print(f"Error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ MASTER_ADDR and MASTER_PORT, has started.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -24,10 +25,10 @@ from typing import NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from bdh_mlflow import host
-from bdh_mlflow.distributed import ALONE, PATIENCE_S, START_PATIENCE_S, Group, World, backend
+from bdh_mlflow.distributed import ALONE, CONNECTING_S, PATIENCE_S, Group, World, backend
 from bdh_mlflow.errors import BdhError, ConfigError
 from bdh_mlflow.files import first_line
 
@@ -80,9 +81,7 @@ def joined(patience_s: float = PATIENCE_S) -> Iterator[World]:
             _jobs.append(_job_of(store))
         world: World = ALONE
         if size > 1:
-            own = PrefixStore(_gathered(store, rank, size), store)
-            dist.init_process_group(backend(), store=own, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
-            world = _group(patience_s)
+            world = _connected(PrefixStore(_gathered(store, rank, size), store), rank, size, patience_s)
     except (RuntimeError, ValueError) as error:
         raise BdhError(
             f"rank {rank} of {size} cannot meet the others at {place}: {first_line(error)}. Another job may be using the port, or the "
@@ -119,13 +118,19 @@ def started(processes: int, patience_s: float = PATIENCE_S) -> Iterator[World]:
 
 
 def meet(folder: Path, rank: int, size: int, patience_s: float, followers: Mapping[int, "subprocess.Popen[bytes]"] | None = None) -> Group:
-    """The world of `size` processes of this machine that meet in a folder.   followers: those that this process has started."""
+    """The world of `size` processes of this machine that meet in a folder.   followers: those that this process has started.
+
+    Raises BdhError where they do not meet.
+    """
     _take_device(rank, size)
     if rank:
         (folder / f"started-{rank}").touch()
-    store = FileStore(str(folder / "store"), size)
-    dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=START_PATIENCE_S))
-    return _group(patience_s, lambda peer: _ending(followers[peer]) if followers and peer in followers else None)
+    ending = functools.partial(_ending, followers or {})
+    try:
+        return _connected(FileStore(str(folder / "store"), size), rank, size, patience_s, ending)
+    except RuntimeError as error:
+        ended = [f"rank {peer} {way} before it could meet the others" for peer in range(size) if (way := ending(peer))]
+        raise BdhError("; ".join(ended) or f"rank {rank} of {size} cannot meet the others: {first_line(error)}") from None
 
 
 def _interface(size: int) -> str | None:
@@ -196,7 +201,9 @@ def _awaited(store: TCPStore, key: str, until: float) -> str:
     return store.get(key).decode()
 
 
-def _group(patience_s: float, ending: Callable[[int], str | None] = lambda rank: None) -> Group:
+def _connected(store: Store, rank: int, size: int, patience_s: float, ending: Callable[[int], str | None] = lambda rank: None) -> Group:
+    """The group of processes that are all there.   Raises RuntimeError."""
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=CONNECTING_S))
     return Group(patience_s, ending)
 
 
@@ -230,10 +237,10 @@ def _wait_for(folder: Path, followers: Mapping[int, "subprocess.Popen[bytes]"]) 
         time.sleep(0.02)
 
 
-def _ending(process: "subprocess.Popen[bytes]") -> str | None:
-    """How a process ended; None while it lives."""
+def _ending(followers: Mapping[int, "subprocess.Popen[bytes]"], rank: int) -> str | None:
+    """How the process of a rank ended; None while it lives, or where that is not known."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return _ended(process.wait(ENDING_S))
+        return _ended(followers[rank].wait(ENDING_S)) if rank in followers else None
     return None
 
 

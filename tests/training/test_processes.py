@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from bdh_mlflow import checkpoint, host
 from bdh_mlflow.checkpoint import BackgroundWriter, RunDirectory
 from bdh_mlflow.distributed import Group
-from bdh_mlflow.errors import ConfigError, InputError
+from bdh_mlflow.errors import BdhError, ConfigError, InputError
 from bdh_mlflow.tracking.tracker import Tracker
 from bdh_mlflow.training import build, processes
 from bdh_mlflow.training.agreement import refuse_differences
@@ -228,6 +228,19 @@ def test_no_process_outlives_a_killed_rank_0(store: MlflowClient, four: Path, tm
         job.wait()
         _, alive = psutil.wait_procs(others, timeout=15)
         assert not alive
+
+
+DIES = "import os, pathlib, signal, sys; pathlib.Path(sys.argv[1], 'started-1').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_a_rank_that_dies_while_the_others_connect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch alone would wait for it, in compiled code that no signal ends, for as long as for a rank that prepares data: a day."""
+    monkeypatch.setattr(host, "python_module", lambda name, *words: [sys.executable, "-c", DIES, *words])
+    monkeypatch.setattr(processes, "CONNECTING_S", 2.0)
+    words = "rank 1 was killed by SIGKILL before it could meet the others"
+    with pytest.raises(BdhError, match=words), processes.started(2):
+        pass
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_run_that_another_job_trains_is_refused(store: MlflowClient, four: Path) -> None:
