@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import resource
 import shutil
 import signal
@@ -15,14 +16,16 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+PORTS = range(20_000, 30_000)  # below those that systems give to connections and to whoever asks for any
 START_TIMEOUT_S = 300  # `mlflow ui` starts ten processes, and the machine may be busy
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port of 127.0.0.1 that nobody has, nor gets by chance before its server starts, or while it is down."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.SystemRandom().choice(PORTS)))
+            return int(free.getsockname()[1])
 
 
 def healthy(port: int) -> bool:

@@ -210,6 +210,7 @@ def _configure_swift(folder: Path, port: int, ports: Mapping[str, int]) -> None:
         f"[DEFAULT]\nbind_port = {port}\n{common}"
         "[pipeline:main]\npipeline = catch_errors healthcheck cache s3api tempauth bulk slo dlo copy proxy-server\n"
         "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\nrecoverable_node_timeout = 60\n"
+        "error_suppression_interval = 1\n"  # ten failures, as while the servers behind it start, would make it refuse for a minute
         "[filter:s3api]\nuse = egg:swift#s3api\nlocation = us-east-1\nauth_pipeline_check = false\n"
         f"[filter:tempauth]\nuse = egg:swift#tempauth\nuser_{KEY_ID.replace(':', '_')} = {SECRET} .admin\n"
         "[filter:cache]\nuse = egg:swift#memcache\nmemcache_servers = 127.0.0.1:1\n"

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from bdh_mlflow.tracking.sender import ThreadSender
 from bdh_mlflow.training import build
 from scripts import team
 from scripts.team import Team
+
+pytest_plugins = ["tests.watchdog"]
 
 TINY: dict[str, Any] = {
     "model": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},
@@ -138,6 +141,14 @@ def run_cli(*words: str) -> Result:
 def train(tiny: Path, *settings: str, resume: str = "none", fork: bool = False) -> Result:
     words = [word for setting in settings for word in ("--set", setting)]
     return run_cli("train", "--config", str(tiny), "--resume", resume, *words, *["--fork"] * fork)
+
+
+def wait_for(found: Callable[[], Any], limit_s: float = 60.0) -> None:
+    """Until something is so.   Fails if it takes too long."""
+    end = time.monotonic() + limit_s
+    while not found():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
 
 
 def only_run(store: MlflowClient, experiment: str = "bdh") -> Any:

@@ -94,7 +94,10 @@ def test_training_from_a_bucket_has_the_losses_of_the_folder_and_evaluates_there
     assert f"on {bucket.root}" in measured.output
 
 
-def test_store_that_is_killed_in_the_middle_costs_nothing_but_time(both: tuple[ParquetText, ParquetText], stores: Team) -> None:
+def test_store_that_is_killed_in_the_middle_costs_nothing_but_time(
+    both: tuple[ParquetText, ParquetText], stores: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "READ_S", 120.0)  # it would wait an hour for a store that cannot be started again
     folder, bucket = both
     said = list[str]()
     told = ParquetText(DatasetConfig(parquet_dir=str(bucket.root), val_fraction=0.2), said.append)

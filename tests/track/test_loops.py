@@ -21,6 +21,7 @@ from mlflow.entities import Run
 
 from bdh_mlflow import checkpoint, track
 from scripts.servers import Server, serving
+from tests.conftest import wait_for
 from tests.test_structure import PROJECT
 from tests.track.loops import AT, EVERY, STEPS
 from tests.track.runs import points
@@ -120,8 +121,9 @@ def test_a_scheduler_that_ends_it_finds_it_killed(server: Server, tmp_path: Path
 def test_a_kill_loses_nothing_that_was_logged(server: Server, tmp_path: Path, stack: str) -> None:
     assert run_loop(stack, "SIGKILL", server.uri).returncode == -signal.SIGKILL
     killed = last_run(server.client, stack)
-    while (killed := server.client.get_run(killed.info.run_id)).info.status == "RUNNING":
-        pass  # its sender lives on, and delivers
+    run_id = killed.info.run_id
+    wait_for(lambda: server.client.get_run(run_id).info.status != "RUNNING")  # its sender lives on, and delivers
+    killed = server.client.get_run(run_id)
     assert (killed.info.status, killed.data.tags["bdh.stop_reason"]) == ("KILLED", "killed")
     logged = [step for step, _ in points(server.client, killed.info.run_id, "loss")]
     assert logged == steps(stack, AT - (stack == "lightning"))

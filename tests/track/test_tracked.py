@@ -19,6 +19,7 @@ from bdh_mlflow.checkpoint import Background
 from bdh_mlflow.errors import InputError, SaveError
 from bdh_mlflow.track import NullRun, Sample
 from bdh_mlflow.track.tracked import Run
+from tests.conftest import wait_for
 from tests.track.runs import points, tracked, write
 
 
@@ -147,8 +148,7 @@ def test_what_is_logged_after_a_mark_arrives(store: MlflowClient, tmp_path: Path
     run.metrics({"loss": 1.0}, 1)
     run.checkpoint(write(tmp_path / "c"), 1)
     run.mark()
-    while store.get_run(run.wait(20).run_id).info.status != "FINISHED":
-        pass
+    wait_for(lambda: store.get_run(run.wait(20).run_id).info.status == "FINISHED")
     run.metrics({"test": 2.0}, 1)
     run.end()
     assert points(store, run.id, "test") == [(1, 2.0)]

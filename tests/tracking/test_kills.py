@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +22,11 @@ from bdh_mlflow.tracking import (
 from bdh_mlflow.tracking.mirrored import MirrorReader
 from bdh_mlflow.tracking.records import Points
 from scripts.servers import Server, serving
-from tests.conftest import history, run_cli
+from tests.conftest import history, run_cli, wait_for
 from tests.tracking.tracked import entries, quiet
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 60
-
-
-def wait_for(found: Callable[[], Any]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not found():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 @dataclass

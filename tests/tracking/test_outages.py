@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,11 +25,10 @@ from bdh_mlflow.tracking import (
 from bdh_mlflow.tracking.tracker import DatasetFacts
 from scripts.relay import Answer, Relay
 from scripts.servers import Server, serving
-from tests.conftest import history, run_cli
+from tests.conftest import history, run_cli, wait_for
 from tests.tracking.tracked import HURRY, PROVENANCE, TrackedRun, quiet
 
 pytestmark = pytest.mark.slow
-LIMIT_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +264,6 @@ def test_server_with_a_full_disk_gets_the_checkpoint_when_there_is_room(
         assert tracked.close() == 0
         exactly_once(server.client, run_id, 49)
         assert server.client.get_run(run_id).data.tags["bdh.latest_checkpoint"].endswith("checkpoint_1.pt")
-
-
-def wait_for(found: Callable[[], Any]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not found():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 def test_server_that_is_stopped_and_goes_on_misses_nothing(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ from bdh_mlflow.tracking.artifacts import Artifacts
 from tests.conftest import history
 from tests.tracking.tracked import HURRY, TrackedRun, quiet
 
+IMPATIENT = replace(HURRY, database_exit_s=0.3)
+
 
 def test_second_sync_delivers_nothing(store: MlflowClient, tmp_path: Path) -> None:
     tracked = TrackedRun(tmp_path)
@@ -46,7 +48,7 @@ def test_sync_leaves_a_running_training_alone(store: MlflowClient, tmp_path: Pat
 def test_what_a_dead_server_did_not_take_is_counted_kept_and_delivered_by_sync(
     store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracked = TrackedRun(tmp_path)
+    tracked = TrackedRun(tmp_path, patience=IMPATIENT)
     run_id = tracked.run_id
 
     def dead(*args: Any, **kwargs: Any) -> Any:
@@ -56,9 +58,7 @@ def test_what_a_dead_server_did_not_take_is_counted_kept_and_delivered_by_sync(
         broken.setattr(MlflowClient, "log_batch", dead)
         broken.setattr(Artifacts, "put_text", dead)
         tracked.losses(1, 2)
-        started = time.monotonic()
         assert tracked.close() >= 3
-        assert time.monotonic() - started < 5
     assert store.get_run(run_id).info.status == "RUNNING"
     assert sync.sync(tracked.directory.folder, None, quiet, HURRY).left == 0
     assert history(store, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
@@ -162,7 +162,7 @@ def test_end_that_the_store_was_not_told_is_left_to_do(store: MlflowClient, tmp_
 
     with monkeypatch.context() as broken:
         broken.setattr(run, "set_run", dead)
-        assert sync.sync(tracked.directory.folder, None, quiet, HURRY).left == 1
+        assert sync.sync(tracked.directory.folder, None, quiet, IMPATIENT).left == 1
     assert tracked.directory.folder.is_dir()
     assert sync.sync(tracked.directory.folder, None, quiet, HURRY).left == 0
     assert store.get_run(run_id).info.status == "KILLED"

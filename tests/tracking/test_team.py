@@ -24,9 +24,9 @@ from bdh_mlflow.tracking.mlflow_internals import ServerRepository
 from bdh_mlflow.tracking.records import Points
 from scripts.relay import Answer, Relay
 from scripts.team import ADMIN, BUCKET, NEXT_MLFLOW, Mode, ObjectStore, PostgreSQL, Team, TeamServer
-from tests.conftest import history, only_run, run_cli, train
+from tests.conftest import history, only_run, run_cli, train, wait_for
 from tests.stores import needs_stores
-from tests.tracking.test_kills import program, wait_for
+from tests.tracking.test_kills import program
 from tests.tracking.tracked import TrackedRun, entries, quiet
 
 pytestmark = needs_stores

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from bdh_mlflow.training import processes
+from scripts.servers import free_port
 from tests.conftest import documents, history, only_run, write_shards
 from tests.training.together import Left, curves, digests, put_away, train
 
@@ -49,11 +50,6 @@ class Launched:
                 job.kill()
                 job.communicate()
         return [(job.returncode, output) for job, output in zip(self._jobs, outputs, strict=False)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_processes_of_a_launcher_train_as_one_and_rank_0_alone_speaks(store: MlflowClient, four: Path, alone: Left) -> None:
