@@ -127,7 +127,7 @@ class Delivery:
             with contextlib.suppress(Exception):  # no answer is the answer
                 if lane.busy and not lane.failing:
                     ask()
-                if lane.busy and not lane.failing:
+                if lane.busy and not lane.failing and not lane.is_stuck():
                     lane.progress_at = time.monotonic()
 
     def _say(self, message: Message) -> None:

@@ -45,8 +45,9 @@ class Patience:
     a failure, doubled from the first to the last.   server_exit_s, database_exit_s: without any progress once training is over, for a
     server, which may be dead, and for a database opened here, which is only slow.   last_moment_s: for a lane to notice that it was given
     up.   probe_s: between two requests, at the end, that show whether the store answers.   claim_s: for another delivery of the journal to
-    end; longer than the sender of a killed process lives without progress.   dying_s: for a process that has let go of its pipe to let go
-    of its lock; with GPUs, whose memory is given back in between, that is seconds.
+    end; longer than the sender of a killed process lives without progress.   request_s: for one request about the run, at the end, while
+    the store answers others.   dying_s: for a process that has let go of its pipe to let go of its lock; with GPUs, whose memory is given
+    back in between, that is seconds.
     """
 
     batch_interval_s: float = 1.0
@@ -57,6 +58,7 @@ class Patience:
     last_moment_s: float = 0.5
     probe_s: float = 2.0
     claim_s: float = 20.0
+    request_s: float = 300.0
     dying_s: float = 60.0
 
 
@@ -95,6 +97,8 @@ class Lane(ABC):
         self._shared = shared
         self.busy = False
         """In the middle of an attempt."""
+        self.began_at = 0.0
+        """When the attempt began, time.monotonic()."""
         self.failing = False
         """The attempt before failed."""
         self._told = False
@@ -127,6 +131,10 @@ class Lane(ABC):
             shared.say(Note(text=f"tracking: the sender failed: {type(error).__name__}: {first_line(error)}"))
             shared.broken.set()
             self.given_up.set()
+
+    def is_stuck(self) -> bool:
+        """Whether an attempt takes so long that it is not waited for although the store answers other requests."""
+        return False
 
     @property
     def _offset(self) -> int:
@@ -191,7 +199,7 @@ class Lane(ABC):
         while True:
             if self.given_up.is_set():  # also when it was done after all: nobody waits for the result any more
                 raise Abandoned
-            self.busy, began = True, time.monotonic()
+            self.began_at, self.busy = time.monotonic(), True
             try:
                 act()
             except Abandoned:
@@ -203,7 +211,7 @@ class Lane(ABC):
                     raise Abandoned from None
                 if self._is_permanent(error):
                     return first_line(error)
-                hiccup = not self.failing and time.monotonic() - began < HICCUP_S
+                hiccup = not self.failing and time.monotonic() - self.began_at < HICCUP_S
                 self.failing = True
                 if not hiccup and not self._told:
                     self._told = True

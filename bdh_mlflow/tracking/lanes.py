@@ -127,6 +127,10 @@ class PointsLane(Lane):
         shared.state.lost += 1
         shared.say(Note(text=f"tracking: {named(entry.record)} was refused for good ({refusal})"))
 
+    def is_stuck(self) -> bool:
+        """As a request to a database is that waits for a lock; nothing but files may take so long."""
+        return not self.awaiting_files.is_set() and time.monotonic() - self.began_at > self._shared.patience.request_s
+
     def _own_number(self) -> int:
         """The furthest segment of this journal."""
         return max(segment.number for segment in self._shared.reader.index.segments)

@@ -70,7 +70,7 @@ def exactly_once(store: MlflowClient, run_id: str, steps: int) -> None:
 def test_server_that_answers_with_an_error_gets_everything_later(shared: Server, relay: Relay, tmp_path: Path, status: int) -> None:
     tracked = TrackedRun(tmp_path, training=f"{status}" * 8, experiment=f"answers {status}")
     run_id = tracked.run_id
-    relay.trouble = first(4, Answer(status))
+    relay.trouble = first(20, Answer(status))  # more than go side by side: one must fail again
     tracked.losses(*range(1, 200))
     saved = tracked.save(199, 1.0)
     tracked.losses(200)
