@@ -143,11 +143,11 @@ def train(tiny: Path, *settings: str, resume: str = "none", fork: bool = False) 
     return run_cli("train", "--config", str(tiny), "--resume", resume, *words, *["--fork"] * fork)
 
 
-def wait_for(found: Callable[[], Any], limit_s: float = 60.0) -> None:
-    """Until something is so.   Fails if it takes too long."""
+def wait_for(found: Callable[[], Any], limit_s: float = 60.0, said: Callable[[], object] = lambda: "waited too long") -> None:
+    """Until something is so.   Fails with what `said` returns if it takes too long."""
     end = time.monotonic() + limit_s
     while not found():
-        assert time.monotonic() < end, "waited too long"
+        assert time.monotonic() < end, said()
         time.sleep(0.05)
 
 

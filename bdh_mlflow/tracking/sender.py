@@ -92,8 +92,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(5)
     os.environ["MLFLOW_TRACKING_URI"] = given["uri"]
+    appender = given.get("pid")  # a trainer of before an upgrade tells none
     try:
-        appender = given.get("pid")  # a trainer of before an upgrade tells none
         delivery = Delivery(Path(given["folder"]), given["uri"], report, appender=appender)
     except FileNotFoundError:  # the folder became the run directory in the meantime: the next sender is started with its new path
         os._exit(1)

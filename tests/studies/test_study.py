@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from bdh_mlflow.studies import study as study_of
 from bdh_mlflow.studies.space import Space
 from bdh_mlflow.studies.study import SURPLUS, counted, is_outage, is_surplus, opened, patiently
 from scripts.team import Team, TeamServer
-from tests.conftest import run_cli
+from tests.conftest import run_cli, wait_for
 from tests.stores import needs_stores
 
 SPACE = {
@@ -55,13 +53,6 @@ class Worker:
 
     def end(self) -> int:
         return self.process.wait(LIMIT_S)
-
-
-def wait_for(found: Callable[[], Any], *workers: Worker) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not found():
-        assert time.monotonic() < end, [worker.said() for worker in workers]
-        time.sleep(0.1)
 
 
 @pytest.mark.slow  # real trainings
@@ -100,10 +91,14 @@ class TestTeam:
         (tmp_path / "space.yaml").write_text(yaml.safe_dump({**SPACE, "storage": stores.postgres.uri("optuna")}))
         workers = [Worker(tiny, tmp_path, f"machine-{number}") for number in range(3)]
         dying, freezing, _ = workers
+
+        def outputs() -> list[str]:
+            return [worker.said() for worker in workers]
+
         try:
-            wait_for(lambda: mirrored_of(client, tmp_path / "machine-0"), *workers)
+            wait_for(lambda: mirrored_of(client, tmp_path / "machine-0"), LIMIT_S, outputs)
             dying.signal(signal.SIGKILL)
-            wait_for(lambda: mirrored_of(client, tmp_path / "machine-1"), *workers)
+            wait_for(lambda: mirrored_of(client, tmp_path / "machine-1"), LIMIT_S, outputs)
             freezing.signal(signal.SIGSTOP)
             stores.postgres.signal(signal.SIGKILL)
             stores.postgres.start()

@@ -25,7 +25,7 @@ from bdh_mlflow.tracking.delivery import Delivery
 from bdh_mlflow.tracking.records import Points
 from bdh_mlflow.tracking.run import RemoteRun
 from bdh_mlflow.tracking.tracker import DatasetFacts, Tracker
-from tests.conftest import history, thread_sender
+from tests.conftest import history, thread_sender, wait_for
 from tests.tracking.tracked import HURRY, TrackedRun, quiet, segment
 
 
@@ -189,12 +189,7 @@ def test_resume_after_an_end_that_was_not_delivered_goes_on_live(store: MlflowCl
     assert again.run_id == run_id
     again.losses(3)
     again.save(3)
-    end = time.monotonic() + 10
-    while (
-        not ("bdh.latest_checkpoint" in store.get_run(run_id).data.tags and len(history(store, run_id, "train/loss")) == 3)
-        and time.monotonic() < end
-    ):
-        time.sleep(0.02)
+    wait_for(lambda: "bdh.latest_checkpoint" in store.get_run(run_id).data.tags and len(history(store, run_id, "train/loss")) == 3, 10)
     assert history(store, run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]  # while it trains
     assert store.get_run(run_id).info.status == "RUNNING"
     assert again.close() == 0

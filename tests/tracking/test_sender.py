@@ -15,7 +15,7 @@ from bdh_mlflow.errors import TrackingError
 from bdh_mlflow.tracking.sender_process import SubprocessSender, prepared, probe_by
 from bdh_mlflow.tracking.store import probe_store
 from bdh_mlflow.tracking.tracker import Tracker
-from tests.conftest import history
+from tests.conftest import history, wait_for
 from tests.tracking.tracked import TrackedRun, segment
 
 USERS_FILES = ("mlflow", "random", "queue", "requests", "numpy", "json", "bdh_mlflow", "sitecustomize")
@@ -70,8 +70,9 @@ def test_a_trainer_that_ends_without_a_word_is_waited_for(store: MlflowClient, t
     sender.stdin.write(json.dumps({"folder": str(tracked.directory.folder), "uri": store.tracking_uri, "pid": 7}) + "\n" + last_words)
     sender.stdin.close()
     if not last_words:
-        with pytest.raises(subprocess.TimeoutExpired):
-            sender.wait(8)  # it needs three to start
+        wait_for(lambda: history(store, run_id, "train/loss"))
+        with pytest.raises(subprocess.TimeoutExpired):  # though it has nothing left to deliver
+            sender.wait(1)
         tracked.directory.close()  # as by a process that has given back the memory of its GPUs
     assert sender.wait(60) == 0
     assert store.get_run(run_id).info.status == ("RUNNING" if last_words else "KILLED")

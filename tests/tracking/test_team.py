@@ -226,13 +226,11 @@ def test_store_that_fails_in_the_middle_gets_everything_in_the_end(
 
 
 def wait_for_delivery(tracked: TrackedRun) -> None:
-    end = time.monotonic() + 20
-    while True:
+    def is_delivered() -> bool:
         with journal.reading(tracked.directory.folder) as reader:
-            if reader.index.waiting(reader.delivered()) <= 1:  # the end of the run is what is left
-                return
-        assert time.monotonic() < end, tracked.notes
-        time.sleep(0.1)
+            return reader.index.waiting(reader.delivered()) <= 1  # the end of the run is what is left
+
+    wait_for(is_delivered, 20, lambda: tracked.notes)
 
 
 def restore(program: PostgreSQL | ObjectStore, number: signal.Signals) -> None:

@@ -19,9 +19,8 @@ from bdh_mlflow.tracking.tracker import REPLAYED, Tracker
 from tests.checkpoint.test_files import AT, state
 
 PROVENANCE = Provenance(None, 1, None, False, "c", "d", {})
-HURRY = Patience(
-    batch_interval_s=0.01, first_retry_s=0.01, last_retry_s=0.02, database_exit_s=20.0
-)  # on a machine with other work; a test of giving up gives less
+# The last for a machine with other work; a test of giving up gives less.
+HURRY = Patience(batch_interval_s=0.01, first_retry_s=0.01, last_retry_s=0.02, database_exit_s=20.0)
 
 
 def segment(**fields: Any) -> Segment:
